@@ -1,0 +1,1 @@
+"""CLIP image encoders in INT8, with learned early exits."""

@@ -1,0 +1,5 @@
+"""Builds lraee."""
+
+from setuptools import setup
+
+setup()
