@@ -1,0 +1,123 @@
+"""Small real models that ship with the package, weights included.
+
+    model, preprocess, tokenizer = lraee.zoo.load("lraee-tiny")
+
+The same model through open_clip, for code that already calls it:
+
+    weights = lraee.zoo.register("lraee-tiny")      # makes the name known, returns the verified weights file
+    model, _, preprocess = open_clip.create_model_and_transforms("lraee-tiny", pretrained=weights)
+    tokenizer = open_clip.get_tokenizer("lraee-tiny")
+
+open_clip's own preprocessing resizes the shorter side to 56 and crops nothing from a square photo; `load` returns the one
+that the model was trained and measured with (shorter side 64, centre crop 56). The card beside the weights has the figures.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import open_clip
+from PIL.Image import Image
+from torch import Tensor, nn
+from torchvision import transforms
+
+Preprocess = Callable[[Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
+
+_WEIGHTS = "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the zoo knows of one model: `resize` is the photo's shorter side before the centre crop `crop`, in pixels."""
+
+    sha256: str
+    resize: int
+    crop: int
+
+    def preprocess(self) -> Preprocess:
+        """Photo -> float32 [3, crop, crop]: resize (bicubic), centre crop, CLIP's mean and standard deviation."""
+        return transforms.Compose(
+            [
+                transforms.Resize(self.resize, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(self.crop),
+                _to_rgb,
+                transforms.ToTensor(),
+                transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
+            ]
+        )
+
+
+_ENTRIES = {
+    "lraee-tiny": Entry(
+        sha256="bcac6005d30551e47fb0976c60781c6d5952e5944b28961dfb78bcfc7771bcbb",
+        resize=64,
+        crop=56,
+    ),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every name that `load` and `register` take."""
+    return tuple(_ENTRIES)
+
+
+def directory(name: str) -> Path:
+    """Where the config, the weights and the model card (README.md) of one model lie."""
+    _entry(name)
+    return Path(__file__).parent / name
+
+
+def register(name: str) -> str:
+    """Makes `name` a model of open_clip in this process; returns its weights file, verified against the hash in the code.
+
+    Raises: ValueError on an unknown name, RuntimeError on a missing or changed weights file.
+    """
+    entry = _entry(name)
+    weights = directory(name) / _WEIGHTS
+    if name not in open_clip.list_models():
+        open_clip.add_model_config(directory(name) / f"{name}.json")
+    _verify(name, weights, entry.sha256)
+    return str(weights)
+
+
+def load(name: str) -> tuple[nn.Module, Preprocess, Tokenizer]:
+    """The model (eval, float32, CPU), its preprocessing and its tokenizer.
+
+    Args:
+      name: one of `names()`.
+    Returns: open_clip's CLIP; photo -> float32 [3, H, W]; list of texts -> int64 [n, context].
+    Raises: ValueError on an unknown name, RuntimeError on a missing or changed weights file.
+    """
+    weights = register(name)
+    model: nn.Module = open_clip.create_model(name, pretrained=weights)
+    return model.eval(), _ENTRIES[name].preprocess(), open_clip.get_tokenizer(name)
+
+
+def _entry(name: str) -> Entry:
+    if name not in _ENTRIES:
+        raise ValueError(f"zoo: name must be one of {', '.join(_ENTRIES)}, got {name!r}")
+    return _ENTRIES[name]
+
+
+def _to_rgb(image: Image) -> Image:
+    return image.convert("RGB")
+
+
+def _verify(name: str, weights: Path, sha256: str) -> None:
+    if not weights.is_file():
+        raise RuntimeError(f"zoo: {name} must have its weights at {weights}, got no such file; install lraee again")
+    found = _sha256(weights, weights.stat().st_mtime_ns, weights.stat().st_size)
+    if found != sha256:
+        raise RuntimeError(
+            f"zoo: {weights} must have sha256 {sha256}, got {found}: the file was changed or cut; install lraee again"
+        )
+
+
+@cache
+def _sha256(path: Path, mtime_ns: int, size_bytes: int) -> str:
+    """The file's hash, read again only when its time stamp or size moved."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
