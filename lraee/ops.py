@@ -1,0 +1,429 @@
+"""Schemas, the one door, fakes and FLOP formulas of `torch.ops.lraee.*`.
+
+PyTorch's dispatcher chooses the implementation: C++ for CPU tensors (lraee._C), Triton for CUDA
+tensors (lraee.kernels), the plain-torch definition (lraee.reference) wherever neither is there.
+The functions of this module are the door: shapes, types and devices are checked here, once, with
+one line that names the argument, the rule and the value. Below the door implementations assert only
+what memory safety needs.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from lraee import reference
+from lraee.reference import MAX_K, Probe, Quantized
+
+Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu"]
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+PANEL_N, GROUP_K = 16, 4
+"""CPU weight layout [ceil(N/16), ceil(K/4), 16, 4]: one 64-byte register per panel and k-group."""
+
+try:
+    from lraee import _C  # noqa: F401  (registers the CPU implementations)
+
+    CPU_EXTENSION_ERROR: str | None = None
+except ImportError as error:
+    CPU_EXTENSION_ERROR = str(error)
+    logging.getLogger("lraee").warning(
+        "C++ extension not available (%s): operators on the CPU run the slow plain-torch reference",
+        error,
+    )
+
+SCHEMAS = {
+    "quantize_rows": "(Tensor x, bool symmetric) -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
+    "layer_norm_quantize": "(Tensor x, Tensor gamma, Tensor beta, float eps, bool symmetric)"
+    " -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
+    "pack_weight": "(Tensor w_q) -> (Tensor w, Tensor w_sum)",
+    "unpack_weight": "(Tensor w, int N, int K) -> Tensor",
+    "int8_linear": "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale,"
+    " Tensor w_sum, Tensor? bias=None, *, Tensor? residual=None, Tensor? layer_scale=None,"
+    ' str activation="none", ScalarType out_dtype=float) -> Tensor',
+    "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
+    "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
+    " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
+    " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
+    " Tensor confidence, Tensor margin, Tensor variance, Tensor score)",
+}
+OPERATORS = tuple(SCHEMAS)
+
+_library = Library("lraee", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+# The door
+
+
+def _require(
+    op: str, name: str, tensor: Tensor, shape: Sequence[int], types: Sequence[torch.dtype]
+) -> None:
+    """Raises unless tensor has this shape and one of these types."""
+    if tensor.dtype not in types:
+        wanted = " or ".join(str(t).removeprefix("torch.") for t in types)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be {wanted}, got {got}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _require_vectors(op: str, size: int, device: torch.device, **vectors: Tensor | None) -> None:
+    """Raises unless each given tensor is float32 [size] on the device."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            _require(op, name, vector, [size], [torch.float32])
+            _require_device(op, name, vector, device)
+
+
+def _require_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like the input, got {tensor.device}")
+
+
+def _require_float_rows(op: str, name: str, x: Tensor, dims: int) -> None:
+    """Raises unless x is a floating-point tensor with this many dimensions."""
+    if x.dim() != dims:
+        raise ValueError(f"{op}: {name} must have {dims} dimensions, got shape {list(x.shape)}")
+    _require(op, name, x, x.shape, FLOAT_TYPES)
+
+
+def packed_shape(N: int, K: int, device: torch.device) -> list[int]:
+    """Shape of the weight layout that the device's implementation reads."""
+    if device.type == "cpu" and CPU_EXTENSION_ERROR is None:
+        return [-(-N // PANEL_N), -(-K // GROUP_K), PANEL_N, GROUP_K]
+    return [N, K]
+
+
+def _require_weight(op: str, name: str, w: Tensor, N: int, K: int, device: torch.device) -> None:
+    """Raises unless w is int8 in the layout of the device for the logical shape [N, K]."""
+    _require_device(op, name, w, device)
+    if w.dtype is not torch.int8:
+        raise TypeError(f"{op}: {name} must be int8, got {w.dtype}")
+    wanted = packed_shape(N, K, device)
+    if list(w.shape) != wanted or not w.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must have the {device.type} layout {wanted} of [N, K] = [{N}, {K}],"
+            f" got {list(w.shape)}; pack it on this device with lraee.ops.pack_weight"
+        )
+
+
+def quantize_rows(x: Tensor, *, symmetric: bool) -> Quantized:
+    """x ~ (x_q - x_zero) * x_scale with one step and zero point per row.
+
+    Numbers, NaN and zero rows: see lraee.reference.quantize_rows.
+
+    Args:
+      x: float32, bfloat16 or float16 [M, K], any strides.
+      symmetric: x_zero = 0 and steps -127..127; otherwise the range is used in full.
+    Returns: x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M].
+    Raises: ValueError on shape, TypeError on dtype.
+    """
+    _require_float_rows("quantize_rows", "x", x, 2)
+    return torch.ops.lraee.quantize_rows(x, symmetric)  # type: ignore[no-any-return]
+
+
+def layer_norm_quantize(
+    x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float = 1e-5, symmetric: bool
+) -> Quantized:
+    """quantize_rows(LayerNorm(x) * gamma + beta) in one pass over x.
+
+    Args:
+      x: float32, bfloat16 or float16 [M, D], any strides.
+      gamma: float32 [D].
+      beta: float32 [D].
+      eps: added to the variance.
+      symmetric: as in quantize_rows.
+    Returns: x_q int8 [M, D], x_scale float32 [M], x_zero int32 [M].
+    Raises: ValueError on shape or device, TypeError on dtype.
+    """
+    op = "layer_norm_quantize"
+    _require_float_rows(op, "x", x, 2)
+    _require_vectors(op, x.shape[1], x.device, gamma=gamma, beta=beta)
+    return torch.ops.lraee.layer_norm_quantize(x, gamma, beta, eps, symmetric)  # type: ignore[no-any-return]
+
+
+def pack_weight(w_q: Tensor) -> tuple[Tensor, Tensor]:
+    """The layout that int8_linear reads on the device of w_q, and w_sum[n] = sum_k w_q[n, k].
+
+    Args:
+      w_q: int8 [N, K], K <= 65_793.
+    Returns: w int8 (on the CPU [ceil(N/16), ceil(K/4), 16, 4] zero padded, else [N, K]),
+      w_sum int32 [N].
+    Raises: ValueError on shape, TypeError on dtype.
+    """
+    if w_q.dim() != 2:
+        raise ValueError(f"pack_weight: w_q must have shape [N, K], got {list(w_q.shape)}")
+    _require("pack_weight", "w_q", w_q, w_q.shape, [torch.int8])
+    _require_k("pack_weight", w_q.shape[1])
+    return torch.ops.lraee.pack_weight(w_q)  # type: ignore[no-any-return]
+
+
+def unpack_weight(w: Tensor, N: int, K: int) -> Tensor:
+    """The inverse of pack_weight.
+
+    Args:
+      w: int8, from pack_weight on its device.
+      N: outputs.
+      K: inputs.
+    Returns: int8 [N, K].
+    Raises: ValueError on a layout that is not the device's own, TypeError on dtype.
+    """
+    _require_weight("unpack_weight", "w", w, N, K, w.device)
+    return torch.ops.lraee.unpack_weight(w, N, K)  # type: ignore[no-any-return]
+
+
+def _require_k(op: str, K: int) -> None:
+    if K > MAX_K:
+        raise ValueError(f"{op}: K must be at most {MAX_K} (exact int32 sums), got {K}")
+
+
+def int8_linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    activation: Activation = "none",
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """y = act((x_q @ w_q.T - x_zero * w_sum) * (x_scale * w_scale) + bias) * layer_scale + residual.
+
+    Args:
+      x_q: int8 [M, K], contiguous rows (any row stride).
+      x_scale: float32 [M], real value of one step of x_q.
+      x_zero: int32 [M], the step that stands for 0; None means 0 in every row.
+      w: packed weight of logical shape [N, K]; see pack_weight.
+      w_scale: float32 [N], real value of one step of w.
+      w_sum: int32 [N], from pack_weight.
+      bias: float32 [N] or None.
+      residual: out_dtype [M, N] or None.
+      layer_scale: float32 [N] or None.
+      activation: none, gelu (erf), gelu_tanh or quick_gelu.
+      out_dtype: float32, bfloat16 or float16.
+    Returns: out_dtype [M, N]. Row m depends on row m of the input alone.
+    Raises: ValueError on shape, device, layout or activation, TypeError on dtype.
+    Accumulates in int32, exact for K <= 65_793. Rounding: half to even.
+    """
+    op, device = "int8_linear", x_q.device
+    if x_q.dim() != 2:
+        raise ValueError(f"{op}: x_q must have shape [M, K], got {list(x_q.shape)}")
+    M, K = x_q.shape
+    N = w_scale.shape[0] if w_scale.dim() == 1 else -1
+    _require(op, "x_q", x_q, [M, K], [torch.int8])
+    if K > 1 and x_q.stride(1) != 1:
+        raise ValueError(f"{op}: x_q must have contiguous rows, got strides {list(x_q.stride())}")
+    _require_k(op, K)
+    _require_vectors(op, M, device, x_scale=x_scale)
+    _require_vectors(op, N, device, w_scale=w_scale, bias=bias, layer_scale=layer_scale)
+    for name, vector, size in (("x_zero", x_zero, M), ("w_sum", w_sum, N)):
+        if vector is not None:
+            _require(op, name, vector, [size], [torch.int32])
+            _require_device(op, name, vector, device)
+    _require_weight(op, "w", w, N, K, device)
+    if out_dtype not in FLOAT_TYPES:
+        raise TypeError(f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    if residual is not None:
+        _require(op, "residual", residual, [M, N], [out_dtype])
+        _require_device(op, "residual", residual, device)
+    if activation not in get_args(Activation):
+        raise ValueError(f"{op}: activation must be one of {get_args(Activation)}, got {activation!r}")
+    return torch.ops.lraee.int8_linear(  # type: ignore[no-any-return]
+        x_q, x_scale, x_zero, w, w_scale, w_sum, bias,
+        residual=residual, layer_scale=layer_scale, activation=activation, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def int8_attention(qkv: Tensor, *, num_heads: int, causal: bool = False) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V with Q and K in int8, one step per token and head.
+
+    Args:
+      qkv: float32, bfloat16 or float16 [B, L, 3 D], any strides; L >= 1.
+      num_heads: H >= 1, a divisor of D.
+      causal: token i sees tokens 0..i only.
+    Returns: [B, L, D] in the type of qkv. Image b depends on image b alone.
+    Raises: ValueError on shape, TypeError on dtype.
+    """
+    op = "int8_attention"
+    _require_float_rows(op, "qkv", qkv, 3)
+    if num_heads < 1 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
+        raise ValueError(
+            f"{op}: qkv must have a last size of 3 * num_heads * d with num_heads = {num_heads},"
+            f" got {qkv.shape[2]}"
+        )
+    if qkv.shape[1] < 1:
+        raise ValueError(f"{op}: qkv must hold at least one token, got shape {list(qkv.shape)}")
+    return torch.ops.lraee.int8_attention(qkv, num_heads, causal)  # type: ignore[no-any-return]
+
+
+def exit_probe(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w1_sum: Tensor,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    w2_scale: Tensor | None,
+    w2_sum: Tensor | None,
+    b2: Tensor | None,
+    classes: Tensor,
+    gate: Tensor,
+    *,
+    logit_scale: float,
+    eps: float = 1e-5,
+) -> Probe:
+    """Exit head and gate of one depth: embedding, its best class, and the score of leaving here.
+
+    Formula: see lraee.reference.exit_probe. z is read from memory once.
+
+    Args:
+      z: float32, bfloat16 or float16 [B, L, D], class token first, L >= 2.
+      gamma, beta: float32 [D], with eps the LayerNorm of the head.
+      w1, w1_scale, w1_sum: packed int8 weight [H, D] ([E, D] where w2 is None); b1 float32 or None.
+      w2, w2_scale, w2_sum: packed int8 weight [E, H], or all None; b2 float32 [E] or None.
+      classes: float32 [K, E], rows of length 1, K >= 1.
+      gate: float32 [4].
+      logit_scale: factor of the cosine, already exponentiated.
+      eps: added to the variance of the LayerNorm.
+    Returns: embedding float32 [B, E], top1 int64 [B], confidence, margin, variance, score float32 [B].
+    Raises: ValueError on shape, device or layout, TypeError on dtype.
+    """
+    op, device = "exit_probe", z.device
+    _require_float_rows(op, "z", z, 3)
+    if z.shape[1] < 2:
+        raise ValueError(f"{op}: z must hold a class token and a patch, got shape {list(z.shape)}")
+    if classes.dim() != 2 or classes.shape[0] < 1:
+        raise ValueError(f"{op}: classes must have shape [K >= 1, E], got {list(classes.shape)}")
+    D, (K, E) = z.shape[2], classes.shape
+    H = w1_scale.shape[0] if w1_scale.dim() == 1 else -1
+    _require_vectors(op, D, device, gamma=gamma, beta=beta)
+    _require(op, "classes", classes, [K, E], [torch.float32])
+    _require_device(op, "classes", classes, device)
+    _require_vectors(op, 4, device, gate=gate)
+    hidden = E if w2 is None else H
+    _require_vectors(op, hidden, device, w1_scale=w1_scale, b1=b1)
+    _require(op, "w1_sum", w1_sum, [hidden], [torch.int32])
+    _require_weight(op, "w1", w1, hidden, D, device)
+    if w2 is not None:
+        if w2_scale is None or w2_sum is None:
+            raise ValueError(f"{op}: w2_scale and w2_sum must be given with w2, got None")
+        _require_vectors(op, E, device, w2_scale=w2_scale, b2=b2)
+        _require(op, "w2_sum", w2_sum, [E], [torch.int32])
+        _require_weight(op, "w2", w2, E, H, device)
+    return torch.ops.lraee.exit_probe(  # type: ignore[no-any-return]
+        z, gamma, beta, eps, w1, w1_scale, w1_sum, b1, w2, w2_scale, w2_sum, b2,
+        classes, logit_scale, gate,
+    )  # fmt: skip
+
+
+# Fakes: shape, type and device of each result
+
+
+def _fake(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    return register_fake(f"lraee::{name}", lib=_library)  # type: ignore[no-any-return]
+
+
+@_fake("quantize_rows")
+def _quantize_rows_fake(x: Tensor, symmetric: bool) -> Quantized:
+    M, K = x.shape
+    return (
+        x.new_empty((M, K), dtype=torch.int8),
+        x.new_empty(M, dtype=torch.float32),
+        x.new_empty(M, dtype=torch.int32),
+    )
+
+
+@_fake("layer_norm_quantize")
+def _layer_norm_quantize_fake(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, symmetric: bool
+) -> Quantized:
+    return _quantize_rows_fake(x, symmetric)
+
+
+@_fake("pack_weight")
+def _pack_weight_fake(w_q: Tensor) -> tuple[Tensor, Tensor]:
+    N, K = w_q.shape
+    return w_q.new_empty(packed_shape(N, K, w_q.device)), w_q.new_empty(N, dtype=torch.int32)
+
+
+@_fake("unpack_weight")
+def _unpack_weight_fake(w: Tensor, N: int, K: int) -> Tensor:
+    return w.new_empty((N, K))
+
+
+@_fake("int8_linear")
+def _int8_linear_fake(
+    x_q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return x_q.new_empty((x_q.shape[0], w_scale.shape[0]), dtype=out_dtype)
+
+
+@_fake("int8_attention")
+def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+    B, L, D3 = qkv.shape
+    return qkv.new_empty((B, L, D3 // 3))
+
+
+@_fake("exit_probe")
+def _exit_probe_fake(z: Tensor, *arguments: object) -> Probe:
+    classes = arguments[11]
+    assert isinstance(classes, Tensor)
+    B, E = z.shape[0], classes.shape[1]
+    score = z.new_empty(B, dtype=torch.float32)
+    others = tuple(torch.empty_like(score) for _ in range(3))
+    embedding = z.new_empty((B, E), dtype=torch.float32)
+    return embedding, z.new_empty(B, dtype=torch.int64), *others, score  # type: ignore[return-value]
+
+
+# FLOPs, two for each multiply-add as torch counts them
+
+
+@register_flop_formula(torch.ops.lraee.int8_linear)
+def _int8_linear_flops(
+    x_q: torch.Size, x_scale: object, x_zero: object, w: object, w_scale: torch.Size,
+    *rest: object, **options: object,
+) -> int:  # fmt: skip
+    M, K = x_q
+    return 2 * M * int(w_scale[0]) * K
+
+
+@register_flop_formula(torch.ops.lraee.int8_attention)
+def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
+    B, L, D3 = qkv
+    return 4 * B * L * L * (D3 // 3)
+
+
+@register_flop_formula(torch.ops.lraee.exit_probe)
+def _exit_probe_flops(
+    z: torch.Size, gamma: object, beta: object, eps: object, w1: object, w1_scale: torch.Size,
+    w1_sum: object, b1: object, w2: object, w2_scale: torch.Size | None, w2_sum: object, b2: object,
+    classes: torch.Size, *rest: object, **options: object,
+) -> int:  # fmt: skip
+    B, _, D = z
+    H = int(w1_scale[0])
+    K, E = classes
+    head = D * H + (0 if w2_scale is None else H * E)
+    return 2 * B * (head + K * E)
