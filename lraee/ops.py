@@ -1,64 +1,21 @@
-"""Schemas, the one door, fakes and FLOP formulas of `torch.ops.lraee.*`.
+"""The one door to the operators `torch.ops.lraee.*`.
 
-PyTorch's dispatcher chooses the implementation: C++ for CPU tensors (lraee._C), Triton for CUDA
-tensors (lraee.kernels), the plain-torch definition (lraee.reference) wherever neither is there.
-The functions of this module are the door: shapes, types and devices are checked here, once, with
-one line that names the argument, the rule and the value. Below the door implementations assert only
-what memory safety needs.
+Shapes, types and devices are checked here, once, with one line that names the argument, the rule
+and the value. PyTorch's dispatcher then chooses the implementation (see lraee.registry); below the
+door implementations assert only what memory safety needs.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake
-from torch.utils.flop_counter import register_flop_formula
 
-from lraee import reference
 from lraee.reference import MAX_K, Probe, Quantized
+from lraee.registry import packed_shape
 
 Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu"]
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-PANEL_N, GROUP_K = 16, 4
-"""CPU weight layout [ceil(N/16), ceil(K/4), 16, 4]: one 64-byte register per panel and k-group."""
-
-try:
-    from lraee import _C  # noqa: F401  (registers the CPU implementations)
-
-    CPU_EXTENSION_ERROR: str | None = None
-except ImportError as error:
-    CPU_EXTENSION_ERROR = str(error)
-    logging.getLogger("lraee").warning(
-        "C++ extension not available (%s): operators on the CPU run the slow plain-torch reference",
-        error,
-    )
-
-SCHEMAS = {
-    "quantize_rows": "(Tensor x, bool symmetric) -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
-    "layer_norm_quantize": "(Tensor x, Tensor gamma, Tensor beta, float eps, bool symmetric)"
-    " -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
-    "pack_weight": "(Tensor w_q) -> (Tensor w, Tensor w_sum)",
-    "unpack_weight": "(Tensor w, int N, int K) -> Tensor",
-    "int8_linear": "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale,"
-    " Tensor w_sum, Tensor? bias=None, *, Tensor? residual=None, Tensor? layer_scale=None,"
-    ' str activation="none", ScalarType out_dtype=float) -> Tensor',
-    "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
-    "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
-    " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
-    " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
-    " Tensor confidence, Tensor margin, Tensor variance, Tensor score)",
-}
-OPERATORS = tuple(SCHEMAS)
-
-_library = Library("lraee", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-
-
-# The door
 
 
 def _require(
@@ -91,13 +48,6 @@ def _require_float_rows(op: str, name: str, x: Tensor, dims: int) -> None:
     if x.dim() != dims:
         raise ValueError(f"{op}: {name} must have {dims} dimensions, got shape {list(x.shape)}")
     _require(op, name, x, x.shape, FLOAT_TYPES)
-
-
-def packed_shape(N: int, K: int, device: torch.device) -> list[int]:
-    """Shape of the weight layout that the device's implementation reads."""
-    if device.type == "cpu" and CPU_EXTENSION_ERROR is None:
-        return [-(-N // PANEL_N), -(-K // GROUP_K), PANEL_N, GROUP_K]
-    return [N, K]
 
 
 def _require_weight(op: str, name: str, w: Tensor, N: int, K: int, device: torch.device) -> None:
@@ -197,7 +147,7 @@ def int8_linear(
     activation: Activation = "none",
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """y = act((x_q @ w_q.T - x_zero * w_sum) * (x_scale * w_scale) + bias) * layer_scale + residual.
+    """y = act((x_q @ w_q.T - x_zero * w_sum) * x_scale * w_scale + bias) * layer_scale + residual.
 
     Args:
       x_q: int8 [M, K], contiguous rows (any row stride).
@@ -237,7 +187,8 @@ def int8_linear(
         _require(op, "residual", residual, [M, N], [out_dtype])
         _require_device(op, "residual", residual, device)
     if activation not in get_args(Activation):
-        raise ValueError(f"{op}: activation must be one of {get_args(Activation)}, got {activation!r}")
+        names = ", ".join(get_args(Activation))
+        raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}")
     return torch.ops.lraee.int8_linear(  # type: ignore[no-any-return]
         x_q, x_scale, x_zero, w, w_scale, w_sum, bias,
         residual=residual, layer_scale=layer_scale, activation=activation, out_dtype=out_dtype,
@@ -297,7 +248,8 @@ def exit_probe(
       gate: float32 [4].
       logit_scale: factor of the cosine, already exponentiated.
       eps: added to the variance of the LayerNorm.
-    Returns: embedding float32 [B, E], top1 int64 [B], confidence, margin, variance, score float32 [B].
+    Returns: embedding float32 [B, E], top1 int64 [B], then float32 [B]: confidence, margin,
+      variance, score.
     Raises: ValueError on shape, device or layout, TypeError on dtype.
     """
     op, device = "exit_probe", z.device
@@ -326,104 +278,3 @@ def exit_probe(
         z, gamma, beta, eps, w1, w1_scale, w1_sum, b1, w2, w2_scale, w2_sum, b2,
         classes, logit_scale, gate,
     )  # fmt: skip
-
-
-# Fakes: shape, type and device of each result
-
-
-def _fake(name: str) -> Callable[[Callable[..., object]], Callable[..., object]]:
-    return register_fake(f"lraee::{name}", lib=_library)  # type: ignore[no-any-return]
-
-
-@_fake("quantize_rows")
-def _quantize_rows_fake(x: Tensor, symmetric: bool) -> Quantized:
-    M, K = x.shape
-    return (
-        x.new_empty((M, K), dtype=torch.int8),
-        x.new_empty(M, dtype=torch.float32),
-        x.new_empty(M, dtype=torch.int32),
-    )
-
-
-@_fake("layer_norm_quantize")
-def _layer_norm_quantize_fake(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, symmetric: bool
-) -> Quantized:
-    return _quantize_rows_fake(x, symmetric)
-
-
-@_fake("pack_weight")
-def _pack_weight_fake(w_q: Tensor) -> tuple[Tensor, Tensor]:
-    N, K = w_q.shape
-    return w_q.new_empty(packed_shape(N, K, w_q.device)), w_q.new_empty(N, dtype=torch.int32)
-
-
-@_fake("unpack_weight")
-def _unpack_weight_fake(w: Tensor, N: int, K: int) -> Tensor:
-    return w.new_empty((N, K))
-
-
-@_fake("int8_linear")
-def _int8_linear_fake(
-    x_q: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    return x_q.new_empty((x_q.shape[0], w_scale.shape[0]), dtype=out_dtype)
-
-
-@_fake("int8_attention")
-def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
-    B, L, D3 = qkv.shape
-    return qkv.new_empty((B, L, D3 // 3))
-
-
-@_fake("exit_probe")
-def _exit_probe_fake(z: Tensor, *arguments: object) -> Probe:
-    classes = arguments[11]
-    assert isinstance(classes, Tensor)
-    B, E = z.shape[0], classes.shape[1]
-    score = z.new_empty(B, dtype=torch.float32)
-    others = tuple(torch.empty_like(score) for _ in range(3))
-    embedding = z.new_empty((B, E), dtype=torch.float32)
-    return embedding, z.new_empty(B, dtype=torch.int64), *others, score  # type: ignore[return-value]
-
-
-# FLOPs, two for each multiply-add as torch counts them
-
-
-@register_flop_formula(torch.ops.lraee.int8_linear)
-def _int8_linear_flops(
-    x_q: torch.Size, x_scale: object, x_zero: object, w: object, w_scale: torch.Size,
-    *rest: object, **options: object,
-) -> int:  # fmt: skip
-    M, K = x_q
-    return 2 * M * int(w_scale[0]) * K
-
-
-@register_flop_formula(torch.ops.lraee.int8_attention)
-def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
-    B, L, D3 = qkv
-    return 4 * B * L * L * (D3 // 3)
-
-
-@register_flop_formula(torch.ops.lraee.exit_probe)
-def _exit_probe_flops(
-    z: torch.Size, gamma: object, beta: object, eps: object, w1: object, w1_scale: torch.Size,
-    w1_sum: object, b1: object, w2: object, w2_scale: torch.Size | None, w2_sum: object, b2: object,
-    classes: torch.Size, *rest: object, **options: object,
-) -> int:  # fmt: skip
-    B, _, D = z
-    H = int(w1_scale[0])
-    K, E = classes
-    head = D * H + (0 if w2_scale is None else H * E)
-    return 2 * B * (head + K * E)

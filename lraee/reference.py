@@ -1,8 +1,9 @@
 """Each operator in plain torch: the definition that every implementation is proven against.
 
-Integers (x_q, x_zero, accumulators) and everything written with +, -, *, / and sqrt alone are matched
-bit for bit by the C++ implementations; exp, erf, tanh and the P @ V product are matched within a
-derived bound. Rounding is half to even, division is true division, and no product is fused with a sum.
+Integers (x_q, x_zero, accumulators) and everything written with +, -, *, / and sqrt alone are
+matched bit for bit by the C++ implementations; exp, erf, tanh and the P @ V product are matched
+within a derived bound. Rounding is half to even, division is true division, and no product is
+fused with a sum.
 """
 
 import math
@@ -168,7 +169,7 @@ def int8_linear(
     activation: str = "none",
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """y = act((x_q @ w_q.T - x_zero * w_sum) * (x_scale * w_scale) + bias) * layer_scale + residual.
+    """y = act((x_q @ w_q.T - x_zero * w_sum) * x_scale * w_scale + bias) * layer_scale + residual.
 
     Args:
       x_q: int8 [M, K].
@@ -236,7 +237,7 @@ def int8_attention(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
         logit = logit.masked_fill(hidden, -math.inf)
     p = torch.softmax(logit, dim=-1).to(qkv.dtype)
     y = p.float() @ v
-    return y.transpose(1, 2).reshape(B, L, D).to(qkv.dtype)
+    return y.transpose(1, 2).reshape(B, L, D).to(qkv.dtype)  # type: ignore[no-any-return]
 
 
 def _pool_patches(z: Tensor) -> tuple[Tensor, Tensor]:
