@@ -1,0 +1,27 @@
+#pragma once
+
+namespace lraee::cpu {
+
+// Instruction-set levels that kernels are written for, lowest first. Each level can do all that lower ones do.
+//   scalar       plain C++
+//   avx2         AVX2, FMA, F16C
+//   avx_vnni     the same and 256-bit vpdpbusd, in either of its encodings: VEX (AVX-VNNI) or EVEX (AVX512VL + AVX512-VNNI)
+//   avx512_vnni  AVX512 F, BW, DQ, VL and VNNI
+enum class Isa : int { kScalar, kAvx2, kAvxVnni, kAvx512Vnni };
+inline constexpr int kNumIsaLevels = 4;
+
+const char* isa_name(Isa isa);
+
+// Whether the CPU has the level and the operating system saves its registers.
+bool isa_available(Isa isa);
+
+// Whether 256-bit vpdpbusd exists in its VEX encoding.
+bool has_vex_vnni();
+
+// The level named; false if there is none of that name.
+bool isa_from_name(const char* name, Isa* isa);
+
+// The highest level available.
+Isa probed_isa();
+
+}  // namespace lraee::cpu
