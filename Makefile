@@ -1,0 +1,103 @@
+# Every target does its own set-up in $(VENV): `make demo` or `make test` is all a fresh machine needs.
+# Needs Python 3.11+ and a C++ compiler; scripts/door.sh says in one line which of them is missing.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install --quiet
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+RESULTS ?= results
+
+.PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
+.PHONY: gpu-matrix gpu-model numerics dist clean
+
+help:  ## Lists the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# Set-up, in four steps that each run again only when what they depend on changed
+
+$(VENV)/.python: scripts/door.sh
+	@python=$$(sh scripts/door.sh) && "$$python" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	@echo "lraee: installing torch, torchvision, triton and open_clip_torch into $(VENV)"
+	@$(PIP) torch torchvision open_clip_torch "setuptools>=77" wheel ninja
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
+	@echo "lraee: installing the package into $(VENV)"
+	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.package $(CXX_SOURCES)
+	@if [ "$${LRAEE_BUILD_EXT:-1}" != 0 ]; then echo "lraee: building the C++ extension" && \
+	  PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py --quiet build_ext --inplace; fi
+	@touch $@
+
+setup: $(VENV)/.extension  ## Makes .venv with torch, open_clip and this package with its C++ extension.
+
+# What users run
+
+# DATA=folder: own photos; MODEL=ViT-B-32 PRETRAINED=openai: any tag that open_clip can fetch.
+DEMO_ARGS = $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
+  $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+
+demo: setup  ## Runs a real CLIP on real photos, float against INT8 (DATA=, MODEL=, PRETRAINED=).
+	@$(BIN)/lraee demo $(DEMO_ARGS)
+
+doctor: setup  ## Says which implementation of each operator runs here, and why the others do not.
+	@$(BIN)/lraee doctor
+
+# What contributors run
+
+test: setup  ## The test suite without its full sweeps.
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## The full sweeps that `make test` leaves out.
+	$(PY) -m pytest -m "slow and not gpu"
+
+test-gpu: setup  ## The tests that need an NVIDIA GPU.
+	$(PY) -m pytest -m gpu
+
+check: setup  ## Lint, format and types; changes nothing.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+format: setup  ## Formats all code in place.
+	$(BIN)/ruff check --fix --select I
+	$(BIN)/ruff format
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+# Benchmarks: nothing else should run on the machine
+
+BENCH := $(PY) -m pytest -q -s --benchmark-disable-gc
+
+bench: setup  ## Each operator on the layers of real towers, one line each; JSON in results/.
+	@mkdir -p $(RESULTS)
+	$(BENCH) bench/bench_*_*.py --benchmark-json $(RESULTS)/operators.json
+
+bench-tower: setup  ## Whole image towers against torch float32, bfloat16 and quantize_dynamic.
+	@mkdir -p $(RESULTS)
+	$(BENCH) bench/bench_tower.py --benchmark-json $(RESULTS)/tower.json
+
+regressions: setup  ## FLOPs against golden numbers; latency of INT8 against float32 and itself.
+	$(BENCH) bench/regression_flops.py bench/regression_latency.py
+
+gpu-matrix: setup  ## Compiles every Triton kernel for every GPU family, without a GPU.
+	$(PY) -m bench.gpu_matrix
+
+gpu-model: setup  ## Predicted (not measured) GPU times.
+	$(PY) -m bench.gpu_model
+
+numerics: setup  ## INT8 numerics on a real 257-token tower (installs the extra `numerics`).
+	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --editable ".[numerics]"
+	$(PY) -m bench.numerics_257
+
+dist: setup  ## The sdist, and the wheel built from it.
+	$(PY) -m build --no-isolation --outdir dist
+
+clean:  ## Removes what was built, and the virtual environment.
+	rm -rf $(VENV) build dist *.egg-info lraee/_C*.so .mypy_cache .pytest_cache .ruff_cache
