@@ -78,7 +78,7 @@ def quantize_rows(x: Tensor, symmetric: bool) -> Quantized:
     else:
         x_zero = torch.round(-128.0 - lo / x_scale).clamp(-128, 127)
         x_q = (steps + x_zero[:, None]).clamp(-128, 127)
-    x_q = torch.where(is_finite[:, None], x_q, 0.0).to(torch.int8)
+    x_q = torch.where(is_finite[:, None], x_q, 0.0).to(torch.int8).contiguous()
     x_zero = torch.where(is_finite, x_zero, 0.0).to(torch.int32)
     return x_q, torch.where(is_finite, x_scale, math.nan), x_zero
 
