@@ -46,6 +46,14 @@ def lane_sum(v: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
+def _square_root(v: Tensor) -> Tensor:
+    """IEEE square root of float32: torch's own is one unit off in 16 % of values (MKL, seen here).
+
+    Through float64, whose rounding cannot reach a tie of float32.
+    """
+    return torch.sqrt(v.double()).float()
+
+
 def quantize_rows(x: Tensor, symmetric: bool) -> Quantized:
     """x ~ (x_q - x_zero) * x_scale with one step and zero point per row.
 
@@ -88,7 +96,7 @@ def _layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     D = x.shape[1]
     centred = x - (lane_sum(x) / D)[:, None]
     variance = lane_sum(centred * centred) / D
-    rstd = 1.0 / torch.sqrt(variance + torch.tensor(eps, dtype=torch.float32, device=x.device))
+    rstd = 1.0 / _square_root(variance + torch.tensor(eps, dtype=torch.float32, device=x.device))
     return (centred * rstd[:, None]) * gamma + beta
 
 
@@ -304,7 +312,7 @@ def exit_probe(
     else:
         assert w2_scale is not None and w2_sum is not None
         embedding = int8_linear(*quantize_rows(hidden, False), w2, w2_scale, w2_sum, b2)
-    length = torch.sqrt(lane_sum(embedding * embedding)).clamp(min=1e-12)
+    length = _square_root(lane_sum(embedding * embedding)).clamp(min=1e-12)
     cosine = lane_sum(embedding[:, None, :] * classes) / length[:, None]
     logits = cosine * torch.tensor(logit_scale, dtype=torch.float32, device=z.device)
     confidence, margin, top1 = _top_two(logits)
