@@ -1,0 +1,172 @@
+"""Arithmetic shared by the kernels: exact rounding, the fixed summation order, quantizer steps.
+
+[NOTE: a row as chunks] A row of length D is held in registers as a tuple of ceil(D / 64) tiles
+[ROWS, 64], the missing part zero. Lane j of every tile then belongs to lane j of
+lraee.reference.lane_sum, so adding tiles in order and folding the last one in half gives that sum
+bit for bit, on any GPU and in the interpreter, whatever the layout of the tiles.
+
+Kernels are launched with enable_fp_fusion=False: a fused multiply-add would round once where the
+definition rounds twice.
+"""
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# (arguments of jit functions are symbolic and have no Python type)
+
+import torch
+import triton
+import triton.language as tl
+
+LANES = tl.constexpr(64)
+INFINITY = tl.constexpr(float("inf"))
+SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
+ROUNDER = tl.constexpr(12582912.0)
+"""1.5 * 2**23: adding it leaves no bit for fractions, so the sum is rounded half to even."""
+
+
+@triton.jit
+def round_half_even(x):
+    """The nearest integer of |x| < 2**22, ties to even."""
+    return (x + ROUNDER) - ROUNDER
+
+
+@triton.jit
+def _fold_half(lanes, ROWS: tl.constexpr, HALF: tl.constexpr):
+    low, high = tl.split(tl.permute(tl.reshape(lanes, (ROWS, 2, HALF)), (0, 2, 1)))
+    return low + high
+
+
+@triton.jit
+def fold_lanes(lanes):
+    """[ROWS, 64] -> [ROWS]: lane[i] += lane[i + half] for half = 32, 16, … 1."""
+    ROWS: tl.constexpr = lanes.shape[0]
+    lanes = _fold_half(lanes, ROWS, 32)
+    lanes = _fold_half(lanes, ROWS, 16)
+    lanes = _fold_half(lanes, ROWS, 8)
+    lanes = _fold_half(lanes, ROWS, 4)
+    lanes = _fold_half(lanes, ROWS, 2)
+    return tl.reshape(_fold_half(lanes, ROWS, 1), (ROWS,))
+
+
+@triton.jit
+def lane_sum(row):
+    """Sum of a row held as chunks, in the order of lraee.reference.lane_sum: [ROWS]."""
+    lanes = row[0] + 0.0
+    for c in tl.static_range(1, len(row)):
+        lanes += row[c]
+    return fold_lanes(lanes)
+
+
+@triton.jit
+def load_row(ptr, offs_row, row_mask, D, CHUNKS: tl.constexpr):
+    """Row(s) starting at ptr + offs_row as float32 chunks [ROWS, 64], zero where masked."""
+    row = ()
+    for c in tl.static_range(CHUNKS):
+        cols = c * LANES + tl.arange(0, LANES)
+        mask = row_mask[:, None] & (cols[None, :] < D)
+        row = row + (tl.load(ptr + offs_row[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32),)  # fmt: skip  # noqa: E501
+    return row
+
+
+@triton.jit
+def normalise_row(row, gamma_ptr, beta_ptr, eps, D):
+    """LayerNorm of a row held as chunks: ((x - mean) * rstd) * gamma + beta, zero in the padding."""
+    size = tl.cast(D, tl.float32)
+    mean = tl.div_rn(lane_sum(row), size)
+    centred = ()
+    squares = ()
+    for c in tl.static_range(len(row)):
+        cols = c * LANES + tl.arange(0, LANES)
+        difference = tl.where(cols[None, :] < D, row[c] - mean[:, None], 0.0)
+        centred = centred + (difference,)
+        squares = squares + (difference * difference,)
+    variance = tl.div_rn(lane_sum(squares), size)
+    rstd = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+    result = ()
+    for c in tl.static_range(len(row)):
+        cols = c * LANES + tl.arange(0, LANES)
+        gamma = tl.load(gamma_ptr + cols, mask=cols < D, other=0.0)
+        beta = tl.load(beta_ptr + cols, mask=cols < D, other=0.0)
+        result = result + ((centred[c] * rstd[:, None]) * gamma[None, :] + beta[None, :],)
+    return result
+
+
+@triton.jit
+def tile_range(x):
+    """Smallest, largest and (as 0 or 1) non-finite value of each row of a tile, 0 among them."""
+    is_finite = tl.abs(x) < INFINITY
+    x = tl.where(is_finite, x, 0.0)
+    lo = tl.minimum(tl.min(x, axis=1), 0.0)
+    hi = tl.maximum(tl.max(x, axis=1), 0.0)
+    return lo, hi, tl.max(tl.where(is_finite, 0, 1), axis=1)
+
+
+@triton.jit
+def row_range(row):
+    """tile_range of a row held as chunks."""
+    lo, hi, is_bad = tile_range(row[0])
+    for c in tl.static_range(1, len(row)):
+        chunk_lo, chunk_hi, chunk_bad = tile_range(row[c])
+        lo, hi = tl.minimum(lo, chunk_lo), tl.maximum(hi, chunk_hi)
+        is_bad = tl.maximum(is_bad, chunk_bad)
+    return lo, hi, is_bad
+
+
+@triton.jit
+def quantizer(lo, hi, is_bad, SYMMETRIC: tl.constexpr):
+    """Scale, zero point (as float32) and validity of rows with this range; see quantize_rows.
+
+    A row that is not valid must be given q = 0; its scale is NaN and its zero point 0.
+    """
+    if SYMMETRIC:
+        scale = tl.div_rn(tl.maximum(-lo, hi), tl.full(lo.shape, 127.0, tl.float32))
+    else:
+        scale = tl.div_rn(hi - lo, tl.full(lo.shape, 255.0, tl.float32))
+    is_valid = (is_bad == 0) & (scale < INFINITY)
+    scale = tl.where(is_valid & (scale >= SMALLEST_SCALE), scale, 1.0)
+    if SYMMETRIC:
+        zero = tl.zeros_like(scale)
+    else:
+        zero = round_half_even(-128.0 - tl.div_rn(tl.where(is_valid, lo, 0.0), scale))
+        zero = tl.where(is_valid, tl.minimum(tl.maximum(zero, -128.0), 127.0), 0.0)
+    return tl.where(is_valid, scale, float("nan")), zero, is_valid
+
+
+@triton.jit
+def quantize_tile(x, scale, zero, is_valid, SYMMETRIC: tl.constexpr):
+    """clamp(round(x / scale) + zero) of a tile [ROWS, BLOCK] with one quantizer per row, int8."""
+    x = tl.where(is_valid[:, None], x, 0.0)
+    steps = round_half_even(tl.div_rn(x, tl.where(is_valid, scale, 1.0)[:, None]))
+    if SYMMETRIC:
+        steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)
+    else:
+        steps = tl.minimum(tl.maximum(steps + zero[:, None], -128.0), 127.0)
+    return steps.to(tl.int8)
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    """none; gelu: y * Phi(y); gelu_tanh: its tanh form; quick_gelu: y * sigmoid(1.702 y)."""
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh u) = sigmoid(2 u)
+        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        y = y / (1.0 + tl.exp(-2.0 * u))
+    if ACTIVATION == "quick_gelu":
+        y = y / (1.0 + tl.exp(-1.702 * y))
+    return y
+
+
+@triton.jit
+def last_to_arrive(ticket_ptr, COUNT: tl.constexpr):
+    """True in the last of COUNT programs that call this with one ticket, which is then reset to 0.
+
+    What the others stored before is visible to that program: their stores are ordered before their
+    ticket by the barrier, tickets are acquire-release, and the barrier after it orders the loads.
+    Read the stored values with cache_modifier=".cg", for L1 is not coherent.
+    """
+    tl.debug_barrier()
+    is_last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == COUNT - 1
+    tl.debug_barrier()
+    if is_last:
+        tl.atomic_xchg(ticket_ptr, 0, sem="relaxed", scope="gpu")
+    return is_last

@@ -1,0 +1,213 @@
+"""Launch configurations as data: one rule of legality, one table, one cost model. No autotuning.
+
+A config never changes a result: int32 sums are exact in any order and each epilogue works on one
+element, so tiles and splits are free to differ between batch sizes and GPUs.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from lraee.kernels.archs import Arch
+
+WORKSPACE_PARTIALS = 1 << 22
+WORKSPACE_TICKETS = 1 << 12
+"""Size of a split-K workspace: int32 partial sums, and one ticket per output tile."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """y[M, N] = x[M, K] @ w[N, K].T; x_bytes is 1 for int8 x, more where it is quantized on load."""
+
+    M: int
+    N: int
+    K: int
+    x_bytes: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """One tiling of int8_linear."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 1
+    group_m: int = 8
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Rows of one program of a row-wise kernel, and its warps."""
+
+    block_m: int
+    num_warps: int
+
+
+def shared_bytes(config: Config, x_bytes: int = 1) -> int:
+    """Shared memory of the pipelined tiles of x and w."""
+    per_stage = (config.block_m * x_bytes + config.block_n) * config.block_k
+    staging = config.block_m * config.block_k if x_bytes > 1 else 0
+    return per_stage * config.num_stages + staging
+
+
+def accumulators_per_thread(config: Config) -> int:
+    """int32 accumulators each thread holds."""
+    return config.block_m * config.block_n // (32 * config.num_warps)
+
+
+def legal(config: Config, shape: Shape, arch: Arch) -> bool:
+    """The single statement of what may be launched; pick, the tuner and the tests all ask here."""
+    blocks = (config.block_m, config.block_n, config.block_k)
+    if any(block & (block - 1) for block in blocks) or min(blocks) < 16:
+        return False  # Triton: tiles are powers of two, products at least 16 wide
+    if config.block_k < 32:
+        return False  # smallest 8-bit product
+    if config.num_warps not in (1, 2, 4, 8) or config.num_stages < 1:
+        return False
+    if shared_bytes(config, shape.x_bytes) > arch.shared_per_block:
+        return False
+    # 128 accumulators leave room for addresses and fragments; more was seen to spill (kernels.md
+    # measured 536 bytes for 128x256x64 with 8 warps before sm_90, whose tiles stay in shared memory)
+    most = 64 if shape.x_bytes > 1 else 128
+    if accumulators_per_thread(config) > most:
+        return False
+    if config.split_k == 1:
+        return True
+    tiles = math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n)
+    partials = tiles * config.split_k * config.block_m * config.block_n
+    return (
+        config.split_k <= math.ceil(shape.K / config.block_k)
+        and tiles <= WORKSPACE_TICKETS
+        and partials <= WORKSPACE_PARTIALS
+    )
+
+
+LOAD_LATENCY_US = 0.7
+"""From asking for a tile in DRAM or L2 to having it; the time one pipeline stage hides."""
+
+
+def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
+    """Time of int8_linear in this tiling, launch excluded: waves of tiles, or bytes, or latency.
+
+    A program makes `steps` trips over K. A trip takes the longest of: tensor-core time of the
+    programs that share an SM, their share of L2 bandwidth, and latency over the stages in flight.
+    The whole cannot beat DRAM. Split-K adds writing and reading the partial sums.
+    """
+    tiles = math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n)
+    programs = tiles * config.split_k
+    by_shared = arch.shared_per_sm // max(1, shared_bytes(config, shape.x_bytes) + 1024)
+    registers = accumulators_per_thread(config) + 56
+    by_registers = 65_536 // (registers * 32 * config.num_warps)
+    resident = max(1, min(by_shared, by_registers, arch.warps_per_sm // config.num_warps))
+    sharing = min(resident, math.ceil(programs / arch.sms))
+    waves = math.ceil(programs / (arch.sms * resident))
+    steps = math.ceil(math.ceil(shape.K / config.block_k) / config.split_k)
+
+    tile_ops = 2 * config.block_m * config.block_n * config.block_k
+    # Small tiles load more bytes per operation from shared memory than the tensor cores digest
+    efficiency = 0.75 * min(1.0, config.block_m / 64, config.block_n / 64)
+    compute_us = sharing * tile_ops / (arch.int8_tops * 1e6 / arch.sms * efficiency)
+    tile_bytes = (config.block_m * shape.x_bytes + config.block_n) * config.block_k
+    l2_us = sharing * tile_bytes / (arch.l2_gb_s * 1e3 / arch.sms)
+    latency_us = LOAD_LATENCY_US / max(1, config.num_stages - 1)
+    quantize_us = 0.0
+    if shape.x_bytes > 1:
+        # About 24 instructions a value at one warp instruction per scheduler and cycle (~1.5 GHz)
+        quantize_us = sharing * 24 * config.block_m * config.block_k / (128 * 1.5e3)
+        steps *= 1 + 1 / 2  # the range is read first
+    busy_us = waves * (LOAD_LATENCY_US + steps * max(compute_us + quantize_us, l2_us, latency_us))
+    if config.split_k > 1:
+        partial_bytes = 8 * programs * config.block_m * config.block_n
+        busy_us += 2 * LOAD_LATENCY_US + partial_bytes / (arch.l2_gb_s * 1e3)
+    bytes_moved = (shape.M * shape.x_bytes + shape.N) * shape.K + 4 * shape.M * shape.N
+    return max(busy_us, bytes_moved / (arch.bandwidth_gb_s * 1e3))
+
+
+# The table: candidates per family and bucket of M. Every row compiles without a spill on every
+# member of its family (bench/gpu_matrix.py). Rows measured on a GPU name it and the date.
+
+_TINY = (
+    Config(16, 64, 128, num_warps=4, num_stages=4),
+    Config(16, 64, 128, num_warps=4, num_stages=4, split_k=4),
+    Config(16, 32, 256, num_warps=4, num_stages=4),
+    Config(16, 32, 256, num_warps=4, num_stages=4, split_k=4),
+)
+_SMALL = (
+    Config(64, 32, 128, num_warps=4, num_stages=4),
+    Config(64, 32, 128, num_warps=4, num_stages=4, split_k=2),
+    Config(64, 32, 128, num_warps=4, num_stages=4, split_k=4),
+    Config(32, 64, 128, num_warps=4, num_stages=4),
+    Config(64, 64, 128, num_warps=4, num_stages=4),
+    Config(64, 64, 128, num_warps=4, num_stages=4, split_k=2),
+)
+_MIDDLE = (
+    Config(64, 64, 128, num_warps=4, num_stages=4),
+    Config(64, 128, 128, num_warps=4, num_stages=3),
+    Config(128, 64, 128, num_warps=4, num_stages=3),
+    Config(64, 64, 128, num_warps=4, num_stages=3, split_k=2),
+)
+_LARGE = (
+    Config(128, 128, 64, num_warps=8, num_stages=4),
+    Config(128, 128, 128, num_warps=8, num_stages=3),
+    Config(128, 64, 128, num_warps=4, num_stages=3),
+)
+_LARGE_90 = (
+    Config(128, 128, 128, num_warps=8, num_stages=4),
+    Config(128, 256, 128, num_warps=8, num_stages=3),
+    Config(64, 256, 128, num_warps=4, num_stages=3),
+    Config(64, 128, 128, num_warps=4, num_stages=4),
+)
+
+BUCKETS = (16, 64, 256)
+"""Largest M of each bucket but the last."""
+
+_BEFORE_90 = (_TINY, _SMALL, _MIDDLE, _LARGE)
+_FROM_90 = (_TINY, _SMALL, _MIDDLE, _LARGE_90)
+TABLE: dict[int, tuple[tuple[Config, ...], ...]] = {
+    80: _BEFORE_90, 86: _BEFORE_90, 89: _BEFORE_90, 90: _FROM_90, 100: _FROM_90, 120: _BEFORE_90,
+}  # fmt: skip
+
+QUANTIZING_TABLE = (
+    Config(16, 64, 128, num_warps=4, num_stages=3),
+    Config(16, 64, 128, num_warps=4, num_stages=3, split_k=4),
+    Config(64, 32, 64, num_warps=4, num_stages=3),
+    Config(64, 64, 64, num_warps=4, num_stages=3),
+    Config(64, 64, 64, num_warps=8, num_stages=3),
+)
+"""int8_linear_from_float, any family: float tiles are four times as large."""
+
+
+def bucket(M: int) -> int:
+    """Index of the bucket of M, so that a batch size more does not mean another kernel."""
+    return sum(M > largest for largest in BUCKETS)
+
+
+def candidates(shape: Shape, arch: Arch) -> tuple[Config, ...]:
+    """Legal rows of the table for this shape."""
+    rows = TABLE[arch.capability][bucket(shape.M)] if shape.x_bytes == 1 else QUANTIZING_TABLE
+    return tuple(row for row in rows if legal(row, shape, arch))
+
+
+@functools.lru_cache(maxsize=4096)
+def pick(shape: Shape, arch: Arch) -> Config:
+    """The legal config of the table that the cost model finds fastest."""
+    rows = candidates(shape, arch)
+    assert rows, f"no legal config for {shape} on sm_{arch.capability}"
+    return min(rows, key=lambda row: predicted_us(row, shape, arch))
+
+
+def row_config(M: int, K: int) -> RowConfig:
+    """quantize_rows: about 16 values a thread; single rows while M is small."""
+    width = min(max(K, 16), 4096)
+    block_m = 1 if M <= 512 or width > 1024 else 4
+    return RowConfig(block_m, num_warps=8 if width > 2048 else 4)
+
+
+def chunk_config(M: int, D: int) -> RowConfig:
+    """layer_norm_quantize: a warp a row, more warps where a row would fill its registers."""
+    if D > 4096:
+        return RowConfig(1, num_warps=4)
+    return RowConfig(1, num_warps=1) if M <= 512 else RowConfig(4, num_warps=4)

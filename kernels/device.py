@@ -1,0 +1,22 @@
+"""The architecture of a device, asked once."""
+
+import functools
+
+import torch
+
+from lraee.kernels.archs import ARCHS, DEFAULT_ARCH, Arch, unsupported_reason
+
+
+@functools.cache
+def arch(device: torch.device) -> Arch:
+    """Architecture of a CUDA device; the interpreter's stand-in for any other.
+
+    Raises: NotImplementedError with the reason where the int8 kernels do not run.
+    """
+    if device.type != "cuda":
+        return DEFAULT_ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    reason = unsupported_reason(10 * major + minor)
+    if reason is not None:
+        raise NotImplementedError(f"lraee.kernels: no int8 kernel for this GPU: {reason}")
+    return ARCHS[10 * major + minor]

@@ -1,0 +1,80 @@
+"""layer_norm_quantize for CUDA: one pass, rows in registers."""
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# (arguments of jit functions are symbolic and have no Python type)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lraee.kernels.common import (
+    LANES,
+    load_row,
+    normalise_row,
+    quantize_tile,
+    quantizer,
+    row_range,
+)
+from lraee.kernels.configs import RowConfig, chunk_config
+
+Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _layer_norm_quantize_kernel(
+    x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, D, stride_xm, eps,
+    SYMMETRIC: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """x_q[m] = quantize(((x[m] - mean) * rstd) * gamma + beta) for BLOCK_M rows, each read once.
+
+    The row is held as chunks (see common, [NOTE: a row as chunks]), so that the two sums and with
+    them x_q are bit-equal to the definition.
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = offs_m < M
+    x = load_row(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, D, CHUNKS)
+    y = normalise_row(x, gamma_ptr, beta_ptr, eps, D)
+    lo, hi, is_bad = row_range(y)
+    scale, zero, is_valid = quantizer(lo, hi, is_bad, SYMMETRIC)
+    tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
+    tl.store(x_zero_ptr + offs_m, zero.to(tl.int32), mask=row_mask)
+    x_q_rows = x_q_ptr + offs_m.to(tl.int64)[:, None] * D
+    for c in tl.static_range(CHUNKS):
+        cols = c * LANES + tl.arange(0, LANES)
+        x_q = quantize_tile(y[c], scale, zero, is_valid, SYMMETRIC)
+        tl.store(x_q_rows + cols[None, :], x_q, mask=row_mask[:, None] & (cols[None, :] < D))
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    symmetric: bool,
+    *,
+    config: RowConfig | None = None,
+) -> Quantized:
+    """quantize_rows(LayerNorm(x) * gamma + beta); see lraee.reference.
+
+    Args:
+      x: float32, bfloat16 or float16 [M, D].
+      gamma: float32 [D].
+      beta: float32 [D].
+      eps: added to the variance.
+      symmetric: as in quantize_rows.
+      config: rows and warps of a program; chosen by shape when None.
+    Returns: x_q int8 [M, D], x_scale float32 [M], x_zero int32 [M].
+    """
+    M, D = x.shape
+    x = x if D <= 1 or x.stride(1) == 1 else x.contiguous()
+    config = config or chunk_config(M, D)
+    x_q = torch.empty((M, D), dtype=torch.int8, device=x.device)
+    x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    x_zero = torch.empty(M, dtype=torch.int32, device=x.device)
+    if M:
+        _layer_norm_quantize_kernel[(triton.cdiv(M, config.block_m),)](
+            x, gamma.contiguous(), beta.contiguous(), x_q, x_scale, x_zero, M, D, x.stride(0), eps,
+            SYMMETRIC=symmetric, CHUNKS=max(1, triton.cdiv(D, 64)), BLOCK_M=config.block_m,
+            num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return x_q, x_scale, x_zero

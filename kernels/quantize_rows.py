@@ -1,0 +1,78 @@
+"""quantize_rows for CUDA: one program owns a few rows, held in registers when they fit."""
+# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
+# (arguments of jit functions are symbolic and have no Python type)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lraee.kernels.common import quantize_tile, quantizer, tile_range
+from lraee.kernels.configs import RowConfig, row_config
+
+Quantized = tuple[Tensor, Tensor, Tensor]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _quantize_rows_kernel(
+    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, K, stride_xm,
+    SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x_q[m] = clamp(round(x[m] / scale_m) + zero_m) for BLOCK_M rows.
+
+    A row of at most BLOCK_K values is read once; a longer one twice (range, then values).
+    """
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = offs_m < M
+    offs_k = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    x_q_rows = x_q_ptr + offs_m.to(tl.int64)[:, None] * K
+    mask = row_mask[:, None] & (offs_k[None, :] < K)
+    x = tl.load(x_rows + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    lo, hi, is_bad = tile_range(x)
+    if not IS_ONE_TILE:
+        for k in range(BLOCK_K, K, BLOCK_K):
+            mask = row_mask[:, None] & (k + offs_k[None, :] < K)
+            x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+            tile_lo, tile_hi, tile_bad = tile_range(x)
+            lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
+            is_bad = tl.maximum(is_bad, tile_bad)
+    scale, zero, is_valid = quantizer(lo, hi, is_bad, SYMMETRIC)
+    tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
+    tl.store(x_zero_ptr + offs_m, zero.to(tl.int32), mask=row_mask)
+    if IS_ONE_TILE:
+        x_q = quantize_tile(x, scale, zero, is_valid, SYMMETRIC)
+        tl.store(x_q_rows + offs_k[None, :], x_q, mask=mask)
+    else:
+        for k in range(0, K, BLOCK_K):
+            mask = row_mask[:, None] & (k + offs_k[None, :] < K)
+            x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+            x_q = quantize_tile(x, scale, zero, is_valid, SYMMETRIC)
+            tl.store(x_q_rows + k + offs_k[None, :], x_q, mask=mask)
+
+
+def quantize_rows(x: Tensor, symmetric: bool, *, config: RowConfig | None = None) -> Quantized:
+    """x ~ (x_q - x_zero) * x_scale with one step and zero point per row; see lraee.reference.
+
+    Args:
+      x: float32, bfloat16 or float16 [M, K].
+      symmetric: x_zero = 0 and steps -127..127.
+      config: rows and warps of a program; chosen by shape when None.
+    Returns: x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M].
+    """
+    M, K = x.shape
+    x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
+    config = config or row_config(M, K)
+    x_q = torch.empty((M, K), dtype=torch.int8, device=x.device)
+    x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    x_zero = torch.empty(M, dtype=torch.int32, device=x.device)
+    if M:
+        BLOCK_K = min(triton.next_power_of_2(max(K, 16)), 4096)
+        _quantize_rows_kernel[(triton.cdiv(M, config.block_m),)](
+            x, x_q, x_scale, x_zero, M, K, x.stride(0),
+            SYMMETRIC=symmetric, IS_ONE_TILE=K <= BLOCK_K,
+            BLOCK_M=config.block_m, BLOCK_K=BLOCK_K,
+            num_warps=config.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return x_q, x_scale, x_zero
