@@ -55,6 +55,9 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
         "unpack_weight": (ops.unpack_weight, [ops.pack_weight(w_q)[0], 18, 30], {}),
         "int8_linear": (ops.int8_linear, *_linear_arguments()),
         "int8_linear_empty": (ops.int8_linear, *_linear_arguments(M=0)),
+        "pack_float_weight": (ops.pack_float_weight, [x], {}),
+        "unpack_float_weight": (ops.unpack_float_weight, [ops.pack_float_weight(x), 5, 30], {}),
+        "float_linear": (ops.float_linear, [x, ops.pack_float_weight(x), 5, x[:, 0]], {}),
         "int8_attention": (ops.int8_attention, [qkv], {"num_heads": 2}),
         "int8_attention_causal": (ops.int8_attention, [qkv], {"num_heads": 2, "causal": True}),
         "exit_probe": (ops.exit_probe, *_probe_arguments()),
@@ -138,6 +141,7 @@ def test_flops_are_two_for_each_multiply_add() -> None:
         "int8_attention": 2 * 2 * (2 * 7 * 7 * 16),
         "exit_probe": 2 * 3 * (20 * 16 + 16 * 12 + 5 * 12),
         "exit_probe_affine": 2 * 3 * (20 * 12 + 5 * 12),
+        "float_linear": 2 * 5 * 5 * 30,
         "quantize_rows": 0,
     }
     for name, flops in expected.items():
@@ -182,6 +186,9 @@ def _door_errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Excep
         ("int8_linear", {}, {"out_dtype": torch.float64}, TypeError, r"out_dtype must be float32"),
         ("int8_linear", {4: torch.ones(18, device="meta")}, {}, ValueError,
          r"int8_linear: w_scale must be on cpu like the input, got meta"),
+        ("float_linear", {0: torch.zeros(5, 30).half()}, {}, TypeError, r"x must be float32"),
+        ("float_linear", {2: 40}, {}, ValueError, r"float_linear: w must have the cpu layout"),
+        ("float_linear", {3: torch.ones(4)}, {}, ValueError, r"bias must have shape \[5\]"),
         ("int8_attention", {0: torch.zeros(2, 7, 50)}, {}, ValueError,
          r"int8_attention: qkv must have a last size of 3 \* num_heads \* d"),
         ("int8_attention", {}, {"num_heads": 0}, ValueError, r"num_heads = 0"),

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+
+namespace lraee::cpu {
+
+// Layout of a float weight: panels of 16 outputs, w[n / 16][k][n % 16], missing outputs zero.
+inline constexpr int64_t kFloatPanel = 16;
+
+inline int64_t num_float_panels(int64_t N) { return (N + kFloatPanel - 1) / kFloatPanel; }
+
+void pack_float_weight(const float* w, int64_t N, int64_t K, float* packed);
+void unpack_float_weight(const float* packed, int64_t N, int64_t K, float* w);
+
+// One block of y = x @ w^T + bias: rows of x and y, and the panels [first_panel, last_panel) of w.
+//
+// [NOTE: fixed summation order] Each y[m, n] starts at bias[n] (or 0) and adds x[m, k] * w[n, k] for
+// k = 0, 1, 2, … with one fma each, whatever the tile it falls in: the reduction is never split and
+// never reordered, so a row's bits depend neither on the other rows nor on the number of threads.
+struct FloatLinear {
+  const float* x;
+  int64_t x_stride;
+  const float* w;
+  const float* bias;  // null for none
+  float* y;
+  int64_t y_stride;
+  int64_t rows;
+  int64_t N;
+  int64_t K;
+  int64_t first_panel;
+  int64_t last_panel;
+};
+
+using FloatLinearKernel = void (*)(const FloatLinear& block);
+
+void float_linear_scalar(const FloatLinear& block);
+void float_linear_avx2(const FloatLinear& block);
+void float_linear_avx512(const FloatLinear& block);
+
+}  // namespace lraee::cpu
