@@ -1,0 +1,55 @@
+"""Which implementation of the operators a tower runs on."""
+
+from typing import Any, Literal, get_args
+
+import torch
+
+from lraee import reference, registry
+
+Backend = Literal["auto", "reference", "cpu", "triton"]
+
+_DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
+
+
+def operators(backend: Backend) -> Any:
+    """The operators by name: the plain-torch definitions, or what PyTorch's dispatcher chooses."""
+    return reference if backend == "reference" else torch.ops.lraee
+
+
+def implementation(backend: Backend, device: torch.device) -> str:
+    """What runs `int8_linear` there: reference, cpu or triton."""
+    if backend == "reference":
+        return "reference"
+    for name, key in _DISPATCH_KEYS.items():
+        if device.type == key.lower() and _is_registered(key):
+            return name
+    return "reference"
+
+
+def require_backend(backend: str, device: torch.device) -> None:
+    """Raises one line unless `backend` is a known name whose implementation runs on the device.
+
+    Raises: ValueError on an unknown name, RuntimeError if the implementation is not there.
+    """
+    if backend not in get_args(Backend):
+        names = ", ".join(get_args(Backend))
+        raise ValueError(f"accelerate: backend must be one of {names}, got {backend!r}")
+    if backend in _DISPATCH_KEYS:
+        reason = _why_not(backend, device)
+        if reason is not None:
+            raise RuntimeError(f"accelerate: backend must run here, got {backend!r}: {reason}")
+
+
+def _why_not(backend: str, device: torch.device) -> str | None:
+    key = _DISPATCH_KEYS[backend]
+    if device.type != key.lower():
+        return f"it needs a model on {key.lower()}, this one is on {device}; move it, or use 'auto'"
+    if _is_registered(key):
+        return None
+    if backend == "cpu":
+        return f"the C++ extension is not available ({registry.CPU_EXTENSION_ERROR})"
+    return "the Triton kernels are not available"
+
+
+def _is_registered(key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("lraee::int8_linear", key)
