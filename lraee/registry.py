@@ -112,7 +112,8 @@ def _unpack_weight_fake(w: Tensor, N: int, K: int) -> Tensor:
 
 @_fake("pack_float_weight")
 def _pack_float_weight_fake(w: Tensor) -> Tensor:
-    return w.new_empty(packed_float_shape(*w.shape, w.device))
+    N, K = w.shape
+    return w.new_empty(packed_float_shape(N, K, w.device))
 
 
 @_fake("unpack_float_weight")
