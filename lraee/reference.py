@@ -91,11 +91,6 @@ def quantize_rows(x: Tensor, symmetric: bool) -> Quantized:
     return x_q, torch.where(is_finite, x_scale, math.nan), x_zero
 
 
-def square_root(v: Tensor) -> Tensor:
-    """Correctly rounded float32 square root; torch.sqrt on the CPU is off by one bit at times."""
-    return torch.sqrt(v.double()).float()
-
-
 def _layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """LayerNorm of float32 [M, D] in the fixed summation order, two passes."""
     D = x.shape[1]
