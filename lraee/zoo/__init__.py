@@ -4,15 +4,17 @@
 
 The same model through open_clip, for code that already calls it:
 
-    weights = lraee.zoo.register("lraee-tiny")      # makes the name known, returns the verified weights file
+    weights = lraee.zoo.register("lraee-tiny")  # makes the name known, verifies the weights
     model, _, preprocess = open_clip.create_model_and_transforms("lraee-tiny", pretrained=weights)
     tokenizer = open_clip.get_tokenizer("lraee-tiny")
 
-open_clip's own preprocessing resizes the shorter side to 56 and crops nothing from a square photo; `load` returns the one
-that the model was trained and measured with (shorter side 64, centre crop 56). The card beside the weights has the figures.
+open_clip's own preprocessing resizes the shorter side to 56 and crops nothing from a square photo;
+`load` returns the one that the model was measured with (shorter side 64, centre crop 56). The card
+beside the weights has the figures.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -31,15 +33,15 @@ _WEIGHTS = "open_clip_model.safetensors"
 
 @dataclass(frozen=True)
 class Entry:
-    """What the zoo knows of one model: `resize` is the photo's shorter side before the centre crop `crop`, in pixels."""
+    """One model: `resize` is the photo's shorter side before the centre crop `crop`, in pixels."""
 
     sha256: str
     resize: int
     crop: int
 
     def preprocess(self) -> Preprocess:
-        """Photo -> float32 [3, crop, crop]: resize (bicubic), centre crop, CLIP's mean and standard deviation."""
-        return transforms.Compose(
+        """Photo -> float32 [3, crop, crop]: resize (bicubic), centre crop, CLIP's mean and std."""
+        steps: Preprocess = transforms.Compose(
             [
                 transforms.Resize(self.resize, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.CenterCrop(self.crop),
@@ -48,6 +50,7 @@ class Entry:
                 transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
             ]
         )
+        return steps
 
 
 _ENTRIES = {
@@ -71,7 +74,7 @@ def directory(name: str) -> Path:
 
 
 def register(name: str) -> str:
-    """Makes `name` a model of open_clip in this process; returns its weights file, verified against the hash in the code.
+    """Makes `name` a model of open_clip in this process; returns its verified weights file.
 
     Raises: ValueError on an unknown name, RuntimeError on a missing or changed weights file.
     """
@@ -81,6 +84,11 @@ def register(name: str) -> str:
         open_clip.add_model_config(directory(name) / f"{name}.json")
     _verify(name, weights, entry.sha256)
     return str(weights)
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """Words that the model's text tower was trained to know, in label order."""
+    return tuple(json.loads((directory(name) / "classes.json").read_text(encoding="utf-8")))
 
 
 def load(name: str) -> tuple[nn.Module, Preprocess, Tokenizer]:
@@ -108,11 +116,14 @@ def _to_rgb(image: Image) -> Image:
 
 def _verify(name: str, weights: Path, sha256: str) -> None:
     if not weights.is_file():
-        raise RuntimeError(f"zoo: {name} must have its weights at {weights}, got no such file; install lraee again")
+        raise RuntimeError(
+            f"zoo: {name} must have its weights at {weights}, got no such file; install lraee again"
+        )
     found = _sha256(weights, weights.stat().st_mtime_ns, weights.stat().st_size)
     if found != sha256:
         raise RuntimeError(
-            f"zoo: {weights} must have sha256 {sha256}, got {found}: the file was changed or cut; install lraee again"
+            f"zoo: {weights} must have sha256 {sha256}, got {found}: "
+            "the file was changed or cut; install lraee again"
         )
 
 
