@@ -21,6 +21,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
     "-g0",
+    "-Wno-maybe-uninitialized",  # GCC 12 warns about its own AVX-512 headers
 ]
 # OpenMP is on for the compiler only, because at::parallel_for is a template in torch's header. The
 # runtime must be the one libtorch brings: a second one would start its own pool of threads, which

@@ -1,0 +1,150 @@
+// int8_linear on tensors: pointers, the split between threads, scratch.
+
+#include "int8_linear.h"
+
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "common.h"
+#include "cpu/int8_linear.h"
+#include "cpu/pack_weight.h"
+
+namespace lraee {
+namespace {
+
+// Contiguous float32 or int32 operand of the given length; null where it is absent. keep holds the storage alive.
+template <class T>
+const T* vector_pointer(const char* name, const std::optional<at::Tensor>& operand, int64_t size,
+                        at::Tensor* keep) {
+  if (!operand.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(operand->dim() == 1 && operand->size(0) == size, "int8_linear: ", name,
+                    " must have shape [", size, "], got ", operand->sizes());
+  *keep = operand->contiguous();
+  return keep->const_data_ptr<T>();
+}
+
+cpu::Activation activation_from_name(std::string_view name) {
+  if (name == "none") return cpu::Activation::kNone;
+  if (name == "gelu") return cpu::Activation::kGelu;
+  if (name == "gelu_tanh") return cpu::Activation::kGeluTanh;
+  if (name == "quick_gelu") return cpu::Activation::kQuickGelu;
+  TORCH_CHECK_VALUE(
+      false, "int8_linear: activation must be none, gelu, gelu_tanh or quick_gelu, got ", name);
+}
+
+// Scratch of one thread, kept for the life of the thread: a fresh one would cost page faults on every call.
+void* thread_scratch(int64_t bytes) {
+  constexpr size_t kAlignment = 64;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> buffer;
+  static thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    buffer.reset(std::aligned_alloc(
+        kAlignment, (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment));
+    capacity = buffer == nullptr ? 0 : bytes;
+    TORCH_CHECK(buffer != nullptr, "int8_linear: out of memory for ", bytes, " bytes of scratch");
+  }
+  return buffer.get();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A grid of blocks, one for each thread.
+struct Grid {
+  int64_t m_parts, n_parts;
+};
+
+// The split with the least work and traffic for the slowest thread. Rows weigh by 6, columns by 64, the sizes of a tile; a
+// thread reads its weights once and converts its rows once.
+Grid best_grid(const cpu::Int8LinearArgs& a, int64_t num_threads) {
+  constexpr int64_t kSerialProducts = 1 << 20, kRows = 6, kProductsPerByte = 8;
+  Grid best{1, 1};
+  if (a.M * a.N * a.K < kSerialProducts) return best;
+  int64_t least = INT64_MAX;
+  for (int64_t m_parts = 1; m_parts <= num_threads; ++m_parts) {
+    const int64_t n_parts = num_threads / m_parts;
+    const int64_t rows = ceil_div(ceil_div(a.M, m_parts), kRows) * kRows;
+    const int64_t columns = ceil_div(ceil_div(a.N, cpu::kColumnStep), n_parts) * cpu::kColumnStep;
+    const int64_t cost = rows * columns + kProductsPerByte * (rows + columns);
+    if (cost < least) {
+      least = cost;
+      best = {m_parts, n_parts};
+    }
+  }
+  return best;
+}
+
+void run_parallel(const cpu::Int8LinearArgs& a) {
+  if (a.M == 0 || a.N == 0) return;
+  const cpu::Isa isa = active_isa();
+  const Grid grid = best_grid(a, at::get_num_threads());
+  const int64_t row_step = ceil_div(a.M, grid.m_parts);
+  const int64_t column_step =
+      ceil_div(ceil_div(a.N, cpu::kColumnStep), grid.n_parts) * cpu::kColumnStep;
+  at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch(cpu::int8_linear_scratch_bytes(a.K));
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t m = part / grid.n_parts * row_step, n = part % grid.n_parts * column_step;
+      if (m >= a.M || n >= a.N) continue;
+      cpu::int8_linear(isa, a, {m, std::min(a.M, m + row_step), n, std::min(a.N, n + column_step)},
+                       scratch);
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
+                       const std::optional<at::Tensor>& x_zero, const at::Tensor& w,
+                       const at::Tensor& w_scale, const at::Tensor& w_sum,
+                       const std::optional<at::Tensor>& bias,
+                       const std::optional<at::Tensor>& residual,
+                       const std::optional<at::Tensor>& layer_scale, std::string_view activation,
+                       at::ScalarType out_dtype) {
+  TORCH_CHECK_VALUE(x_q.dim() == 2 && (x_q.size(1) <= 1 || x_q.stride(1) == 1),
+                    "int8_linear: x_q must have shape [M, K] and contiguous rows, got ",
+                    x_q.sizes(), " with strides ", x_q.strides());
+  const int64_t M = x_q.size(0), K = x_q.size(1), N = w_scale.numel();
+  const std::vector<int64_t> layout{cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth,
+                                    cpu::kGroupDepth};
+  TORCH_CHECK_VALUE(w.sizes() == at::IntArrayRef(layout) && w.is_contiguous(),
+                    "int8_linear: w must have the cpu layout ", at::IntArrayRef(layout),
+                    " of [N, K] = [", N, ", ", K, "], got ", w.sizes());
+  TORCH_CHECK_VALUE(
+      !residual.has_value() || (residual->dim() == 2 && residual->size(0) == M &&
+                                residual->size(1) == N && residual->scalar_type() == out_dtype),
+      "int8_linear: residual must be ", out_dtype, " [", M, ", ", N, "]");
+  at::Tensor y = at::empty({M, N}, x_q.options().dtype(out_dtype));
+  at::Tensor keep[6], residual_rows;
+  cpu::Int8LinearArgs a{};
+  a.M = M, a.N = N, a.K = K;
+  a.x_q = x_q.const_data_ptr<int8_t>();
+  a.x_stride = x_q.stride(0);
+  a.x_scale = vector_pointer<float>("x_scale", x_scale, M, &keep[0]);
+  a.x_zero = vector_pointer<int32_t>("x_zero", x_zero, M, &keep[1]);
+  a.w = w.const_data_ptr<int8_t>();
+  a.w_scale = vector_pointer<float>("w_scale", w_scale, N, &keep[2]);
+  a.w_sum = vector_pointer<int32_t>("w_sum", w_sum, N, &keep[3]);
+  a.bias = vector_pointer<float>("bias", bias, N, &keep[4]);
+  a.layer_scale = vector_pointer<float>("layer_scale", layer_scale, N, &keep[5]);
+  if (residual.has_value()) {
+    residual_rows = N <= 1 || residual->stride(1) == 1 ? *residual : residual->contiguous();
+    a.residual = residual_rows.const_data_ptr();
+    a.residual_stride = residual_rows.stride(0);
+  }
+  a.y = y.mutable_data_ptr();
+  a.out_type = float_type(out_dtype, "int8_linear", "out_dtype");
+  a.activation = activation_from_name(activation);
+  run_parallel(a);
+  return y;
+}
+
+}  // namespace lraee
+
+TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("int8_linear", &lraee::int8_linear); }

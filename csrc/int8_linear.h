@@ -1,0 +1,18 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string_view>
+
+namespace lraee {
+
+at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
+                       const std::optional<at::Tensor>& x_zero, const at::Tensor& w,
+                       const at::Tensor& w_scale, const at::Tensor& w_sum,
+                       const std::optional<at::Tensor>& bias,
+                       const std::optional<at::Tensor>& residual,
+                       const std::optional<at::Tensor>& layer_scale, std::string_view activation,
+                       at::ScalarType out_dtype);
+
+}  // namespace lraee
