@@ -86,7 +86,9 @@ def main() -> None:
         error = activation_error(gate, coefficients, squarings, clamp)
         numbers = ", ".join(f"{float(c).hex()}f" for c in coefficients)
         print(f"// |error| < {1.1 * error:.2g}")
-        print(f"inline constexpr Gate<{degree}, {squarings}> k{name}Gate{{{clamp}f, {{{numbers}}}}};")
+        print(
+            f"inline constexpr Gate<{degree}, {squarings}> k{name}Gate{{{clamp}f, {{{numbers}}}}};"
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from torch import Tensor
 EPS32 = 2.0**-24
 """Largest relative error of one float32 rounding."""
 
-HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Largest relative error of rounding to each type."""
 
 

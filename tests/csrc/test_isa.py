@@ -1,0 +1,64 @@
+"""The choice of the instruction-set level."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lraee import _C
+
+LEVELS = ["scalar", "avx2", "avx_vnni", "avx512_vnni"]
+
+
+def test_levels_are_ordered_and_the_highest_is_chosen() -> None:
+    levels = _C.isa_levels()
+    assert levels == [level for level in LEVELS if level in levels]
+    assert levels[0] == "scalar"
+    if "LRAEE_ISA" not in os.environ:
+        assert _C.isa() == levels[-1]
+
+
+def test_each_level_can_be_forced_by_name() -> None:
+    at_start = _C.isa()
+    try:
+        for level in _C.isa_levels():
+            _C.set_isa(level)
+            assert _C.isa() == level
+    finally:
+        _C.set_isa("")
+    assert _C.isa() == at_start
+
+
+def test_unknown_level_is_refused_by_name() -> None:
+    at_start = _C.isa()
+    with pytest.raises(ValueError, match=r"set_isa: name must name a level .*scalar.*, got 'sse2'"):
+        _C.set_isa("sse2")
+    assert _C.isa() == at_start
+
+
+def _run(level: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import torch, lraee.ops; from lraee import _C;"
+        " x = torch.ones(2, 4, dtype=torch.int8); w, w_sum = lraee.ops.pack_weight(x);"
+        " y = lraee.ops.int8_linear(x, torch.ones(2), None, w, torch.ones(2), w_sum);"
+        " print(_C.isa(), y.sum().item())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LRAEE_ISA": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_forces_a_lower_level() -> None:
+    assert _run("scalar").stdout.split() == ["scalar", "16.0"]
+
+
+def test_environment_with_an_unknown_level_fails_loudly() -> None:
+    result = _run("avx1024")
+    assert result.returncode != 0
+    assert "LRAEE_ISA must name a level that this machine has (scalar" in result.stderr
+    assert "got 'avx1024'" in result.stderr
