@@ -73,7 +73,7 @@ format: setup  ## Formats all code in place.
 
 # Benchmarks: nothing else should run on the machine
 
-BENCH := $(PY) -m pytest -q -s --benchmark-disable-gc
+BENCH := $(PY) -m pytest
 
 bench: setup  ## Each operator on the layers of real towers, one line each; JSON in results/.
 	@mkdir -p $(RESULTS)
