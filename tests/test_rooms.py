@@ -1,0 +1,168 @@
+"""The rooms of the source tree: who may import whom, what C++ may include, how long a file may be.
+
+Everything here is read from the text of the files; nothing is imported.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES = 400
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("reference", "kernels", "sources", "timing", "fidelity", "zoo"),
+    ("registry", "classes"),
+    ("ops", "backend", "machine", "data", "models"),
+    ("quantize", "doctor"),
+    ("linear",),
+    ("modules",),
+    ("exits",),
+    ("towers",),
+    ("accelerate", "calibrate", "flops"),
+    ("checkpoint", "study", "evaluate"),
+    ("demo", "report"),
+    ("cli",),
+    ("__init__",),
+)
+"""Low to high. A file imports from lower floors only, or from its own room (kernels, exits, …)."""
+
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+TORCH_ONLY = {"reference": {"torch"}, "kernels": {"torch", "triton"}}
+"""Rooms that may import nothing but these and the standard library."""
+
+KNOWS_OPEN_CLIP = {"towers", "zoo", "models", "classes"}
+HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
+
+CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
+BROUGHT_BY_CORE = {"torchvision": "open_clip", "PIL": "open_clip", "rich": "typer"}
+"""Imports that the package's dependencies install, and which of them does."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One Python file of the package: its room and the modules that it imports."""
+
+    path: Path
+    room: str
+    imports: frozenset[str]
+
+    @property
+    def rooms(self) -> set[str]:
+        """The rooms of lraee that this file imports from, its own left out."""
+        parts = [name.split(".") for name in self.imports if name.split(".")[0] == "lraee"]
+        return {part[1] if len(part) > 1 else "__init__" for part in parts} - {self.room}
+
+    @property
+    def packages(self) -> set[str]:
+        """Top-level packages outside lraee and the standard library."""
+        tops = {name.split(".")[0] for name in self.imports}
+        return tops - {"lraee"} - set(sys.stdlib_module_names)
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that a file imports, wherever in it; `from lraee import x` counts as lraee.x."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; write it in full"
+            assert node.module is not None
+            if node.module in ("lraee", "lraee.kernels"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def _room(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "kernels" else parts[1]
+
+
+def _sources() -> list[Source]:
+    paths = sorted([*(ROOT / "lraee").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+    return [
+        Source(path, _room(path), frozenset(_imports(ast.parse(path.read_text()))) - {"lraee._C"})
+        for path in paths
+    ]
+
+
+SOURCES = _sources()
+
+
+def _files(*suffixes: str) -> list[Path]:
+    rooms = ("lraee", "kernels", "csrc", "tests", "bench", "scripts")
+    files = (path for room in rooms for path in (ROOT / room).rglob("*"))
+    return sorted(path for path in files if path.suffix in suffixes)
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda s: _name(s.path))
+
+
+@each_source
+def test_file_has_a_floor(source: Source) -> None:
+    assert source.room in FLOOR_OF, f"{source.room} must have a floor in FLOORS"
+
+
+@each_source
+def test_imports_go_down(source: Source) -> None:
+    upward = {room for room in source.rooms if FLOOR_OF[room] >= FLOOR_OF[source.room]}
+    assert not upward, f"{_name(source.path)} must import from lower floors only, got {upward}"
+
+
+@each_source
+def test_packages_are_dependencies(source: Source) -> None:
+    assert set(BROUGHT_BY_CORE.values()) <= CORE
+    allowed = TORCH_ONLY.get(source.room, CORE | set(BROUGHT_BY_CORE))
+    assert source.packages <= allowed, f"not declared: {source.packages - allowed}"
+    if source.room not in KNOWS_OPEN_CLIP:
+        assert not source.packages & HUB_PACKAGES, f"only {KNOWS_OPEN_CLIP} know of model hubs"
+
+
+def test_floors_are_read() -> None:
+    """The reading works: known imports are found, and an upward one would be reported."""
+    by_room = {source.room: source for source in SOURCES if source.path.name != "__init__.py"}
+    assert {"reference", "registry"} <= by_room["ops"].rooms
+    assert "torch" in by_room["reference"].packages
+    assert set(_imports(ast.parse("def f():\n  from lraee import cli"))) == {"lraee.cli"}
+    assert FLOOR_OF["cli"] > FLOOR_OF["ops"]
+
+
+def test_only_kernels_speak_triton() -> None:
+    speakers = {source.room for source in SOURCES if "triton" in source.packages}
+    assert speakers == {"kernels"}
+
+
+@pytest.mark.parametrize("path", _files(".cpp", ".h", ".inc"), ids=_name)
+def test_csrc_cpu_knows_no_tensors(path: Path) -> None:
+    """csrc/cpu: raw pointers; the C++ standard library, immintrin and its own files only."""
+    if path.parent != ROOT / "csrc" / "cpu":
+        return
+    for header in re.findall(r'^\s*#\s*include\s+([<"].+[>"])', path.read_text(), re.MULTILINE):
+        is_own = header.startswith('"') and (path.parent / Path(header.strip('"')).name).exists()
+        is_standard = re.fullmatch(r"<[a-z_]+>", header) is not None
+        assert is_own or is_standard or header in ("<immintrin.h>", "<cpuid.h>"), header
+
+
+@pytest.mark.parametrize("path", _files(".py", ".cpp", ".h", ".inc", ".sh"), ids=_name)
+def test_file_is_short(path: Path) -> None:
+    count = len(path.read_text().splitlines())
+    assert count <= MAX_LINES, f"must have at most {MAX_LINES} lines, got {count}; split by noun"
+
+
+def test_nothing_prints_in_the_library() -> None:
+    """The library logs; only the command line and Triton's own debugging may print."""
+    for source in SOURCES:
+        calls = [n for n in ast.walk(ast.parse(source.path.read_text())) if isinstance(n, ast.Call)]
+        names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+        assert "print" not in names or source.room == "cli", _name(source.path)
