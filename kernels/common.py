@@ -8,12 +8,13 @@ bit for bit, on any GPU and in the interpreter, whatever the layout of the tiles
 Kernels are launched with enable_fp_fusion=False: a fused multiply-add would round once where the
 definition rounds twice.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# (arguments of jit functions are symbolic and have no Python type)
 
 import torch
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Kernels run in Triton's interpreter, which handles bfloat16 by truncating and by bit patterns."""
 
 LANES = tl.constexpr(64)
 INFINITY = tl.constexpr(float("inf"))
@@ -47,6 +48,16 @@ def fold_lanes(lanes):
 
 
 @triton.jit
+def sum_16(x):
+    """[ROWS, 16] -> [ROWS], folded in half; tl.sum leaves the order to the layout."""
+    ROWS: tl.constexpr = x.shape[0]
+    x = _fold_half(x, ROWS, 8)
+    x = _fold_half(x, ROWS, 4)
+    x = _fold_half(x, ROWS, 2)
+    return tl.reshape(_fold_half(x, ROWS, 1), (ROWS,))
+
+
+@triton.jit
 def lane_sum(row):
     """Sum of a row held as chunks, in the order of lraee.reference.lane_sum: [ROWS]."""
     lanes = row[0] + 0.0
@@ -62,13 +73,14 @@ def load_row(ptr, offs_row, row_mask, D, CHUNKS: tl.constexpr):
     for c in tl.static_range(CHUNKS):
         cols = c * LANES + tl.arange(0, LANES)
         mask = row_mask[:, None] & (cols[None, :] < D)
-        row = row + (tl.load(ptr + offs_row[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32),)  # fmt: skip  # noqa: E501
+        x = tl.load(ptr + offs_row[:, None] + cols[None, :], mask=mask, other=0.0)
+        row = row + (x.to(tl.float32),)  # type: ignore[assignment]
     return row
 
 
 @triton.jit
 def normalise_row(row, gamma_ptr, beta_ptr, eps, D):
-    """LayerNorm of a row held as chunks: ((x - mean) * rstd) * gamma + beta, zero in the padding."""
+    """LayerNorm of a row held as chunks: ((x - mean) * rstd) * gamma + beta, padding zero."""
     size = tl.cast(D, tl.float32)
     mean = tl.div_rn(lane_sum(row), size)
     centred = ()
@@ -76,8 +88,8 @@ def normalise_row(row, gamma_ptr, beta_ptr, eps, D):
     for c in tl.static_range(len(row)):
         cols = c * LANES + tl.arange(0, LANES)
         difference = tl.where(cols[None, :] < D, row[c] - mean[:, None], 0.0)
-        centred = centred + (difference,)
-        squares = squares + (difference * difference,)
+        centred = centred + (difference,)  # type: ignore[assignment]
+        squares = squares + (difference * difference,)  # type: ignore[assignment]
     variance = tl.div_rn(lane_sum(squares), size)
     rstd = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
     result = ()
@@ -85,7 +97,8 @@ def normalise_row(row, gamma_ptr, beta_ptr, eps, D):
         cols = c * LANES + tl.arange(0, LANES)
         gamma = tl.load(gamma_ptr + cols, mask=cols < D, other=0.0)
         beta = tl.load(beta_ptr + cols, mask=cols < D, other=0.0)
-        result = result + ((centred[c] * rstd[:, None]) * gamma[None, :] + beta[None, :],)
+        y = (centred[c] * rstd[:, None]) * gamma[None, :] + beta[None, :]
+        result = result + (y,)  # type: ignore[assignment]
     return result
 
 
@@ -157,7 +170,17 @@ def activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(ticket_ptr, COUNT: tl.constexpr):
+def convert(y, dtype: tl.constexpr):
+    """float32 in another float type, rounded half to even, in the interpreter too."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = y.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
+    return y.to(dtype)
+
+
+@triton.jit
+def last_to_arrive(ticket_ptr, COUNT):
     """True in the last of COUNT programs that call this with one ticket, which is then reset to 0.
 
     What the others stored before is visible to that program: their stores are ordered before their

@@ -17,7 +17,7 @@ WORKSPACE_TICKETS = 1 << 12
 
 @dataclass(frozen=True)
 class Shape:
-    """y[M, N] = x[M, K] @ w[N, K].T; x_bytes is 1 for int8 x, more where it is quantized on load."""
+    """y[M, N] = x[M, K] @ w[N, K].T; x_bytes is 1, or more where float x is quantized on load."""
 
     M: int
     N: int
@@ -46,6 +46,31 @@ class RowConfig:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Queries of one program of int8_attention, its warps and pipeline stages."""
+
+    block_i: int
+    num_warps: int
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Tiles of the three launches of exit_probe.
+
+    rows: images of one program, 1 or 16. block_d, unroll: channels and tokens in flight (pool).
+    block_n: hidden outputs of one program. block_h: hidden values per step of the second product.
+    """
+
+    rows: int
+    block_d: int = 64
+    unroll: int = 16
+    block_n: int = 32
+    block_h: int = 128
+    num_warps: int = 4
+
+
 def shared_bytes(config: Config, x_bytes: int = 1) -> int:
     """Shared memory of the pipelined tiles of x and w."""
     per_stage = (config.block_m * x_bytes + config.block_n) * config.block_k
@@ -69,8 +94,7 @@ def legal(config: Config, shape: Shape, arch: Arch) -> bool:
         return False
     if shared_bytes(config, shape.x_bytes) > arch.shared_per_block:
         return False
-    # 128 accumulators leave room for addresses and fragments; more was seen to spill (kernels.md
-    # measured 536 bytes for 128x256x64 with 8 warps before sm_90, whose tiles stay in shared memory)
+    # 128 accumulators leave room for addresses and fragments; with more, spills were seen
     most = 64 if shape.x_bytes > 1 else 128
     if accumulators_per_thread(config) > most:
         return False
@@ -104,7 +128,7 @@ def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
     resident = max(1, min(by_shared, by_registers, arch.warps_per_sm // config.num_warps))
     sharing = min(resident, math.ceil(programs / arch.sms))
     waves = math.ceil(programs / (arch.sms * resident))
-    steps = math.ceil(math.ceil(shape.K / config.block_k) / config.split_k)
+    steps: float = math.ceil(math.ceil(shape.K / config.block_k) / config.split_k)
 
     tile_ops = 2 * config.block_m * config.block_n * config.block_k
     # Small tiles load more bytes per operation from shared memory than the tensor cores digest
@@ -211,3 +235,16 @@ def chunk_config(M: int, D: int) -> RowConfig:
     if D > 4096:
         return RowConfig(1, num_warps=4)
     return RowConfig(1, num_warps=1) if M <= 512 else RowConfig(4, num_warps=4)
+
+
+def attention_config(heads: int, L: int, d: int, arch: Arch) -> AttentionConfig:
+    """int8_attention: 64 queries a program; 16 while that leaves most of the GPU without work."""
+    is_idle = heads * math.ceil(L / 64) < arch.sms // 2
+    if L <= 16 or is_idle:
+        return AttentionConfig(16, num_warps=4)
+    return AttentionConfig(64, num_warps=8 if L > 128 or d > 64 else 4)
+
+
+def probe_config(B: int, D: int, E: int) -> ProbeConfig:
+    """exit_probe: a program an image while there is one, otherwise 16 images a program."""
+    return ProbeConfig(rows=1 if B == 1 else 16, num_warps=4 if max(D, E) <= 512 else 8)

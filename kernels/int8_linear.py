@@ -3,8 +3,6 @@
 Also int8_linear_from_float, which quantizes its float rows while it loads them, so that a layer
 whose input has no other reader (fc2) needs no pass of its own to quantize it.
 """
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# (arguments of jit functions are symbolic and have no Python type)
 
 import torch
 import triton
@@ -12,7 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lraee.kernels import device, workspace
-from lraee.kernels.common import activate, last_to_arrive, quantize_tile, quantizer, tile_range
+from lraee.kernels.common import (
+    activate,
+    convert,
+    last_to_arrive,
+    quantize_tile,
+    quantizer,
+    tile_range,
+)
 from lraee.kernels.configs import Config, Shape, pick
 from lraee.kernels.workspace import Workspace
 
@@ -30,7 +35,7 @@ def _tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
 
 
 @triton.jit
-def _row_quantizer(x_rows, row_mask, K, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip  # noqa: E501
+def row_quantizer(x_rows, row_mask, K, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip  # noqa: E501
     """Quantizer of BLOCK_M float rows, from one reading of them."""
     offs_k = tl.arange(0, BLOCK_K)
     lo = tl.zeros((BLOCK_M,), tl.float32)
@@ -69,7 +74,7 @@ def _store_output(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows * stride_rm + offs_n[None, :], mask=mask, other=0.0)
         y += residual.to(tl.float32)
-    tl.store(y_ptr + rows * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + rows * N + offs_n[None, :], convert(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -114,7 +119,7 @@ def _int8_linear_kernel(
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * K
     if IS_FLOAT:
-        scale, zero, is_valid = _row_quantizer(x_rows, row_mask, K, SYMMETRIC, BLOCK_M, BLOCK_K)
+        scale, zero, is_valid = row_quantizer(x_rows, row_mask, K, SYMMETRIC, BLOCK_M, BLOCK_K)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)

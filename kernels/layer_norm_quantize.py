@@ -1,6 +1,4 @@
 """layer_norm_quantize for CUDA: one pass, rows in registers."""
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# (arguments of jit functions are symbolic and have no Python type)
 
 import torch
 import triton

@@ -1,6 +1,4 @@
 """quantize_rows for CUDA: one program owns a few rows, held in registers when they fit."""
-# mypy: disallow-untyped-defs=False, disallow-untyped-calls=False, disallow-untyped-decorators=False
-# (arguments of jit functions are symbolic and have no Python type)
 
 import torch
 import triton

@@ -1,0 +1,401 @@
+"""exit_probe for CUDA: leave the tower here? Three launches, tokens read once, no host round trip.
+
+[NOTE: probe algebra] For each image, over its N patch tokens z_i (class token left out):
+
+  1. pool. With shift = z_1 and e_i = z_i - shift, one reading of z gives s1 = sum e_i and
+     s2 = sum e_i^2, hence both
+       mean     = shift + s1 / N,
+       variance = sum_d (s2 - s1^2 / N) / N  =  1/N sum_i ||z_i - mean||^2,
+     for the spread about the mean does not change when a constant is taken off every z_i. Without
+     the shift, s2 - s1^2/N would cancel: residual streams carry channels whose mean is a hundred
+     times their spread, and float32 has 24 bits.
+  2. head. LayerNorm needs only the pooled row, which every program that computes a part of the
+     hidden layer reads and normalises again (3 KB) instead of waiting for another launch.
+  3. score. cos_k = <e, t_k> / |e| needs the whole embedding e, so each program, which owns some
+     classes, computes all of e (0.4 MB of int8 weights from L2) and keeps it in registers. It then
+     goes once through its classes with four numbers per image:
+       best b, its class, second best b', and total = sum exp(l_k - b),
+     where taking in a block with numbers (c, c', total_c) gives
+       b_new = max(b, c),  b'_new = max(min(b, c), max(b', c')),
+       total_new = total exp(b - b_new) + total_c exp(c - b_new).
+     The last program of an image to finish merges the programs' four numbers in class order. Then
+       confidence = p_(1) = exp(b - b) / total = 1 / total,
+       margin = p_(1) - p_(2) = confidence (1 - exp(b' - b)),
+       score = sigmoid(g0 confidence + g1 margin + g2 variance + g3).
+     Logits of all classes are never in memory: what is stored is 16 bytes per image and program.
+
+How classes are dealt to programs depends on their number alone and every float sum has a written
+order, so an image gets the same bits in any batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lraee.kernels import workspace
+from lraee.kernels.common import (
+    INFINITY,
+    LANES,
+    activate,
+    fold_lanes,
+    lane_sum,
+    last_to_arrive,
+    load_row,
+    normalise_row,
+    quantize_tile,
+    quantizer,
+    row_range,
+    sum_16,
+)
+from lraee.kernels.configs import ProbeConfig, probe_config
+from lraee.kernels.int8_linear import row_quantizer
+from lraee.kernels.workspace import Workspace
+
+Probe = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+TILE_B = tl.constexpr(16)
+"""Rows of the smallest tensor-core product: images of one program, or one image and 15 copies."""
+
+BLOCK_C = tl.constexpr(16)
+"""Classes taken in at once. Part of the order of sums: the same for every batch size."""
+
+
+@triton.jit
+def _pool_kernel(
+    z_ptr, pooled_ptr, B, N, D, stride_b, stride_l, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """pooled[0] = mean and pooled[1] = variance per channel, of BLOCK_D channels of one image."""
+    image = tl.program_id(1).to(tl.int64)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = offs_d < D
+    patches = z_ptr + image * stride_b + stride_l + offs_d
+    shift = tl.load(patches, mask=mask, other=0.0).to(tl.float32)
+    s1 = tl.zeros((BLOCK_D,), tl.float32)
+    s2 = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, N, UNROLL):
+        for u in tl.static_range(UNROLL):
+            is_token = first + u < N
+            z = tl.load(patches + (first + u) * stride_l, mask=mask & is_token, other=0.0)
+            difference = tl.where(is_token, z.to(tl.float32) - shift, 0.0)
+            s1 += difference
+            s2 += difference * difference
+    count = tl.cast(N, tl.float32)
+    variance = tl.div_rn(s2 - tl.div_rn(s1 * s1, count), count)
+    variance = tl.where(variance < 0.0, 0.0, variance)  # keeps NaN, as maximum would not
+    row = pooled_ptr + image * D + offs_d
+    tl.store(row, shift + tl.div_rn(s1, count), mask=mask)
+    tl.store(row + B.to(tl.int64) * D, variance, mask=mask)
+
+
+@triton.jit
+def _dequantize(acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, b_ptr, offs_n, N, HAS_BIAS: tl.constexpr):  # fmt: skip  # noqa: E501
+    """(acc - x_zero * w_sum) * (x_scale * w_scale) + b, zero beyond column N."""
+    mask = offs_n < N
+    w_sum = tl.load(w_sum_ptr + offs_n, mask=mask, other=0)
+    w_scale = tl.load(w_scale_ptr + offs_n, mask=mask, other=0.0)
+    acc -= x_zero[:, None] * w_sum[None, :]
+    y = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
+    if HAS_BIAS:
+        y += tl.load(b_ptr + offs_n, mask=mask, other=0.0)[None, :]
+    return tl.where(mask[None, :], y, 0.0)
+
+
+@triton.jit
+def _head_kernel(
+    pooled_ptr, gamma_ptr, beta_ptr, eps, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr,
+    hidden_ptr, variance_ptr, B, D, H,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """hidden = act(W1 quantize(LayerNorm(mean)) + b1) for ROWS images and BLOCK_N outputs."""
+    offs_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask = offs_b < B
+    offs_row = offs_b.to(tl.int64) * D
+    if tl.program_id(0) == 0:
+        per_channel = load_row(pooled_ptr + B.to(tl.int64) * D, offs_row, row_mask, D, CHUNKS)
+        tl.store(variance_ptr + offs_b, lane_sum(per_channel), mask=row_mask)
+    mean = load_row(pooled_ptr, offs_row, row_mask, D, CHUNKS)
+    x = normalise_row(mean, gamma_ptr, beta_ptr, eps, D)
+    lo, hi, is_bad = row_range(x)
+    scale, zero, is_valid = quantizer(lo, hi, is_bad, False)
+
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((TILE_B, BLOCK_N), tl.int32)
+    for c in tl.static_range(CHUNKS):
+        cols = c * LANES + tl.arange(0, LANES)
+        mask = (offs_n < H)[:, None] & (cols < D)[None, :]
+        w = tl.load(w_ptr + offs_n[:, None] * D + cols[None, :], mask=mask, other=0)
+        x_q = quantize_tile(x[c], scale, zero, is_valid, False)
+        acc = tl.dot(tl.broadcast_to(x_q, (TILE_B, LANES)), tl.trans(w), acc, out_dtype=tl.int32)
+    tile_b = tl.arange(0, TILE_B)
+    y = _dequantize(
+        acc, tl.broadcast_to(scale, (TILE_B,)), tl.broadcast_to(zero.to(tl.int32), (TILE_B,)),
+        w_scale_ptr, w_sum_ptr, b_ptr, offs_n, H, HAS_BIAS,
+    )  # fmt: skip
+    y = activate(y, ACTIVATION)
+    offs_b = tl.program_id(1) * ROWS + tile_b
+    mask = ((tile_b < ROWS) & (offs_b < B))[:, None] & (offs_n < H)[None, :]
+    tl.store(hidden_ptr + offs_b.to(tl.int64)[:, None] * H + offs_n[None, :], y, mask=mask)
+
+
+@triton.jit
+def _embed(
+    hidden_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, B, H, E,
+    HAS_BIAS: tl.constexpr, E_CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The embedding of ROWS images as chunks; the first program of each row of them stores it."""
+    tile_b = tl.arange(0, TILE_B)
+    # With ROWS = 1 every row of the product is the same image
+    offs_b = tl.program_id(1) * ROWS + tile_b % ROWS
+    row_mask = offs_b < B
+    rows = hidden_ptr + offs_b.to(tl.int64)[:, None] * H
+    scale, zero, is_valid = row_quantizer(rows, row_mask, H, False, TILE_B, BLOCK_H)
+    embedding = ()
+    for c in tl.static_range(E_CHUNKS):
+        offs_e = c * LANES + tl.arange(0, LANES)
+        acc = tl.zeros((TILE_B, LANES), tl.int32)
+        for h in range(0, H, BLOCK_H):
+            cols = h + tl.arange(0, BLOCK_H)
+            h_mask = (cols < H)[None, :]
+            x = tl.load(rows + cols[None, :], mask=row_mask[:, None] & h_mask, other=0.0)
+            w_mask = (offs_e < E)[:, None] & h_mask
+            w = tl.load(w_ptr + offs_e[:, None] * H + cols[None, :], mask=w_mask, other=0)
+            x_q = quantize_tile(x, scale, zero, is_valid, False)
+            acc = tl.dot(x_q, tl.trans(w), acc, out_dtype=tl.int32)
+        y = _dequantize(
+            acc, scale, zero.to(tl.int32), w_scale_ptr, w_sum_ptr, b_ptr, offs_e, E, HAS_BIAS
+        )
+        if tl.program_id(0) == 0:
+            mask = (row_mask & (tile_b < ROWS))[:, None] & (offs_e < E)[None, :]
+            tl.store(embedding_ptr + offs_b.to(tl.int64)[:, None] * E + offs_e[None, :], y, mask)
+        if ROWS == 1:
+            y = tl.sum(tl.where(tile_b[:, None] == 0, y, 0.0), axis=0)[None, :]
+        embedding = embedding + (y,)  # type: ignore[assignment]
+    return embedding
+
+
+@triton.jit
+def _block_logits(embedding, length, classes_ptr, offs_k, last_k, E, logit_scale):
+    """logit_scale * cosine of ROWS images with BLOCK_C classes, -inf beyond last_k: [ROWS, 16]."""
+    ROWS: tl.constexpr = embedding[0].shape[0]
+    lanes = tl.zeros((ROWS, BLOCK_C, LANES), tl.float32)
+    for c in tl.static_range(len(embedding)):
+        cols = c * LANES + tl.arange(0, LANES)
+        mask = (offs_k < last_k)[:, None] & (cols < E)[None, :]
+        offsets = offs_k.to(tl.int64)[:, None] * E + cols[None, :]
+        t = tl.load(classes_ptr + offsets, mask=mask, other=0.0)
+        lanes += embedding[c][:, None, :] * t[None, :, :]
+    product = tl.reshape(fold_lanes(tl.reshape(lanes, (ROWS * BLOCK_C, LANES))), (ROWS, BLOCK_C))
+    logit = tl.div_rn(product, tl.broadcast_to(length[:, None], (ROWS, BLOCK_C))) * logit_scale
+    return tl.where((offs_k < last_k)[None, :], logit, -INFINITY)
+
+
+@triton.jit
+def _merge(best, second, total, top, new_best, new_second, new_total, new_top):
+    """Takes a later run of classes into (best, second, total, top); see [NOTE: probe algebra].
+
+    Strictly greater, so that the lowest index of a tie stays.
+    """
+    largest = tl.maximum(best, new_best)
+    total = total * tl.exp(best - largest) + new_total * tl.exp(new_best - largest)
+    second = tl.maximum(tl.minimum(best, new_best), tl.maximum(second, new_second))
+    top = tl.where(new_best > best, new_top, top)
+    return largest, second, total, top
+
+
+@triton.jit
+def _finish(
+    part_ptr, variance_ptr, gate_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr, B,
+    PARTS, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Merges the four numbers of all parts in class order and writes the decision."""
+    offs = tl.arange(0, ROWS)
+    best = tl.full((ROWS,), -INFINITY, tl.float32)
+    second = tl.full((ROWS,), -INFINITY, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.zeros((ROWS,), tl.int32)
+    for part in range(PARTS):
+        base = part_ptr + part * (4 * ROWS) + offs
+        best, second, total, top = _merge(
+            best, second, total, top,
+            tl.load(base, cache_modifier=".cg"),
+            tl.load(base + ROWS, cache_modifier=".cg"),
+            tl.load(base + 2 * ROWS, cache_modifier=".cg"),
+            tl.load(base + 3 * ROWS, cache_modifier=".cg").to(tl.int32, bitcast=True),
+        )  # fmt: skip
+    confidence = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), total)
+    margin = confidence * (1.0 - tl.exp(second - best))
+    top = tl.where(total == total, top, 0)
+    offs_b = tl.program_id(1) * ROWS + offs
+    mask = offs_b < B
+    variance = tl.load(variance_ptr + offs_b, mask=mask, other=0.0)
+    weighted = tl.load(gate_ptr) * confidence + tl.load(gate_ptr + 1) * margin
+    logit = (weighted + tl.load(gate_ptr + 2) * variance) + tl.load(gate_ptr + 3)
+    tl.store(top1_ptr + offs_b, top.to(tl.int64), mask=mask)
+    tl.store(confidence_ptr + offs_b, confidence, mask=mask)
+    tl.store(margin_ptr + offs_b, margin, mask=mask)
+    tl.store(score_ptr + offs_b, 1.0 / (1.0 + tl.exp(-logit)), mask=mask)
+
+
+@triton.jit
+def _score_kernel(
+    hidden_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, classes_ptr, logit_scale, gate_ptr,
+    variance_ptr, embedding_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr,
+    part_ptr, ticket_ptr, B, H, E, K, CLASSES, PARTS,
+    HAS_W2: tl.constexpr, HAS_BIAS: tl.constexpr, E_CHUNKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Embedding of ROWS images, its best two of CLASSES classes, and in the last part the score."""
+    if HAS_W2:
+        embedding = _embed(
+            hidden_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, B, H, E,
+            HAS_BIAS, E_CHUNKS, ROWS, BLOCK_H,
+        )  # fmt: skip
+    else:
+        offs_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        embedding = load_row(hidden_ptr, offs_b.to(tl.int64) * E, offs_b < B, E, E_CHUNKS)
+    squares = ()
+    for c in tl.static_range(E_CHUNKS):
+        squares = squares + (embedding[c] * embedding[c],)  # type: ignore[assignment]
+    length = tl.maximum(tl.sqrt_rn(lane_sum(squares)), 1e-12)
+
+    best = tl.full((ROWS,), -INFINITY, tl.float32)
+    second = tl.full((ROWS,), -INFINITY, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    top = tl.zeros((ROWS,), tl.int32)
+    first_k = tl.program_id(0) * CLASSES
+    last_k = tl.minimum(first_k + CLASSES, K)
+    for k in range(first_k, last_k, BLOCK_C):
+        offs_k = k + tl.arange(0, BLOCK_C)
+        logit = _block_logits(embedding, length, classes_ptr, offs_k, last_k, E, logit_scale)
+        block_best = tl.max(logit, axis=1)
+        is_best = logit == block_best[:, None]
+        block_top = tl.min(tl.where(is_best, offs_k[None, :], last_k), axis=1)
+        others = tl.where(offs_k[None, :] == block_top[:, None], -INFINITY, logit)
+        block_total = sum_16(tl.exp(logit - block_best[:, None]))
+        best, second, total, top = _merge(
+            best, second, total, top, block_best, tl.max(others, axis=1), block_total, block_top
+        )
+
+    part_ptr += tl.program_id(1).to(tl.int64) * PARTS * (4 * ROWS)
+    base = part_ptr + tl.program_id(0) * (4 * ROWS) + tl.arange(0, ROWS)
+    tl.store(base, best, cache_modifier=".cg")
+    tl.store(base + ROWS, second, cache_modifier=".cg")
+    tl.store(base + 2 * ROWS, total, cache_modifier=".cg")
+    tl.store(base + 3 * ROWS, top.to(tl.float32, bitcast=True), cache_modifier=".cg")
+    if last_to_arrive(ticket_ptr + tl.program_id(1), PARTS):
+        _finish(
+            part_ptr, variance_ptr, gate_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr, B,
+            PARTS, ROWS,
+        )  # fmt: skip
+
+
+def classes_per_program(K: int) -> int:
+    """Classes dealt to one program: by their number alone, so that batches cannot differ.
+
+    64 keep a program about as long at its classes as at the embedding; at most 64 programs.
+    """
+    return max(64, 16 * -(-K // (16 * 64)))
+
+
+def _floats(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def exit_probe(
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w1_sum: Tensor,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    w2_scale: Tensor | None,
+    w2_sum: Tensor | None,
+    b2: Tensor | None,
+    classes: Tensor,
+    logit_scale: float,
+    gate: Tensor,
+    *,
+    config: ProbeConfig | None = None,
+    space: Workspace | None = None,
+) -> Probe:
+    """Exit head and gate of one depth in three launches; see lraee.reference.exit_probe.
+
+    Args:
+      z, …, gate: as in lraee.reference.exit_probe; w1 int8 [H, D], w2 int8 [E, H] or None.
+      config: tiles and warps; chosen by shape when None.
+      space: where the programs of an image meet; that of the current stream when None.
+    Returns: embedding, top1, confidence, margin, variance, score.
+    """
+    (B, L, D), E = z.shape, classes.shape[1]
+    H = w1_scale.shape[0]
+    assert w1.shape == (H, D), f"exit_probe: w1 must have the CUDA layout [{H}, {D}]"
+    assert w2 is None or w2.shape == (E, H), f"exit_probe: w2 must have the layout [{E}, {H}]"
+    z = z if D <= 1 or z.stride(2) == 1 else z.contiguous()
+    hidden = _floats((B, H), z)
+    embedding = hidden if w2 is None else _floats((B, E), z)
+    confidence, margin, variance, score = _floats((4, B), z).unbind()
+    top1 = torch.empty(B, dtype=torch.int64, device=z.device)
+    if not B:
+        return embedding, top1, confidence, margin, variance, score
+    config = config or probe_config(B, D, E)
+    space = space or workspace.of_current_stream(z.device)
+    pooled = _floats((2, B, D), z)
+    _pool_kernel[(triton.cdiv(D, config.block_d), B)](
+        z, pooled, B, L - 1, D, z.stride(0), z.stride(1),
+        BLOCK_D=config.block_d, UNROLL=config.unroll, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    blocks = triton.cdiv(B, config.rows)
+    _head_kernel[(triton.cdiv(H, config.block_n), blocks)](
+        pooled, gamma.contiguous(), beta.contiguous(), eps, w1.contiguous(),
+        w1_scale.contiguous(), w1_sum.contiguous(), w1_scale if b1 is None else b1.contiguous(),
+        hidden, variance, B, D, H,
+        HAS_BIAS=b1 is not None, ACTIVATION="none" if w2 is None else "gelu",
+        CHUNKS=triton.cdiv(D, 64), ROWS=config.rows, BLOCK_N=config.block_n,
+        num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    _launch_score(
+        hidden, w2, w2_scale, w2_sum, b2, classes, logit_scale, gate,
+        (embedding, top1, confidence, margin, variance, score), config, space,
+    )  # fmt: skip
+    return embedding, top1, confidence, margin, variance, score
+
+
+def _launch_score(
+    hidden: Tensor,
+    w2: Tensor | None,
+    w2_scale: Tensor | None,
+    w2_sum: Tensor | None,
+    b2: Tensor | None,
+    classes: Tensor,
+    logit_scale: float,
+    gate: Tensor,
+    probe: Probe,
+    config: ProbeConfig,
+    space: Workspace,
+) -> None:
+    """Third launch: writes embedding, top1, confidence, margin and score."""
+    embedding, top1, confidence, margin, variance, score = probe
+    (B, H), (K, E) = hidden.shape, classes.shape
+    per_program = classes_per_program(K)
+    programs, blocks = triton.cdiv(K, per_program), triton.cdiv(B, config.rows)
+    parts = _floats((blocks, programs, 4, config.rows), hidden)
+    assert blocks <= space.tickets.numel(), f"exit_probe: at most {space.tickets.numel()} blocks"
+    absent = hidden
+    _score_kernel[(programs, blocks)](
+        hidden,
+        absent if w2 is None else w2.contiguous(),
+        absent if w2_scale is None else w2_scale.contiguous(),
+        absent if w2_sum is None else w2_sum.contiguous(),
+        absent if b2 is None else b2.contiguous(),
+        classes.contiguous(), logit_scale, gate.contiguous(), variance,
+        embedding, top1, confidence, margin, score, parts, space.tickets,
+        B, H, E, K, per_program, programs,
+        HAS_W2=w2 is not None, HAS_BIAS=b2 is not None, E_CHUNKS=triton.cdiv(E, 64),
+        ROWS=config.rows, BLOCK_H=config.block_h,
+        num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,188 @@
+"""int8_attention for CUDA: int8 scores, float probabilities, one launch.
+
+Q, K and V are read where the projection left them (qkv [B, L, 3 D], any token stride). Up to
+RESIDENT_TOKENS tokens, all keys of a head stay on chip with their scores, so that softmax sees a
+whole row at once; longer rows are gone through twice, first for the largest score and the sum.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lraee.kernels import device
+from lraee.kernels.common import (
+    INFINITY,
+    INTERPRETED,
+    convert,
+    quantize_tile,
+    quantizer,
+    tile_range,
+)
+from lraee.kernels.configs import AttentionConfig, attention_config
+
+BLOCK_J = tl.constexpr(64)
+"""Keys of one tile."""
+
+RESIDENT_TOKENS = 320
+"""Five tiles of keys: 197 and 257 tokens fit, and scores of 64 queries still fit in registers."""
+
+UNROLL = tl.constexpr(16)
+"""Tokens whose keys are asked for at once while their mean is summed in order."""
+
+
+@triton.jit
+def _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D: tl.constexpr):
+    """Mean of the keys of one head over tokens, summed in token order."""
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, L, UNROLL):
+        for u in tl.static_range(UNROLL):
+            mask = (offs_d < d) & (first + u < L)
+            k = tl.load(k_ptr + (first + u) * stride_l + offs_d, mask=mask, other=0.0)
+            total += k.to(tl.float32)
+    return tl.div_rn(total, tl.cast(L, tl.float32))
+
+
+@triton.jit
+def _quantize_heads(ptr, mean, offs_l, L, stride_l, offs_d, d):
+    """int8 rows of one head, centred on mean, and their scales."""
+    mask = (offs_l < L)[:, None] & (offs_d < d)[None, :]
+    x = tl.load(ptr + offs_l[:, None] * stride_l + offs_d[None, :], mask=mask, other=0.0)
+    x = tl.where(mask, x.to(tl.float32) - mean[None, :], 0.0)
+    lo, hi, is_bad = tile_range(x)
+    scale, zero, is_valid = quantizer(lo, hi, is_bad, True)
+    return quantize_tile(x, scale, zero, is_valid, True), scale
+
+
+@triton.jit
+def _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL: tl.constexpr):
+    """float32 scores of a tile, -inf where a query does not see a key."""
+    score = tl.dot(q_q, tl.trans(k_q), out_dtype=tl.int32)
+    logit = score.to(tl.float32) * (q_step[:, None] * k_scale[None, :])
+    is_seen = (offs_j < L)[None, :]
+    if IS_CAUSAL:
+        is_seen = is_seen & (offs_j[None, :] <= offs_i[:, None])
+    return tl.where(is_seen, logit, -INFINITY)
+
+
+@triton.jit
+def _add_values(acc, p, v_ptr, offs_j, L, stride_l, offs_d, d):
+    """acc + p @ v for one tile of keys, p in the type of v."""
+    mask = (offs_j < L)[:, None] & (offs_d < d)[None, :]
+    v = tl.load(v_ptr + offs_j[:, None] * stride_l + offs_d[None, :], mask=mask, other=0.0)
+    p = convert(p, v.dtype)
+    if INTERPRETED:
+        p, v = p.to(tl.float32), v.to(tl.float32)
+    return tl.dot(p, v, acc, input_precision="ieee")
+
+
+@triton.jit
+def _resident(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
+              IS_CAUSAL: tl.constexpr, KEY_TILES: tl.constexpr):  # fmt: skip
+    """Output of one tile of queries while the scores of all keys are in registers."""
+    logits = ()
+    best = tl.full(q_step.shape, -INFINITY, tl.float32)
+    for c in tl.static_range(KEY_TILES):
+        offs_j = c * BLOCK_J + tl.arange(0, BLOCK_J)
+        k_q, k_scale = _quantize_heads(k_ptr, k_mean, offs_j, L, stride_l, offs_d, d)
+        logit = _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL)
+        best = tl.maximum(best, tl.max(logit, axis=1))
+        logits = logits + (logit,)  # type: ignore[assignment]
+    total = tl.zeros_like(best)
+    for c in tl.static_range(KEY_TILES):
+        total += tl.sum(tl.exp(logits[c] - best[:, None]), axis=1)
+    acc = tl.zeros(q_q.shape, tl.float32)
+    for c in tl.static_range(KEY_TILES):
+        offs_j = c * BLOCK_J + tl.arange(0, BLOCK_J)
+        p = tl.exp(logits[c] - best[:, None]) / total[:, None]
+        acc = _add_values(acc, p, v_ptr, offs_j, L, stride_l, offs_d, d)
+    return acc
+
+
+@triton.jit
+def _streamed(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
+              IS_CAUSAL: tl.constexpr):  # fmt: skip
+    """Output of one tile of queries in two passes over the keys, for any number of them."""
+    best = tl.full(q_step.shape, -INFINITY, tl.float32)
+    total = tl.zeros_like(best)
+    for j in range(0, L, BLOCK_J):
+        offs_j = j + tl.arange(0, BLOCK_J)
+        k_q, k_scale = _quantize_heads(k_ptr, k_mean, offs_j, L, stride_l, offs_d, d)
+        logit = _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL)
+        new_best = tl.maximum(best, tl.max(logit, axis=1))
+        total = total * tl.exp(best - new_best)
+        total += tl.sum(tl.exp(logit - new_best[:, None]), axis=1)
+        best = new_best
+    acc = tl.zeros(q_q.shape, tl.float32)
+    for j in range(0, L, BLOCK_J):
+        offs_j = j + tl.arange(0, BLOCK_J)
+        k_q, k_scale = _quantize_heads(k_ptr, k_mean, offs_j, L, stride_l, offs_d, d)
+        logit = _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL)
+        p = tl.exp(logit - best[:, None]) / total[:, None]
+        acc = _add_values(acc, p, v_ptr, offs_j, L, stride_l, offs_d, d)
+    return acc
+
+
+@triton.jit(do_not_specialize=["L"])
+def _int8_attention_kernel(
+    qkv_ptr, y_ptr, L, H, d, stride_b, stride_l, root,
+    IS_CAUSAL: tl.constexpr, KEY_TILES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I queries of one head of one image.
+
+    k is centred on its mean over tokens; logit_ij = s_ij * ((q_scale_i * root) * k_scale_j) with
+    s the int8 product and root = d^-1/2. KEY_TILES = 0 streams the keys.
+    """
+    tiles = tl.cdiv(L, BLOCK_I)
+    head = (tl.program_id(0) // tiles) % H
+    image = (tl.program_id(0) // tiles // H).to(tl.int64)
+    offs_i = (tl.program_id(0) % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_ptr = qkv_ptr + image * stride_b + head * d
+    k_ptr = q_ptr + H * d
+    v_ptr = k_ptr + H * d
+    nothing = tl.zeros((BLOCK_D,), tl.float32)
+    q_q, q_scale = _quantize_heads(q_ptr, nothing, offs_i, L, stride_l, offs_d, d)
+    q_step = q_scale * root
+    k_mean = _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D)
+    if KEY_TILES > 0:
+        y = _resident(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
+                      IS_CAUSAL, KEY_TILES)  # fmt: skip
+    else:
+        y = _streamed(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
+                      IS_CAUSAL)  # fmt: skip
+    y_rows = y_ptr + (image * L + offs_i)[:, None] * (H * d) + head * d
+    mask = (offs_i < L)[:, None] & (offs_d < d)[None, :]
+    tl.store(y_rows + offs_d[None, :], convert(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+def int8_attention(
+    qkv: Tensor, num_heads: int, causal: bool = False, *, config: AttentionConfig | None = None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V with Q and K in int8; see lraee.reference.
+
+    Args:
+      qkv: float32, bfloat16 or float16 [B, L, 3 D], read in place.
+      num_heads: H, a divisor of D.
+      causal: token i sees tokens 0..i only.
+      config: queries and warps of a program; chosen by shape when None.
+    Returns: [B, L, D] in the type of qkv.
+    """
+    B, L, D3 = qkv.shape
+    D = D3 // 3
+    d = D // num_heads
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
+    config = config or attention_config(B * num_heads, L, d, device.arch(qkv.device))
+    y = torch.empty((B, L, D), dtype=qkv.dtype, device=qkv.device)
+    programs = B * num_heads * triton.cdiv(L, config.block_i)
+    if programs:
+        _int8_attention_kernel[(programs,)](
+            qkv, y, L, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
+            IS_CAUSAL=causal,
+            KEY_TILES=triton.cdiv(L, 64) if L <= RESIDENT_TOKENS else 0,
+            BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,66 @@
+"""Buffers with poison on every side, so that a load or store out of bounds is seen."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+PAD = 64
+POISON = {torch.int8: 93, torch.int32: 1 << 30, torch.int64: 1 << 60}
+"""Whole numbers that no result holds by chance; floats are poisoned with NaN."""
+
+
+def _poison(dtype: torch.dtype) -> float:
+    return POISON.get(dtype, float("nan"))
+
+
+def _is_poison(pad: Tensor) -> bool:
+    return bool((pad.isnan() if pad.is_floating_point() else pad == _poison(pad.dtype)).all())
+
+
+def poisoned(x: Tensor, row_pad: int = 0) -> Tensor:
+    """A copy of x inside a poisoned buffer; row_pad > 0 leaves poison between rows too."""
+    *outer, width = x.shape if x.dim() else (1,)
+    rows = x.numel() // max(width, 1)
+    stride = width + row_pad
+    buffer = torch.full((2 * PAD + rows * stride,), _poison(x.dtype), dtype=x.dtype)
+    strides = [stride] * len(outer)
+    for axis in range(len(outer) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * outer[axis + 1]
+    view = buffer[PAD:].as_strided(x.shape, (*strides, 1), PAD)
+    view.copy_(x)
+    return view
+
+
+def poisoned_all(arguments: Any, row_pad: int = 0) -> Any:
+    """Poisoned copies of the tensors of a list or dict; row_pad for those with two dimensions."""
+
+    def one(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        return poisoned(value, row_pad if value.dim() > 1 else 0)
+
+    if isinstance(arguments, dict):
+        return {name: one(value) for name, value in arguments.items()}
+    return [one(value) for value in arguments]
+
+
+@contextmanager
+def guarded_outputs() -> Iterator[None]:
+    """Everything torch.empty gives inside lies between poison, which must be there at the end."""
+    buffers: list[Tensor] = []
+
+    def empty(shape: Any, *, dtype: torch.dtype, device: object) -> Tensor:
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = int(torch.Size(shape).numel())
+        buffer = torch.full((2 * PAD + size,), _poison(dtype), dtype=dtype)
+        buffers.append(buffer)
+        return buffer[PAD : PAD + size].view(shape)
+
+    with mock.patch("torch.empty", empty):
+        yield
+    for buffer in buffers:
+        assert _is_poison(buffer[:PAD]) and _is_poison(buffer[-PAD:]), "stored out of bounds"

@@ -1,0 +1,189 @@
+"""int8_linear in the interpreter: bit-equal without activation, bounded with one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lraee import reference
+from lraee.kernels import workspace
+from lraee.kernels.configs import Config
+from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
+from tests.kernels.guard import guarded_outputs, poisoned, poisoned_all
+from tests.support import EPS32, HALF_STEP, assert_same, assert_within, quantized_linear
+
+TINY = Config(16, 16, 32, num_warps=4, num_stages=3, group_m=2)
+WIDE = Config(64, 64, 64, num_warps=4, num_stages=3)
+SPLIT = Config(16, 32, 32, num_warps=4, num_stages=3, split_k=3)
+SPLIT_WIDE = Config(64, 32, 64, num_warps=4, num_stages=3, split_k=2)
+
+SHAPES = [
+    (M, N, K, config)
+    for M in (1, 2, 7, 16, 17, 33)
+    for N, K in ((1, 1), (1, 64), (16, 2), (17, 31), (31, 65), (32, 96), (33, 97), (40, 130))
+    for config in (TINY, WIDE, SPLIT, SPLIT_WIDE)
+] + [
+    (M, N, K, config)
+    for M in (50, 197, 257)
+    for N, K in ((48, 64), (35, 77))
+    for config in (WIDE, SPLIT_WIDE)
+]  # fmt: skip
+
+
+def arguments(M: int, N: int, K: int, seed: int) -> dict[str, Any]:
+    """Arguments of int8_linear in which each optional one is there in half of the seeds."""
+    given: dict[str, Any] = quantized_linear(M, N, K, seed=seed, extremes=seed % 5 == 0)
+    given["w"] = given.pop("w_q")
+    given["w_sum"] = given["w"].sum(1, dtype=torch.int32)
+    given["out_dtype"] = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+    given["residual"] = given["residual"].to(given["out_dtype"])
+    for bit, name in enumerate(("x_zero", "bias", "layer_scale", "residual")):
+        if not (seed >> bit) & 1:
+            given[name] = None
+    return given
+
+
+def bound_of(given: dict[str, Any], activation: str) -> Tensor:
+    """Largest error against the definition.
+
+    Both compute y from the same float32 before the activation. exp, erf and the division of the
+    kernel err by less than 16 units in the last place of a value of size max(|y|, 1), the
+    definition by no more; layer_scale multiplies it, and the result is rounded to out_dtype.
+    """
+    if activation == "none":
+        return torch.zeros(())
+    plain = dict(given, layer_scale=None, residual=None, out_dtype=torch.float32)
+    y = reference.int8_linear(**plain).double().abs()
+    scale = 1.0 if given["layer_scale"] is None else given["layer_scale"].double().abs()
+    error = 32 * EPS32 * (y + 1) * scale
+    result = reference.int8_linear(**given, activation=activation).double().abs()
+    return error + 2 * HALF_STEP[given["out_dtype"]] * (result + error) + 2.0**-24
+
+
+def check(M: int, N: int, K: int, seed: int, config: Config | None, activation: str = "none") -> None:  # fmt: skip  # noqa: E501
+    given = arguments(M, N, K, seed)
+    expected = reference.int8_linear(**given, activation=activation)
+    guarded = poisoned_all(given, row_pad=seed % 3) | {"w": poisoned(given["w"])}
+    with guarded_outputs():
+        actual = int8_linear(**guarded, activation=activation, config=config)
+    parameters = {"M": M, "N": N, "K": K, "seed": seed, "config": config, "act": activation}
+    if activation == "none":
+        assert_same(actual, expected, **parameters)
+    else:
+        assert actual.dtype == expected.dtype
+        assert_within(actual, expected, bound_of(given, activation), **parameters)
+
+
+def test_int8_linear() -> None:
+    for seed, (M, N, K, config) in enumerate(SHAPES[::3]):
+        check(M, N, K, seed, config)
+
+
+@pytest.mark.slow
+def test_int8_linear_every_shape() -> None:
+    assert len(SHAPES) >= 200
+    for seed, (M, N, K, config) in enumerate(SHAPES):
+        check(M, N, K, seed + 1, config)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_activations(activation: str) -> None:
+    for seed, (M, N, K) in enumerate([(1, 33, 65), (17, 48, 96), (50, 40, 64), (3, 64, 200)] * 3):
+        check(M, N, K, seed, WIDE, activation)
+
+
+def test_config_is_chosen() -> None:
+    for seed, (M, N, K) in enumerate([(1, 40, 70), (50, 64, 256), (70, 20, 130), (300, 8, 64)]):
+        check(M, N, K, seed, None)
+
+
+def test_tickets_are_zero_after_each_launch() -> None:
+    check(17, 33, 200, 1, SPLIT)
+    assert not workspace.of_current_stream(torch.device("cpu")).tickets.any()
+
+
+def test_no_rows_and_no_columns() -> None:
+    for M, N, K in ((0, 5, 8), (5, 0, 8), (5, 3, 0)):
+        given = arguments(M, N, K, 15)
+        assert_same(int8_linear(**given), reference.int8_linear(**given))
+
+
+def test_w_with_another_layout_is_refused() -> None:
+    given = arguments(4, 8, 16, 0)
+    given["w"] = given["w"].view(16, 8)
+    with pytest.raises(AssertionError, match=r"w must have the CUDA layout \[8, 16\]"):
+        int8_linear(**given)
+
+
+# Old bugs of others (kernels.md)
+
+
+def test_k_even_but_no_multiple_of_the_block() -> None:
+    """EVEN_K once meant K % 2 == 0, and the last block was read past the row."""
+    for K in (34, 66, 126):
+        check(5, 16, K, 0, TINY)
+
+
+def test_large_sums_do_not_pass_through_half() -> None:
+    """acc * scale in float16 is infinite beyond 65,504: here acc = 127 * 127 * 512 = 8.3e6."""
+    K = 512
+    x_q, w = torch.full((1, K), 127, dtype=torch.int8), torch.full((16, K), 127, dtype=torch.int8)
+    x_scale, w_scale = torch.tensor([0.01]), torch.full((16,), 0.001)
+    y = int8_linear(
+        x_q, x_scale, None, w, w_scale, w.sum(1, dtype=torch.int32), out_dtype=torch.float16
+    )
+    product = torch.tensor(127.0 * 127 * K) * (torch.tensor(0.01) * torch.tensor(0.001))
+    assert_same(y, product.to(torch.float16).expand(1, 16).contiguous())
+
+
+# int8_linear_from_float
+
+
+FLOAT_SHAPES = [
+    (M, N, K, config)
+    for M in (1, 2, 3, 17, 31, 50)
+    for N, K in (
+        (1, 1),
+        (5, 8),
+        (16, 33),
+        (20, 40),
+        (31, 64),
+        (33, 97),
+        (40, 160),
+        (48, 31),
+        (64, 2),
+    )
+    for config in (TINY, WIDE, SPLIT, SPLIT_WIDE)
+]
+
+
+def check_from_float(M: int, N: int, K: int, seed: int, config: Config) -> None:
+    """The same bits as quantize_rows followed by int8_linear, a NaN row and a zero row included."""
+    symmetric = seed % 2 == 0
+    given = arguments(M, N, K, seed)
+    x = torch.randn(M, K).to((torch.float32, torch.bfloat16, torch.float16)[seed % 3])
+    if M > 2:
+        x[1] = 0.0
+        x[2, K // 2] = float("nan")
+    for name in ("x_q", "x_scale", "x_zero"):
+        del given[name]
+    expected = reference.int8_linear(*reference.quantize_rows(x, symmetric), **given)
+    guarded = poisoned_all(given)
+    with guarded_outputs():
+        actual = int8_linear_from_float(
+            *poisoned_all([x], row_pad=seed % 3), symmetric, **guarded, config=config
+        )
+    assert_same(actual, expected, M=M, N=N, K=K, seed=seed, config=config)
+
+
+def test_int8_linear_from_float() -> None:
+    for seed, (M, N, K, config) in enumerate(FLOAT_SHAPES[::3]):
+        check_from_float(M, N, K, seed, config)
+
+
+@pytest.mark.slow
+def test_int8_linear_from_float_every_shape() -> None:
+    assert len(FLOAT_SHAPES) >= 200
+    for seed, (M, N, K, config) in enumerate(FLOAT_SHAPES):
+        check_from_float(M, N, K, seed + 1, config)
