@@ -81,16 +81,8 @@ def accelerate(
     Raises: TypeError or NotImplementedError on a model without int8 kernels, ValueError on options,
       RuntimeError if the backend is not available, FidelityError if check fails.
     """
-    tower = towers.find_tower(model)
-    if acceleration_of(model) is not None:
-        raise ValueError("accelerate: model must be float, got one that is accelerated already")
-    if model.training or tower.training:
-        raise ValueError("accelerate: model must be in eval mode, got train mode; call .eval()")
     scheme = find_scheme(scheme)
-    towers.require_supported(tower, scheme)
-    device = next(tower.parameters()).device
-    require_backend(backend, device)
-
+    tower = checked_tower(model, scheme, backend)
     expected = None if check is None else _encode(model, check)
     made = _describe(tower, scheme, backend, is_kept=not inplace)
     float_blocks = list(towers.blocks_of(tower)) if check is not None else []
@@ -102,8 +94,24 @@ def accelerate(
             if inplace:
                 _mark_float(model, float_blocks)
             raise
+    device = next(tower.parameters()).device
     _log_result(towers.find_tower(fast), implementation(backend, device))
     return fast
+
+
+def assemble(
+    model: Model, *, scheme: Scheme, backend: Backend, base_hash: str, quantize: towers.Quantize
+) -> Model:
+    """accelerate(model, scheme=scheme, backend=backend) with int8 weights made earlier.
+
+    Args:
+      model, scheme, backend: as in accelerate, seen by checked_tower; the model stays as it is.
+      base_hash: towers.tower_hash of the model's tower.
+      quantize: where the int8 weights come from.
+    """
+    tower = towers.find_tower(model)
+    made = _describe(tower, scheme, backend, is_kept=True, base_hash=base_hash)
+    return _copy_with_blocks(model, made, quantize)
 
 
 def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) -> Model:
@@ -165,23 +173,45 @@ def _base_weights(made: Acceleration, base: nn.Module | Mapping[str, Tensor] | N
 # Making
 
 
-def _describe(tower: nn.Module, scheme: Scheme, backend: Backend, *, is_kept: bool) -> Acceleration:
+def checked_tower(model: nn.Module, scheme: Scheme, backend: Backend) -> nn.Module:
+    """The float tower of a model that can be accelerated so; raises one line if it cannot."""
+    tower = towers.find_tower(model)
+    if acceleration_of(model) is not None:
+        raise ValueError("accelerate: model must be float, got one that is accelerated already")
+    if model.training or tower.training:
+        raise ValueError("accelerate: model must be in eval mode, got train mode; call .eval()")
+    towers.require_supported(tower, scheme)
+    require_backend(backend, next(tower.parameters()).device)
+    return tower
+
+
+def _describe(
+    tower: nn.Module,
+    scheme: Scheme,
+    backend: Backend,
+    *,
+    is_kept: bool,
+    base_hash: str | None = None,
+) -> Acceleration:
     return Acceleration(
         scheme=scheme,
         backend=backend,
-        base_hash=towers.tower_hash(tower.state_dict()),
+        base_hash=base_hash or towers.tower_hash(tower.state_dict()),
         skeletons=tuple(towers.without_numbers(block) for block in towers.blocks_of(tower)),
         original=weakref.ref(tower) if is_kept else None,
     )
 
 
-def _copy_with_blocks(model: Model, made: Acceleration) -> Model:
+def _copy_with_blocks(
+    model: Model, made: Acceleration, quantize: towers.Quantize | None = None
+) -> Model:
     """A deep copy in which each block is already int8: no float weight is ever copied."""
     memo: dict[int, Any] = {}
     for i, block in enumerate(towers.blocks_of(towers.find_tower(model))):
         memo[id(block)] = towers.build_block(
-            block, f"resblocks.{i}", scheme=made.scheme, backend=made.backend, take=_copier(memo)
-        )
+            block, f"resblocks.{i}", scheme=made.scheme, backend=made.backend, take=_copier(memo),
+            quantize=quantize,
+        )  # fmt: skip
     fast = copy.deepcopy(model, memo)
     _mark_fast(fast, made)
     return fast

@@ -6,7 +6,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lraee import reference
 from lraee.backend import Backend, operators
 from lraee.reference import Quantized
 
@@ -91,24 +90,28 @@ def find_scheme(scheme: str | Scheme) -> Scheme:
     return _NAMED[scheme]
 
 
-def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, scheme: Scheme, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
     """Weight ~ w_q * w_scale[:, None].
 
     Args:
       weight: any float type [N, K].
       scheme: per channel: w_scale = max|row| / 127, w_q in [-127, 127]; per tensor: torch's
         default weight observer, w_scale = max|weight| / 127.5, w_q in [-128, 127].
+      backend: what quantizes; the numbers are the same in each.
     Returns: w_q int8 [N, K], w_scale float32 [N].
     Raises: ValueError on NaN or Inf.
     """
     weight = weight.detach().float()
-    if not torch.isfinite(weight).all():
-        raise ValueError("quantize_weight: weight must be finite, got NaN or Inf")
     if scheme.weights == "tensor":
-        return _quantize_tensor(weight)
-    if scheme.clip_weights:
-        return _quantize_clipped(weight)
-    w_q, w_scale, _ = reference.quantize_rows(weight, True)
+        w_q, w_scale = _quantize_tensor(weight)
+    else:
+        w_q, w_scale, _ = operators(backend).quantize_rows(weight, symmetric=True)
+    if not torch.isfinite(w_scale).all():
+        raise ValueError("quantize_weight: weight must be finite, got NaN or Inf")
+    if scheme.weights == "channel" and scheme.clip_weights:
+        return _clip(weight, w_q, w_scale)
     return w_q, w_scale
 
 
@@ -121,11 +124,10 @@ def _quantize_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:
     return w_q, scale.expand(weight.shape[0]).clone()
 
 
-def _quantize_clipped(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _clip(weight: Tensor, w_q: Tensor, full_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Per channel, the range among 50 % .. 100 % of max|row| with the least squared error."""
-    best_q, best_scale, _ = reference.quantize_rows(weight, True)
+    best_q, best_scale = w_q, full_scale
     best_error = (best_q * best_scale[:, None] - weight).square().sum(1)
-    full_scale = best_scale
     for ratio in _CLIP_RATIOS:
         scale = full_scale * ratio
         w_q = torch.round(weight / scale[:, None]).clamp(-127, 127)

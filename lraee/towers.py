@@ -7,7 +7,7 @@ attention classes, and nn.MultiheadAttention and a raw `in_proj_weight` hold the
 import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -30,6 +30,10 @@ class Take(Protocol):
         """The part for the fast model."""
         ...
 
+
+Quantize = Callable[[str, Tensor], tuple[Tensor, Tensor]]
+"""Name of a linear in the transformer, such as "resblocks.3.mlp.c_fc", and its float weight [N, K]
+-> w_q int8 [N, K], w_scale float32 [N]."""
 
 PATHS: dict[Site, str] = {
     "in_proj": "attn.in_proj",
@@ -140,6 +144,9 @@ def _why_not(block: nn.Module) -> str | None:
     dtype = block.get_parameter("mlp.c_fc.weight").dtype
     if dtype not in FLOAT_TYPES:
         return f"has weights of {dtype}, and INT8 computes for float32, bfloat16 and float16"
+    for name in sorted(_REQUIRED):
+        if not all(torch.isfinite(end) for end in torch.aminmax(block.get_parameter(name))):
+            return f"has NaN or Inf in {name}"
     for name in ("ln_1", "ln_2"):
         if not isinstance(modules[name], nn.LayerNorm):
             return f"has a {type(modules[name]).__name__} as {name}, and INT8 knows LayerNorm"
@@ -158,8 +165,29 @@ def _activation(module: nn.Module | None) -> Activation | None:
     return "quick_gelu" if type(module).__name__ == "QuickGELU" else None
 
 
+def linear_shapes(tower: nn.Module) -> dict[str, tuple[int, int]]:
+    """[N, K] of each linear of a float tower's blocks, by the name it has in the fast one."""
+    shapes = {}
+    for i, block in enumerate(blocks_of(tower)):
+        for site, path in PATHS.items():
+            N, K = block.get_parameter(f"{_source(site)}weight").shape
+            shapes[f"resblocks.{i}.{path}"] = (N, K)
+    return shapes
+
+
+def _source(site: Site) -> str:
+    """Where a float block holds the linear's weight and bias: what comes before these words."""
+    return "attn.in_proj_" if site == "in_proj" else f"{PATHS[site]}."
+
+
 def build_block(
-    block: nn.Module, name: str, *, scheme: Scheme, backend: Backend, take: Take
+    block: nn.Module,
+    name: str,
+    *,
+    scheme: Scheme,
+    backend: Backend,
+    take: Take,
+    quantize: Quantize | None = None,
 ) -> Int8Block:
     """The int8 block that stands for a float one.
 
@@ -169,16 +197,19 @@ def build_block(
       scheme: how to quantize.
       backend: which implementation to run on.
       take: brings the parts that stay float (norms, activation, hooks) into the fast model.
+      quantize: where the int8 weights come from; None quantizes the float ones by the scheme.
     """
     attn, mlp = block.get_submodule("attn"), block.get_submodule("mlp")
     held = dict(block.named_parameters())
 
     def linear(site: Site) -> nn.Module:
-        source = "attn.in_proj_" if site == "in_proj" else f"{PATHS[site]}."
-        weight, bias = held[f"{source}weight"], held.get(f"{source}bias")
+        weight, bias = held[f"{_source(site)}weight"], held.get(f"{_source(site)}bias")
         if f"{name}.{PATHS[site]}" in scheme.keep_float:
             return _float_linear(weight, bias, take)
-        w_q, w_scale = quantize_weight(weight, scheme)
+        if quantize is None:
+            w_q, w_scale = quantize_weight(weight, scheme, backend)
+        else:
+            w_q, w_scale = quantize(f"{name}.{PATHS[site]}", weight)
         return Int8Linear(
             w_q, w_scale, bias,
             dtype=weight.dtype, rounding=scheme.rounding(site), backend=backend,
@@ -299,9 +330,12 @@ def count_macs(tower: nn.Module) -> Macs:
                 attention += 2 * L * L * D
         total += sum(L * p.numel() for p in block.parameters() if p.dim() == 2)
     total += linear
+    tokens = L
     for pooler in ("attn_pool", "attn_pool_contrastive"):
         if getattr(tower, pooler, None) is not None:
-            total += _pooler_macs(tower.get_submodule(pooler), L)
+            total += _pooler_macs(tower.get_submodule(pooler), tokens)
+            if getattr(tower, "attn_pool_type", "") == "cascade":
+                tokens = tower.get_parameter("attn_pool.query").shape[0]
     proj = getattr(tower, "proj", None)
     if proj is not None:
         total += _pooled_tokens(tower, L) * proj.numel()
