@@ -7,6 +7,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 RESULTS ?= results
+BUILD_LOG := $(VENV)/build.log
 
 .PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
 .PHONY: gpu-matrix gpu-model numerics dist clean
@@ -32,7 +33,8 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
 
 $(VENV)/.extension: $(VENV)/.package $(CXX_SOURCES)
 	@if [ "$${LRAEE_BUILD_EXT:-1}" != 0 ]; then echo "lraee: building the C++ extension" && \
-	  PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py --quiet build_ext --inplace; fi
+	  PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py --quiet build_ext --inplace >$(BUILD_LOG) 2>&1 || \
+	  { cat $(BUILD_LOG) >&2; echo "lraee: the C++ extension did not build, see above" >&2; exit 1; }; fi
 	@touch $@
 
 setup: $(VENV)/.extension  ## Makes .venv with torch, open_clip and this package with its C++ extension.
