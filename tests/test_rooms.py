@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 400
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("reference", "kernels", "sources", "timing", "fidelity", "zoo"),
+    ("reference", "kernels", "files", "sources", "timing", "fidelity", "zoo"),
     ("registry", "classes"),
     ("ops", "backend", "machine", "data", "models"),
     ("quantize", "doctor"),

@@ -1,0 +1,116 @@
+"""Files that others may have changed: read strictly, written whole or not at all."""
+
+import json
+import os
+import reprlib
+import secrets
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+class CheckpointError(ValueError):
+    """Not a checkpoint of this model; one line names the file, the rule and the value."""
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """The whole file under its name, or nothing: written beside it, flushed to disk, renamed."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if os.name == "posix":  # the new name itself must reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def short(value: object) -> str:
+    """repr(value) in one line of bounded length."""
+    return _SHORT.repr(value)
+
+
+def refuse(path: Path, rule: str, value: object) -> NoReturn:
+    """Raises the one line: file, rule, value."""
+    raise CheckpointError(f"load: {path}: {rule}, got {short(value)}")
+
+
+def read_regular(path: Path, limit_bytes: int) -> bytes:
+    """The content of a regular file (no link, pipe or device) of at most this size."""
+    flags = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # some only on some systems
+    try:
+        handle = os.open(path, sum(getattr(os, flag, 0) for flag in flags) | os.O_RDONLY)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise CheckpointError(
+            f"load: {path}: must be a regular file, no link, got {reason}"
+        ) from error
+    try:
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode):
+            refuse(path, "must be a regular file, no link", stat.filemode(info.st_mode))
+        if info.st_size > limit_bytes:
+            refuse(path, f"must be of at most {limit_bytes} bytes", info.st_size)
+        with os.fdopen(os.dup(handle), "rb") as file:
+            data = file.read(limit_bytes + 1)
+    finally:
+        os.close(handle)
+    if len(data) > limit_bytes:
+        refuse(path, f"must be of at most {limit_bytes} bytes", len(data))
+    return data
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """A JSON object in ASCII in which no key comes twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            refuse(path, "must hold each key once", sorted(key for key, _ in pairs))
+        return result
+
+    try:
+        value = json.loads(data.decode("ascii"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"load: {path}: must be JSON, got {short(str(error))}") from error
+    if type(value) is not dict:
+        refuse(path, "must be a JSON object", value)
+    return value
+
+
+def is_same_json(found: object, expected: object) -> bool:
+    """Equal in type too: to Python 64.0 == 64 and True == 1."""
+    return json.dumps(found, sort_keys=True) == json.dumps(expected, sort_keys=True)
+
+
+def require_keys(path: Path, where: str, value: object, keys: Iterable[str]) -> dict[str, Any]:
+    """The value, if it is an object with exactly these keys."""
+    if type(value) is not dict:
+        refuse(path, f"{where} must be an object", value)
+    missing, unknown = sorted(set(keys) - set(value)), sorted(set(value) - set(keys))
+    if missing:
+        refuse(path, f"{where} must have the key {missing[0]}", sorted(value))
+    if unknown:
+        refuse(path, f"{where} must have no key but its own", unknown)
+    return value
+
+
+def is_sha256(value: object) -> bool:
+    """64 hexadecimal digits in lower case, which is also safe in a file name."""
+    return type(value) is str and len(value) == 64 and set(value) <= set("0123456789abcdef")
