@@ -54,10 +54,10 @@ doctor: setup  ## Says which implementation of each operator runs here, and why 
 # What contributors run
 
 test: setup  ## The test suite without its full sweeps.
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu" --durations 15
 
 test-slow: setup  ## The full sweeps that `make test` leaves out.
-	$(PY) -m pytest -m "slow and not gpu"
+	$(PY) -m pytest -m "slow and not gpu" --durations 15
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU.
 	$(PY) -m pytest -m gpu
@@ -75,7 +75,7 @@ format: setup  ## Formats all code in place.
 
 # Benchmarks: nothing else should run on the machine
 
-BENCH := $(PY) -m pytest
+BENCH := $(PY) -m pytest -o console_output_style=classic
 
 bench: setup  ## Each operator on the layers of real towers, one line each; JSON in results/.
 	@mkdir -p $(RESULTS)

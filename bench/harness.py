@@ -142,8 +142,8 @@ def line(title: str, shape: str, result: Comparison, work: Work) -> str:
     cells = [
         f"{title:<20} {shape:<30}",
         f"{time_text:<30}",
-        f"{work.ops / t.median / 1e12:6.3f} TOPS",
-        f"{work.size_bytes / t.median / 1e9:6.1f} GB/s",
+        *([f"{work.ops / t.median / 1e12:6.3f} TOPS"] if work.ops else []),
+        *([f"{work.size_bytes / t.median / 1e9:6.1f} GB/s"] if work.size_bytes else []),
         "  ".join(f"{ratio:5.2f}x {name}" for name, ratio in result.ratios.items()),
     ]
     return " | ".join(cells)
