@@ -32,8 +32,8 @@ class Fidelity:
 BOUND = Fidelity(cosine_min=0.99, cosine_mean=0.998, centred=0.98, ranking=0.98)
 """What accelerate(check=images) asks for.
 
-On 24 crops of photos lraee-tiny has 0.9999, 0.99997, 0.99996, 0.9999 in `int8`; with its weights cut
-to four bits 0.993, 0.9967, 0.996, 0.997 (tests/test_fidelity.py).
+On 24 crops of photos lraee-tiny has 0.9999, 0.99997, 0.99996, 0.9999 in `int8`; with its weights
+cut to four bits 0.993, 0.9967, 0.996, 0.997 (tests/test_fidelity.py).
 """
 
 

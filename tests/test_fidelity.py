@@ -23,7 +23,7 @@ def test_compare_by_hand():
     assert math.isclose(found.cosine_min, root) and math.isclose(found.cosine_mean, (2 + root) / 3)
     # Pairs (01, 02, 12): 0, 0.6, 0.8 against 0.707, 0.6, 0.99: ranks 0 1 2 against 1 0 2
     assert math.isclose(found.ranking, 0.5)
-    # Less the centre (4/3, 5/3), in thirds: (-1, -5), (-4, -2), (5, 7) and (2, -5), (-1, -2), (5, 7)
+    # Less the centre (4/3, 5/3), times 3: (-1, -5), (-4, -2), (5, 7); (2, -5), (-1, -2), (5, 7)
     cosines = [23 / math.sqrt(26 * 29), 8 / math.sqrt(20 * 5), 1.0]
     assert math.isclose(found.centred, sum(cosines) / 3)
 
