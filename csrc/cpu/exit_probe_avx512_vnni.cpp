@@ -1,0 +1,41 @@
+#if defined(__x86_64__)
+
+#include "cpu/exit_probe.h"
+#include "cpu/rows_vec.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+// clang-format off: the vectors come first
+#include "cpu/rows_vec_avx512_vnni.h"
+#include "cpu/exit_probe_impl.h"
+// clang-format on
+
+namespace lraee::cpu {
+
+void pool_patches_avx512_vnni(const PoolPatchesArgs& args, int64_t b, int64_t c_begin,
+                              int64_t c_end) {
+  pool_patches_at_level(args, b, c_begin, c_end);
+}
+
+void sum_spread_avx512_vnni(const PoolPatchesArgs& args, int64_t b) {
+  sum_spread_at_level(args, b);
+}
+
+void embedding_length_avx512_vnni(const ClassScoresArgs& args, int64_t b) {
+  embedding_length_at_level(args, b);
+}
+
+void class_scores_avx512_vnni(const ClassScoresArgs& args, int64_t chunk) {
+  class_scores_at_level(args, chunk);
+}
+
+void gate_score_avx512_vnni(const ClassScoresArgs& args, int64_t b) {
+  gate_score_at_level(args, b);
+}
+
+}  // namespace lraee::cpu
+
+#pragma GCC pop_options
+
+#endif  // __x86_64__

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace lraee::cpu {
+
+struct Int8AttentionArgs {
+  const void* qkv;  // [B, L, 3 H d], the values of a token side by side
+  int64_t stride_b, stride_l;
+  FloatType type;
+  int64_t L, H, d;
+  bool is_causal;
+  float root;  // d^-1/2
+  void* y;     // [B, L, H d] contiguous
+};
+
+// Queries i_begin..i_end - 1 of one head of one image.
+struct Int8AttentionPart {
+  int64_t b, h, i_begin, i_end;
+};
+
+// Bytes of scratch that one call needs, aligned to 64: K, V and a block of scores of one head.
+int64_t int8_attention_scratch_bytes(int64_t L, int64_t d);
+
+using Int8Attention = void(const Int8AttentionArgs& args, const Int8AttentionPart& part,
+                           void* scratch);
+// avx_vnni has two encodings: avx512vl_vnni is the one for machines with AVX512VL but without AVX-VNNI.
+Int8Attention int8_attention_scalar, int8_attention_avx2, int8_attention_avx_vnni,
+    int8_attention_avx512vl_vnni, int8_attention_avx512_vnni;
+
+}  // namespace lraee::cpu

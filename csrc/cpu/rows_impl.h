@@ -1,0 +1,183 @@
+#pragma once
+
+// Loops over one row: partial vectors, the fixed summation order, the quantizer. Included inside a target region, after a
+// rows_vec_<isa>.h.
+
+namespace lraee::cpu {
+namespace {
+
+constexpr int kLanes = 64;  // width of the fixed summation order
+constexpr int kGroups = kLanes / kWidth;
+
+// The first n values at p; zero in the lanes beyond. n = kWidth is known at compile time where it is the rule.
+template <class T>
+LRAEE_INLINE Vf load_first(const T* p, int n) {
+  if (n == kWidth) return load(p);
+  T padded[kWidth] = {};
+  std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+LRAEE_INLINE void store_first(T* p, Vf a, int n) {
+  if (n == kWidth) return store(p, a);
+  T padded[kWidth];
+  store(padded, a);
+  std::memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
+}
+
+LRAEE_INLINE void store_first_i8(int8_t* p, Vi a, int n) {
+  if (n == kWidth) return store_i8(p, a);
+  int8_t padded[kWidth];
+  store_i8(padded, a);
+  std::memcpy(p, padded, static_cast<size_t>(n));
+}
+
+// a with zero in the lanes from n on.
+LRAEE_INLINE Vf keep_first(Vf a, int n) {
+  if (n == kWidth) return a;
+  float kept[kWidth];
+  store(kept, a);
+  return load_first(kept, n);
+}
+
+// Calls body(k, n, slot) for n values from k on; slots 0..3 take turns, so that four chains can run side by side.
+template <class Body>
+LRAEE_INLINE void for_vectors(int64_t K, Body body) {
+  int64_t k = 0;
+  for (; k + 4 * kWidth <= K; k += 4 * kWidth) {
+    body(k, kWidth, 0);
+    body(k + kWidth, kWidth, 1);
+    body(k + 2 * kWidth, kWidth, 2);
+    body(k + 3 * kWidth, kWidth, 3);
+  }
+  for (; k + kWidth <= K; k += kWidth) body(k, kWidth, 0);
+  if (k < K) body(k, static_cast<int>(K - k), 0);
+}
+
+// Folds the 64 lanes held by kGroups vectors: 64 -> 32 -> ... -> 1, lane[i] += lane[i + half].
+LRAEE_INLINE float fold_lanes(Vf (&lanes)[kGroups]) {
+#pragma GCC unroll 8
+  for (int half = kGroups / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int g = 0; g < half; ++g) lanes[g] = lanes[g] + lanes[g + half];
+  }
+  return fold(lanes[0]);
+}
+
+// Sum in the order of lraee.reference.lane_sum; value(k, n) gives the n values from k on, zero beyond.
+template <class Value>
+LRAEE_INLINE float lane_sum(int64_t K, Value value) {
+  Vf lanes[kGroups];
+  for (Vf& lane : lanes) lane = set1(0.0f);
+  int64_t k = 0;
+  for (; k + kLanes <= K; k += kLanes) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) lanes[g] = lanes[g] + value(k + g * kWidth, kWidth);
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) {
+    const int64_t left = K - k - g * kWidth;
+    if (left >= kWidth) {
+      lanes[g] = lanes[g] + value(k + g * kWidth, kWidth);
+    } else if (left > 0) {
+      lanes[g] = lanes[g] + value(k + g * kWidth, static_cast<int>(left));
+    }
+  }
+  return fold_lanes(lanes);
+}
+
+// The range of a row, widened to hold 0. The largest |x| is kept as bits: they order like the values, and those of NaN and
+// Inf are above all others, which min and max would lose.
+class Range {
+ public:
+  LRAEE_INLINE Range() {
+    for (int slot = 0; slot < 4; ++slot) {
+      lo_[slot] = hi_[slot] = set1(0.0f);
+      magnitude_[slot] = set1(0);
+    }
+  }
+
+  template <bool kSymmetric>
+  LRAEE_INLINE void add(Vf x, int slot) {
+    magnitude_[slot] = max(magnitude_[slot], bits(x) & set1(0x7FFFFFFF));
+    if (!kSymmetric) {
+      lo_[slot] = min(lo_[slot], x);
+      hi_[slot] = max(hi_[slot], x);
+    }
+  }
+
+  LRAEE_INLINE float lo() const { return min_of(min(min(lo_[0], lo_[1]), min(lo_[2], lo_[3]))); }
+  LRAEE_INLINE float hi() const { return max_of(max(max(hi_[0], hi_[1]), max(hi_[2], hi_[3]))); }
+  LRAEE_INLINE float magnitude() const {
+    const int32_t largest =
+        max_of(max(max(magnitude_[0], magnitude_[1]), max(magnitude_[2], magnitude_[3])));
+    float value;
+    std::memcpy(&value, &largest, 4);
+    return value;
+  }
+
+ private:
+  Vf lo_[4], hi_[4];
+  Vi magnitude_[4];
+};
+
+// One step and the step that stands for 0. scale is NaN for a row that has none.
+struct Steps {
+  float scale;
+  int32_t zero;
+};
+
+template <bool kSymmetric>
+LRAEE_INLINE Steps steps_of(const Range& range) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float magnitude = range.magnitude();
+  if (!(magnitude < kInfinity)) return {std::numeric_limits<float>::quiet_NaN(), 0};
+  const float lo = kSymmetric ? 0.0f : range.lo();
+  float scale = kSymmetric ? magnitude / 127.0f : (range.hi() - lo) / 255.0f;
+  if (!(scale < kInfinity)) return {std::numeric_limits<float>::quiet_NaN(), 0};
+  if (scale < std::numeric_limits<float>::min()) scale = 1.0f;
+  if (kSymmetric) return {scale, 0};
+  const float zero = (-128.0f - lo / scale) + 12582912.0f - 12582912.0f;
+  return {scale, static_cast<int32_t>(std::min(127.0f, std::max(-128.0f, zero)))};
+}
+
+// x_q = round(x / scale) + zero, clamped to -128..127; |x| <= 127 scale (1 + 2^-23) keeps symmetric rows above -128.
+template <class T>
+LRAEE_INLINE void write_steps(const T* x, int64_t K, Steps steps, int8_t* x_q) {
+  if (std::isnan(steps.scale)) {
+    std::memset(x_q, 0, static_cast<size_t>(K));
+    return;
+  }
+  const Vf scale = set1(steps.scale);
+  const Vi zero = set1(steps.zero);
+  for_vectors(K, [&](int64_t k, int n, int) LRAEE_INLINE_LAMBDA {
+    store_first_i8(x_q + k, round_i32(load_first(x + k, n) / scale) + zero, n);
+  });
+}
+
+template <bool kSymmetric, class T>
+LRAEE_INLINE Steps quantize_row(const T* x, int64_t K, int8_t* x_q) {
+  Range range;
+  for_vectors(K, [&](int64_t k, int n, int slot)
+                     LRAEE_INLINE_LAMBDA { range.add<kSymmetric>(load_first(x + k, n), slot); });
+  const Steps steps = steps_of<kSymmetric>(range);
+  write_steps(x, K, steps, x_q);
+  return steps;
+}
+
+// Calls fn with a null pointer of the element type.
+template <class Fn>
+LRAEE_INLINE void with_type(FloatType type, Fn fn) {
+  switch (type) {
+    case FloatType::kF32:
+      return fn(static_cast<const float*>(nullptr));
+    case FloatType::kBf16:
+      return fn(static_cast<const Bf16Value*>(nullptr));
+    case FloatType::kF16:
+      return fn(static_cast<const F16Value*>(nullptr));
+  }
+}
+
+}  // namespace
+}  // namespace lraee::cpu

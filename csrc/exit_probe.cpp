@@ -1,0 +1,133 @@
+// z [B, L, D] -> embedding [B, E], top1, confidence, margin, variance and score [B] of leaving at this depth.
+
+#include "cpu/exit_probe.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "int8_linear.h"
+#include "rows.h"
+
+namespace lraee {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct Pool {
+  at::Tensor mean, variance;
+};
+
+// Mean and spatial variance of the patch tokens. A small batch is cut into channels, so that no thread idles.
+Pool pool_patches(const at::Tensor& z) {
+  const at::Tensor rows = with_contiguous_rows(z);
+  const int64_t B = z.size(0), D = z.size(2);
+  Pool pool{at::empty({B, D}, z.options().dtype(at::kFloat)),
+            at::empty({B}, z.options().dtype(at::kFloat))};
+  at::Tensor spread = at::empty_like(pool.mean);
+  const cpu::PoolPatchesArgs args{rows.const_data_ptr(),
+                                  rows.stride(0),
+                                  rows.stride(1),
+                                  float_type(z.scalar_type(), "exit_probe", "z"),
+                                  z.size(1),
+                                  D,
+                                  pool.mean.mutable_data_ptr<float>(),
+                                  spread.mutable_data_ptr<float>(),
+                                  pool.variance.mutable_data_ptr<float>()};
+  const int64_t threads = at::get_num_threads();
+  const int64_t parts = B == 0 ? 1 : (threads + B - 1) / B;
+  const int64_t step = std::max<int64_t>(64, (D / parts + 63) / 64 * 64);
+  const int64_t steps = (D + step - 1) / step;
+  auto* const pool_part = by_level<cpu::PoolPatches>(LRAEE_THREE_LEVELS(cpu::pool_patches));
+  at::parallel_for(0, B * steps, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t c = task % steps * step;
+      pool_part(args, task / steps, c, std::min(D, c + step));
+    }
+  });
+  auto* const sum_spread = by_level<cpu::SumSpread>(LRAEE_THREE_LEVELS(cpu::sum_spread));
+  for (int64_t b = 0; b < B; ++b) sum_spread(args, b);
+  return pool;
+}
+
+struct Scores {
+  at::Tensor top1, confidence, margin, score;
+};
+
+Scores gate_scores(const at::Tensor& embedding, const at::Tensor& classes, double logit_scale,
+                   const at::Tensor& gate, const at::Tensor& variance) {
+  const int64_t B = embedding.size(0), K = classes.size(0);
+  const at::Tensor class_rows = classes.contiguous(), gate_row = gate.contiguous();
+  at::Tensor length = at::empty_like(variance);
+  Scores scores{at::empty({B}, variance.options().dtype(at::kLong)), at::empty_like(variance),
+                at::empty_like(variance), at::empty_like(variance)};
+  const int64_t chunks = (K + cpu::kClassChunk - 1) / cpu::kClassChunk;
+  std::vector<cpu::ClassPart> parts(static_cast<size_t>(chunks * B));
+  const cpu::ClassScoresArgs args{embedding.const_data_ptr<float>(),
+                                  class_rows.const_data_ptr<float>(),
+                                  B,
+                                  classes.size(1),
+                                  K,
+                                  static_cast<float>(logit_scale),
+                                  gate_row.const_data_ptr<float>(),
+                                  variance.const_data_ptr<float>(),
+                                  length.mutable_data_ptr<float>(),
+                                  parts.data(),
+                                  scores.top1.mutable_data_ptr<int64_t>(),
+                                  scores.confidence.mutable_data_ptr<float>(),
+                                  scores.margin.mutable_data_ptr<float>(),
+                                  scores.score.mutable_data_ptr<float>()};
+  auto* const length_of = by_level<cpu::EmbeddingLength>(LRAEE_THREE_LEVELS(cpu::embedding_length));
+  auto* const score_chunk = by_level<cpu::ClassScores>(LRAEE_THREE_LEVELS(cpu::class_scores));
+  auto* const gate_score = by_level<cpu::GateScore>(LRAEE_THREE_LEVELS(cpu::gate_score));
+  for (int64_t b = 0; b < B; ++b) length_of(args, b);
+  at::parallel_for(0, B == 0 ? 0 : chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) score_chunk(args, chunk);
+  });
+  for (int64_t b = 0; b < B; ++b) gate_score(args, b);
+  return scores;
+}
+
+void check(const at::Tensor& z, const at::Tensor& w1_scale, const OptionalTensor& w2_scale,
+           const at::Tensor& classes, const at::Tensor& gate) {
+  TORCH_CHECK_VALUE(z.dim() == 3 && z.size(1) >= 2,
+                    "exit_probe: z must have shape [B, L >= 2, D], got ", z.sizes());
+  const int64_t E = w2_scale.has_value() ? w2_scale->numel() : w1_scale.numel();
+  TORCH_CHECK_VALUE(classes.dim() == 2 && classes.size(0) >= 1 && classes.size(1) == E,
+                    "exit_probe: classes must have shape [K >= 1, E] with E = ", E, ", got ",
+                    classes.sizes());
+  TORCH_CHECK_VALUE(gate.numel() == 4, "exit_probe: gate must have shape [4], got ", gate.sizes());
+  TORCH_CHECK_TYPE(classes.scalar_type() == at::kFloat && gate.scalar_type() == at::kFloat,
+                   "exit_probe: classes and gate must be float32, got ", classes.scalar_type(),
+                   " and ", gate.scalar_type());
+}
+
+using Probe = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Probe exit_probe(const at::Tensor& z, const at::Tensor& gamma, const at::Tensor& beta, double eps,
+                 const at::Tensor& w1, const at::Tensor& w1_scale, const at::Tensor& w1_sum,
+                 const OptionalTensor& b1, const OptionalTensor& w2, const OptionalTensor& w2_scale,
+                 const OptionalTensor& w2_sum, const OptionalTensor& b2, const at::Tensor& classes,
+                 double logit_scale, const at::Tensor& gate) {
+  check(z, w1_scale, w2.has_value() ? w2_scale : std::nullopt, classes, gate);
+  const Pool pool = pool_patches(z);
+  const auto [x_q, x_scale, x_zero] = layer_norm_quantize(pool.mean, gamma, beta, eps, false);
+  at::Tensor embedding = int8_linear(x_q, x_scale, x_zero, w1, w1_scale, w1_sum, b1, std::nullopt,
+                                     std::nullopt, w2.has_value() ? "gelu" : "none", at::kFloat);
+  if (w2.has_value()) {
+    const auto [h_q, h_scale, h_zero] = quantize_rows(embedding, false);
+    embedding = int8_linear(h_q, h_scale, h_zero, *w2, w2_scale.value(), w2_sum.value(), b2,
+                            std::nullopt, std::nullopt, "none", at::kFloat);
+  }
+  const Scores scores = gate_scores(embedding, classes, logit_scale, gate, pool.variance);
+  return {embedding, scores.top1, scores.confidence, scores.margin, pool.variance, scores.score};
+}
+
+}  // namespace
+}  // namespace lraee
+
+TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("exit_probe", &lraee::exit_probe); }

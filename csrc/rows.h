@@ -1,0 +1,52 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "common.h"
+
+namespace lraee {
+
+// The function of the active level. Without int8 products avx_vnni has nothing to add to avx2.
+template <class Kernel>
+Kernel* by_level(Kernel* scalar, Kernel* avx2, Kernel* avx512_vnni) {
+  switch (active_isa()) {
+    case cpu::Isa::kScalar:
+      return scalar;
+    case cpu::Isa::kAvx2:
+    case cpu::Isa::kAvxVnni:
+      return avx2;
+    case cpu::Isa::kAvx512Vnni:
+      return avx512_vnni;
+  }
+  return scalar;
+}
+
+// Elsewhere than on x86-64 only the scalar level is compiled.
+#if defined(__x86_64__)
+#define LRAEE_THREE_LEVELS(name) &name##_scalar, &name##_avx2, &name##_avx512_vnni
+#else
+#define LRAEE_THREE_LEVELS(name) &name##_scalar, &name##_scalar, &name##_scalar
+#endif
+
+// x itself where the values of a row lie side by side, at any distance between rows; else a copy.
+inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous();
+}
+
+// Rows of K values that make a task worth its dispatch.
+inline int64_t rows_per_task(int64_t K) {
+  constexpr int64_t kValuesPerTask = 32768;
+  return std::max<int64_t>(1, kValuesPerTask / std::max<int64_t>(1, K));
+}
+
+// The operators, for those that are built of others.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x, bool symmetric);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_quantize(const at::Tensor& x,
+                                                                   const at::Tensor& gamma,
+                                                                   const at::Tensor& beta,
+                                                                   double eps, bool symmetric);
+
+}  // namespace lraee
