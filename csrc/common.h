@@ -11,7 +11,8 @@
 namespace lraee {
 
 // The level that kernels run at: the highest available, or the one forced by LRAEE_ISA or set_isa.
-// Raises ValueError if LRAEE_ISA names no level or one that this machine lacks: a silent fallback would only be slow.
+// Raises ValueError if LRAEE_ISA names no level or one that this machine lacks: a silent fallback
+// would only be slow.
 cpu::Isa active_isa();
 
 // Forces a level by name; "" goes back to the level chosen at start. For tests and benchmarks.
@@ -19,7 +20,8 @@ void set_isa(const std::string& name);
 
 std::vector<std::string> isa_levels();
 
-// float32, bfloat16 and float16 as the kernels know them; op and argument name the culprit otherwise.
+// float32, bfloat16 and float16 as the kernels know them; op and argument name the culprit
+// otherwise.
 cpu::FloatType float_type(c10::ScalarType type, const char* op, const char* argument);
 
 }  // namespace lraee

@@ -16,7 +16,8 @@
 namespace lraee {
 namespace {
 
-// Contiguous float32 or int32 operand of the given length; null where it is absent. keep holds the storage alive.
+// Contiguous float32 or int32 operand of the given length; null where it is absent. keep holds the
+// storage alive.
 template <class T>
 const T* vector_pointer(const char* name, const std::optional<at::Tensor>& operand, int64_t size,
                         at::Tensor* keep) {
@@ -36,7 +37,8 @@ cpu::Activation activation_from_name(std::string_view name) {
       false, "int8_linear: activation must be none, gelu, gelu_tanh or quick_gelu, got ", name);
 }
 
-// Scratch of one thread, kept for the life of the thread: a fresh one would cost page faults on every call.
+// Scratch of one thread, kept for the life of the thread: a fresh one would cost page faults on
+// every call.
 void* thread_scratch(int64_t bytes) {
   constexpr size_t kAlignment = 64;
   struct Free {
@@ -60,8 +62,8 @@ struct Grid {
   int64_t m_parts, n_parts;
 };
 
-// The split with the least work and traffic for the slowest thread. Rows weigh by 6, columns by 64, the sizes of a tile; a
-// thread reads its weights once and converts its rows once.
+// The split with the least work and traffic for the slowest thread. Rows weigh by 6, columns by 64,
+// the sizes of a tile; a thread reads its weights once and converts its rows once.
 Grid best_grid(const cpu::Int8LinearArgs& a, int64_t num_threads) {
   constexpr int64_t kSerialProducts = 1 << 20, kRows = 6, kProductsPerByte = 8;
   Grid best{1, 1};

@@ -1,4 +1,5 @@
-// w_q int8 [N, K] <-> the CPU layout of int8_linear, int8 [ceil(N/16), ceil(K/4), 16, 4], and w_sum int32 [N].
+// w_q int8 [N, K] <-> the CPU layout of int8_linear, int8 [ceil(N/16), ceil(K/4), 16, 4], and w_sum
+// int32 [N].
 
 #include "cpu/pack_weight.h"
 

@@ -2,8 +2,9 @@
 
 namespace lraee::cpu {
 
-// A gate as [NOTE: gated activations] in activation_body.h uses it. bench/fit_activations.py makes the tables; |error| is that of
-// the activation y * G(y), absolute, all y, every rounding counted, for the part below zero and so for max(y, 0) minus it.
+// A gate as [NOTE: gated activations] in activation_body.h uses it. bench/fit_activations.py makes
+// the tables; |error| is that of the activation y * G(y), absolute, all y, every rounding counted,
+// for the part below zero and so for max(y, 0) minus it.
 template <int kDegreeOfRoot, int kSquaringsOfRoot>
 struct Gate {
   static constexpr int kDegree = kDegreeOfRoot, kSquarings = kSquaringsOfRoot;

@@ -29,14 +29,15 @@ struct Int8LinearArgs {
   Activation activation;
 };
 
-// Part of y: rows [m_begin, m_end), columns [n_begin, n_end). n_begin is a multiple of kColumnStep, and so is n_end unless
-// it is N.
+// Part of y: rows [m_begin, m_end), columns [n_begin, n_end). n_begin is a multiple of kColumnStep,
+// and so is n_end unless it is N.
 struct Int8LinearBlock {
   int64_t m_begin, m_end, n_begin, n_end;
 };
 inline constexpr int64_t kColumnStep = 64;
 
-// Bytes of scratch that one call needs: the rows at work, as the instruction set wants to read them.
+// Bytes of scratch that one call needs: the rows at work, as the instruction set wants to read
+// them.
 int64_t int8_linear_scratch_bytes(int64_t K);
 
 // Computes one block. scratch is 64-byte aligned and not shared between threads.

@@ -1,6 +1,7 @@
-// int8_linear on AVX2 without VNNI. vpmaddubsw would saturate (255 * 128 * 2 > 32,767), so both operands are widened to int16, and
-// vpmaddwd adds products of two in int32. A tile of 4 rows and 8 columns keeps 8 registers of half sums: columns side by side, even
-// and odd pairs of k in neighbouring lanes, folded at the end.
+// int8_linear on AVX2 without VNNI. vpmaddubsw would saturate (255 * 128 * 2 > 32,767), so both
+// operands are widened to int16, and vpmaddwd adds products of two in int32. A tile of 4 rows and 8
+// columns keeps 8 registers of half sums: columns side by side, even and odd pairs of k in
+// neighbouring lanes, folded at the end.
 
 #if defined(__x86_64__)
 
@@ -38,7 +39,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const int8_t*) {
+                       const Ahead&) {
     constexpr int kColsPerVector = 4, P = C / kColsPerVector;
     __m256i sums[R][P];
 #pragma GCC unroll 8

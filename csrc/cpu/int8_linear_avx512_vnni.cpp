@@ -2,7 +2,7 @@
 //                      Zen 4           Zen 5       Ice Lake and later
 //   vpdpbusd zmm       1 / cycle       2           1 (client) or 2
 //   latency            4               4           5
-// A tile of 6 rows and 64 columns keeps 24 sums in registers: 4 loads and 6 broadcasts feed 24 products.
+// A tile of 6 rows and 64 columns keeps 24 sums in registers; 4 loads, 6 broadcasts, 24 dots.
 
 #if defined(__x86_64__)
 
@@ -17,7 +17,7 @@
 #include "cpu/pack_weight.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prfchw")
 
 namespace lraee::cpu {
 namespace {
@@ -43,7 +43,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const int8_t*) {
+                       const Ahead& ahead) {
     constexpr int P = C / kPanelWidth;
     __m512i sums[R][P];
 #pragma GCC unroll 8
@@ -52,21 +52,24 @@ struct Tile {
       for (int p = 0; p < P; ++p) sums[r][p] = _mm512_setzero_si512();
     }
     const int64_t panel_bytes = groups * kLineBytes;
-    for (int64_t g = 0; g < groups; ++g) {
-      __m512i w_s8x64[P];
+    for (int64_t part = 0, g = 0; part < R; ++part) {
+      ahead.row(part);
+      for (const int64_t stop = groups * (part + 1) / R; g < stop; ++g) {
+        __m512i w_s8x64[P];
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) w_s8x64[p] = _mm512_loadu_si512(w + p * panel_bytes);
+        for (int p = 0; p < P; ++p) w_s8x64[p] = _mm512_loadu_si512(w + p * panel_bytes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        int32_t four;
-        std::memcpy(&four, x + r * stride, sizeof(four));
-        const __m512i x_u8x64 = _mm512_set1_epi32(four);
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          std::memcpy(&four, x + r * stride, sizeof(four));
+          const __m512i x_u8x64 = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-        for (int p = 0; p < P; ++p)
-          sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], x_u8x64, w_s8x64[p]);
+          for (int p = 0; p < P; ++p)
+            sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], x_u8x64, w_s8x64[p]);
+        }
+        w += kLineBytes;
+        x += kGroupDepth;
       }
-      w += kLineBytes;
-      x += kGroupDepth;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {

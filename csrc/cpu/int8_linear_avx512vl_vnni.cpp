@@ -1,4 +1,5 @@
-// int8_linear on 256-bit vpdpbusd in its EVEX encoding (AVX512VL + AVX512-VNNI): the level avx_vnni on a CPU without AVX-VNNI.
+// int8_linear on 256-bit vpdpbusd in its EVEX encoding (AVX512VL + AVX512-VNNI): the level avx_vnni
+// on a CPU without AVX-VNNI.
 
 #if defined(__x86_64__)
 

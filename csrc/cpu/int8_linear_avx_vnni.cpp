@@ -1,4 +1,5 @@
-// int8_linear on 256-bit vpdpbusd in its VEX encoding (AVX-VNNI: Alder Lake, Sierra Forest, Zen 5 and later).
+// int8_linear on 256-bit vpdpbusd in its VEX encoding (AVX-VNNI: Alder Lake, Sierra Forest, Zen 5
+// and later).
 
 #if defined(__x86_64__)
 

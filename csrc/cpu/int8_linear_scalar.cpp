@@ -1,4 +1,5 @@
-// int8_linear in plain C++: for machines without AVX2, and the level that all others must equal bit for bit.
+// int8_linear in plain C++: for machines without AVX2, and the level that all others must equal bit
+// for bit.
 
 #include <cmath>
 #include <cstdint>
@@ -25,7 +26,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const int8_t*) {
+                       const Ahead&) {
     for (int r = 0; r < R; ++r) {
       int32_t* sums = acc + r * C;
       for (int c = 0; c < C; ++c) sums[c] = 0;

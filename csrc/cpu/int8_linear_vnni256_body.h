@@ -1,5 +1,6 @@
-// The tile of int8_linear on 256-bit vpdpbusd (u8 x s8 -> s32), 6 rows by 16 columns: 12 sums, 2 weights and a broadcast fit the 16
-// registers of the VEX encoding. Included inside a target region after vec_avx2.h and a `dpbusd(sum, x, w)` of that encoding.
+// The tile of int8_linear on 256-bit vpdpbusd (u8 x s8 -> s32), 6 rows by 16 columns: 12 sums, 2
+// weights and a broadcast fit the 16 registers of the VEX encoding. Included inside a target region
+// after vec_avx2.h and a `dpbusd(sum, x, w)` of that encoding.
 
 struct Tile {
   static constexpr int kRows = 6, kCols = 16, kTailCols = 16;
@@ -18,7 +19,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const int8_t*) {
+                       const Ahead& ahead) {
     constexpr int P = C / V::kWidth;
     __m256i sums[R][P];
 #pragma GCC unroll 8
@@ -26,21 +27,24 @@ struct Tile {
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) sums[r][p] = _mm256_setzero_si256();
     }
-    for (int64_t g = 0; g < groups; ++g) {
-      __m256i w_s8x32[P];
+    for (int64_t part = 0, g = 0; part < R; ++part) {
+      ahead.row(part);
+      for (const int64_t stop = groups * (part + 1) / R; g < stop; ++g) {
+        __m256i w_s8x32[P];
 #pragma GCC unroll 2
-      for (int p = 0; p < P; ++p)
-        w_s8x32[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + p);
+        for (int p = 0; p < P; ++p)
+          w_s8x32[p] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + p);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        int32_t four;
-        std::memcpy(&four, x + r * stride, sizeof(four));
-        const __m256i x_u8x32 = _mm256_set1_epi32(four);
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          std::memcpy(&four, x + r * stride, sizeof(four));
+          const __m256i x_u8x32 = _mm256_set1_epi32(four);
 #pragma GCC unroll 2
-        for (int p = 0; p < P; ++p) sums[r][p] = dpbusd(sums[r][p], x_u8x32, w_s8x32[p]);
+          for (int p = 0; p < P; ++p) sums[r][p] = dpbusd(sums[r][p], x_u8x32, w_s8x32[p]);
+        }
+        w += kLineBytes;
+        x += kGroupDepth;
       }
-      w += kLineBytes;
-      x += kGroupDepth;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {

@@ -8,7 +8,8 @@ namespace {
 constexpr const char* kNames[kNumIsaLevels] = {"scalar", "avx2", "avx_vnni", "avx512_vnni"};
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports reads CPUID and XGETBV: a register state that the operating system does not save counts as absent.
+// __builtin_cpu_supports reads CPUID and XGETBV: a register state that the operating system does
+// not save counts as absent.
 struct Probe {
   bool avx2, avx512, vex_vnni, evex_vnni;
   Probe() {

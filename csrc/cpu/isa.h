@@ -2,10 +2,11 @@
 
 namespace lraee::cpu {
 
-// Instruction-set levels that kernels are written for, lowest first. Each level can do all that lower ones do.
+// Instruction-set levels that kernels are written for, lowest first.
 //   scalar       plain C++
 //   avx2         AVX2, FMA, F16C
-//   avx_vnni     the same and 256-bit vpdpbusd, in either of its encodings: VEX (AVX-VNNI) or EVEX (AVX512VL + AVX512-VNNI)
+//   avx_vnni     the same and 256-bit vpdpbusd, in the VEX encoding (AVX-VNNI) or the EVEX encoding
+//                (AVX512VL + AVX512-VNNI)
 //   avx512_vnni  AVX512 F, BW, DQ, VL and VNNI
 enum class Isa : int { kScalar, kAvx2, kAvxVnni, kAvx512Vnni };
 inline constexpr int kNumIsaLevels = 4;

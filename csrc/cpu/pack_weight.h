@@ -4,8 +4,9 @@
 
 namespace lraee::cpu {
 
-// The CPU layout of a weight: panels of 16 outputs, in each groups of 4 reduction steps, so that one 64-byte line is one
-// operand of 512-bit vpdpbusd: w[n / 16][k / 4][n % 16][k % 4]. Missing outputs and steps are zero.
+// The CPU layout of a weight: panels of 16 outputs, in each groups of 4 reduction steps, so that
+// one 64-byte line is one operand of 512-bit vpdpbusd: w[n / 16][k / 4][n % 16][k % 4]. Missing
+// outputs and steps are zero.
 inline constexpr int64_t kPanelWidth = 16;
 inline constexpr int64_t kGroupDepth = 4;
 inline constexpr int64_t kLineBytes = kPanelWidth * kGroupDepth;

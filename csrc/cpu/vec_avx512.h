@@ -1,4 +1,5 @@
-// Vectors of 16 float32. Included inside a target region, in an unnamed namespace, after <immintrin.h> and types.h.
+// Vectors of 16 float32. Included inside a target region, in an unnamed namespace, after
+// <immintrin.h> and types.h.
 
 struct V {
   static constexpr int kWidth = 16;

@@ -1,4 +1,5 @@
-// A vector of one float32, in plain C++. Included in an unnamed namespace, after <cmath> and types.h.
+// A vector of one float32, in plain C++. Included in an unnamed namespace, after <cmath> and
+// types.h.
 
 inline uint32_t bits_of(float v) {
   uint32_t bits;
