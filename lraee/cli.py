@@ -14,7 +14,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 P = ParamSpec("P")
 Show = Annotated[bool, typer.Option(help="Show progress bars.")]
@@ -94,7 +94,8 @@ def demo(
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder or ZIP of photos; else scikit-image's photos.")
+        Path | None,
+        typer.Option(exists=True, help="Folder or ZIP of photos; else scikit-image's photos."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most this many of your photos.")] = 64,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("results/demo.json"),
@@ -113,7 +114,7 @@ def demo(
     _line("model", f"{found['model']}, {found['classes']} class names")
     _line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
     _line("photos", f"{found['photos']}; {photos.report()}")
-    table = Table("photo", "float", "", "int8", "")
+    table = Table(Column("photo", overflow="fold"), "float", "", "int8", "")
     for row in found["answers"]:
         same = "" if row["float_name"] == row["int8_name"] else "[red]"
         shares = (f"{100 * row[f'{form}_share']:.0f} %" for form in ("float", "int8"))
@@ -127,9 +128,10 @@ def demo(
 
 @_command
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Folder or ZIP, one folder per class.")],
+    data: Annotated[Path, typer.Option(exists=True, help="Folder or ZIP, one folder per class.")],
     classes: Annotated[
-        Path | None, typer.Option(help='JSON with "wnids" (folder names) and "names" (words).')
+        Path | None,
+        typer.Option(exists=True, help='JSON with "wnids" (folder names) and "names" (words).'),
     ] = None,
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
@@ -226,23 +228,22 @@ def bench(
 
 
 def _row_table(rows: list[dict[str, Any]]) -> Table:
-    columns = {
-        "top1": ("top-1 %", 2),
-        "top5": ("top-5 %", 2),
-        "agreement": ("agrees %", 2),
-        "neighbours": ("neighbour %", 2),
-        "cosine_mean": ("cosine", 4),
-        "cosine_p01": ("1st pct.", 4),
-        "time_ms": ("ms/photo", 2),
+    """Forms of the model as columns, so that it fits a narrow terminal."""
+    figures = {
+        "top1": ("top-1 %", 1.0, 2),
+        "top5": ("top-5 %", 1.0, 2),
+        "agreement": ("top-1 as float's %", 1.0, 2),
+        "neighbours": ("nearest photo as float's %", 1.0, 2),
+        "cosine_mean": ("cosine with float's, mean", 1.0, 5),
+        "cosine_p01": ("cosine, 1st percentile", 1.0, 5),
+        "time_ms": ("ms per photo", 1.0, 2),
+        "weight_bytes": ("image tower, MB", 1e-6, 2),
+        "not_finite": ("photos not finite", 1.0, 0),
     }
-    table = Table("", *(title for title, _ in columns.values()), "MB", "not finite")
-    for row in rows:
-        cells = (
-            "-" if row[key] is None else f"{row[key]:.{digits}f}"
-            for key, (_, digits) in columns.items()
-        )
-        size_mb = f"{row['weight_bytes'] / 1e6:.2f}"
-        table.add_row(row["scheme"], *cells, size_mb, str(row["not_finite"]))
+    table = Table("", *(row["scheme"] for row in rows))
+    for key, (title, factor, digits) in figures.items():
+        cells = ("-" if r[key] is None else f"{factor * r[key]:.{digits}f}" for r in rows)
+        table.add_row(title, *cells)
     return table
 
 

@@ -51,6 +51,7 @@ def examine() -> dict[str, Any]:
         **machine.describe(),
         "isa": _isa_rows(),
         "cuda": cuda_rows(),
+        "operators_on_cpu": machine.cpu_operators(),
         "operators": [asdict(finding) for finding in findings],
     }
 
