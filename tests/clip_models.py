@@ -6,6 +6,8 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
+from lraee import towers
+
 IMAGE_SIZE, VOCABULARY, CONTEXT = 32, 64, 8
 
 VISION: dict[str, Any] = {
@@ -76,3 +78,8 @@ def make_lraee_tiny() -> nn.Module:
     from lraee import zoo
 
     return zoo.load("lraee-tiny")[0]
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks of the image tower, float or accelerated."""
+    return towers.blocks_of(towers.find_tower(model))
