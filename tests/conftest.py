@@ -1,5 +1,11 @@
 """Same start for every test: seeds, thread count, and no GPU test without a GPU."""
 
+import os
+
+# Before torch or triton is imported: tl.sum and its like are bound to the interpreter, or not, when
+# triton.language is imported, and torch's FLOP counter imports that.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import random
 from collections.abc import Iterator
 
