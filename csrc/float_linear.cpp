@@ -26,31 +26,6 @@ cpu::FloatLinearKernel float_linear_kernel() {
   return nullptr;
 }
 
-void check_float_weight(const char* op, const at::Tensor& w, int64_t N, int64_t K) {
-  const std::vector<int64_t> expected{cpu::num_float_panels(N), K, cpu::kFloatPanel};
-  TORCH_CHECK_VALUE(
-      w.sizes() == at::IntArrayRef(expected) && w.is_contiguous() && w.scalar_type() == at::kFloat,
-      op, ": w must be float32 in the CPU layout ", at::IntArrayRef(expected), " of [N, K] = [", N,
-      ", ", K, "], got ", w.sizes());
-}
-
-at::Tensor pack_float_weight(const at::Tensor& w) {
-  TORCH_CHECK_VALUE(w.dim() == 2 && w.scalar_type() == at::kFloat,
-                    "pack_float_weight: w must be float32 [N, K], got ", w.sizes());
-  const int64_t N = w.size(0), K = w.size(1);
-  const at::Tensor source = w.contiguous();
-  at::Tensor packed = at::empty({cpu::num_float_panels(N), K, cpu::kFloatPanel}, w.options());
-  cpu::pack_float_weight(source.const_data_ptr<float>(), N, K, packed.mutable_data_ptr<float>());
-  return packed;
-}
-
-at::Tensor unpack_float_weight(const at::Tensor& w, int64_t N, int64_t K) {
-  check_float_weight("unpack_float_weight", w, N, K);
-  at::Tensor plain = at::empty({N, K}, w.options());
-  cpu::unpack_float_weight(w.const_data_ptr<float>(), N, K, plain.mutable_data_ptr<float>());
-  return plain;
-}
-
 // Splits the larger of rows and panels among the threads: rows share the weights, panels share the rows.
 void run_blocks(const cpu::FloatLinear& whole) {
   const cpu::FloatLinearKernel kernel = float_linear_kernel();
@@ -78,29 +53,27 @@ void run_blocks(const cpu::FloatLinear& whole) {
   }
 }
 
-at::Tensor float_linear(const at::Tensor& x, const at::Tensor& w, int64_t N,
+at::Tensor float_linear(const at::Tensor& x, const at::Tensor& w,
                         const std::optional<at::Tensor>& bias) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat,
                     "float_linear: x must be float32 [M, K], got ", x.sizes());
-  const int64_t M = x.size(0), K = x.size(1);
-  check_float_weight("float_linear", w, N, K);
+  const int64_t M = x.size(0), K = x.size(1), N = w.size(0);
+  TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) == K && w.scalar_type() == at::kFloat,
+                    "float_linear: w must be float32 [N, K] with K = ", K, ", got ", w.sizes());
   TORCH_CHECK_VALUE(!bias || (bias->numel() == N && bias->scalar_type() == at::kFloat),
                     "float_linear: bias must be float32 [N] = [", N, "]");
   const at::Tensor rows = K <= 1 || x.stride(1) == 1 ? x : x.contiguous();
+  const at::Tensor columns = N <= 1 || w.stride(0) == 1 ? w : w.t().contiguous().t();
   const at::Tensor bias_row = bias ? bias->contiguous() : at::Tensor();
   at::Tensor y = at::empty({M, N}, x.options());
   if (M == 0 || N == 0) return y;
-  run_blocks({rows.const_data_ptr<float>(), rows.stride(0), w.const_data_ptr<float>(),
-              bias ? bias_row.const_data_ptr<float>() : nullptr, y.mutable_data_ptr<float>(), N, M,
-              N, K, 0, cpu::num_float_panels(N)});
+  run_blocks({rows.const_data_ptr<float>(), rows.stride(0), columns.const_data_ptr<float>(),
+              columns.stride(1), bias ? bias_row.const_data_ptr<float>() : nullptr,
+              y.mutable_data_ptr<float>(), N, M, N, K, 0, cpu::num_float_panels(N)});
   return y;
 }
 
 }  // namespace
 }  // namespace lraee
 
-TORCH_LIBRARY_IMPL(lraee, CPU, m) {
-  m.impl("pack_float_weight", &lraee::pack_float_weight);
-  m.impl("unpack_float_weight", &lraee::unpack_float_weight);
-  m.impl("float_linear", &lraee::float_linear);
-}
+TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("float_linear", &lraee::float_linear); }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lraee.reference import MAX_K, Probe, Quantized
-from lraee.registry import packed_float_shape, packed_shape
+from lraee.registry import packed_shape
 
 Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu"]
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -195,57 +195,29 @@ def int8_linear(
     )  # fmt: skip
 
 
-def pack_float_weight(w: Tensor) -> Tensor:
-    """The layout that float_linear reads on the device of w.
-
-    Args:
-      w: float32 [N, K].
-    Returns: float32, on the CPU [ceil(N/16), K, 16] zero padded, else [N, K].
-    Raises: ValueError on shape, TypeError on dtype.
-    """
-    if w.dim() != 2:
-        raise ValueError(f"pack_float_weight: w must have shape [N, K], got {list(w.shape)}")
-    _require("pack_float_weight", "w", w, w.shape, [torch.float32])
-    return torch.ops.lraee.pack_float_weight(w)  # type: ignore[no-any-return]
-
-
-def unpack_float_weight(w: Tensor, N: int, K: int) -> Tensor:
-    """The inverse of pack_float_weight: float32 [N, K]."""
-    _require_float_weight("unpack_float_weight", w, N, K, w.device)
-    return torch.ops.lraee.unpack_float_weight(w, N, K)  # type: ignore[no-any-return]
-
-
-def _require_float_weight(op: str, w: Tensor, N: int, K: int, device: torch.device) -> None:
-    _require_device(op, "w", w, device)
-    if w.dtype is not torch.float32:
-        raise TypeError(f"{op}: w must be float32, got {w.dtype}")
-    wanted = packed_float_shape(N, K, device)
-    if list(w.shape) != wanted or not w.is_contiguous():
-        raise ValueError(
-            f"{op}: w must have the {device.type} layout {wanted} of [N, K] = [{N}, {K}],"
-            f" got {list(w.shape)}; pack it on this device with lraee.ops.pack_float_weight"
-        )
-
-
-def float_linear(x: Tensor, w: Tensor, N: int, bias: Tensor | None = None) -> Tensor:
+def float_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x @ w.T + bias with each output summed in one fixed order, so row by row the same bits.
 
     Args:
       x: float32 [M, K], any strides.
-      w: packed weight of logical shape [N, K]; see pack_float_weight.
-      N: outputs.
+      w: float32 [N, K], any strides; no copy is made of one that lies as [K, N] in memory.
       bias: float32 [N] or None.
     Returns: float32 [M, N]. Row m depends on row m of the input alone.
-    Raises: ValueError on shape, device or layout, TypeError on dtype.
+    Raises: ValueError on shape or device, TypeError on dtype.
     Error: |y - exact| <= (K + 1) 2^-24 (|x| @ |w|^T + |bias|), to first order.
     """
     op = "float_linear"
-    if x.dim() != 2:
-        raise ValueError(f"{op}: x must have shape [M, K], got {list(x.shape)}")
+    if x.dim() != 2 or w.dim() != 2:
+        raise ValueError(
+            f"{op}: x and w must have shapes [M, K] and [N, K],"
+            f" got {list(x.shape)} and {list(w.shape)}"
+        )
+    N = w.shape[0]
     _require(op, "x", x, x.shape, [torch.float32])
-    _require_float_weight(op, w, N, x.shape[1], x.device)
+    _require(op, "w", w, [N, x.shape[1]], [torch.float32])
+    _require_device(op, "w", w, x.device)
     _require_vectors(op, N, x.device, bias=bias)
-    return torch.ops.lraee.float_linear(x, w, N, bias)  # type: ignore[no-any-return]
+    return torch.ops.lraee.float_linear(x, w, bias)  # type: ignore[no-any-return]
 
 
 def int8_attention(qkv: Tensor, *, num_heads: int, causal: bool = False) -> Tensor:

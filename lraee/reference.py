@@ -211,18 +211,7 @@ def int8_linear(
     return y.to(out_dtype)
 
 
-def pack_float_weight(w: Tensor) -> Tensor:
-    """The plain layout: w itself, float32 [N, K]."""
-    return w.clone(memory_format=torch.contiguous_format)
-
-
-def unpack_float_weight(w: Tensor, N: int, K: int) -> Tensor:
-    """The inverse of pack_float_weight: float32 [N, K] from the plain layout."""
-    _require_plain("unpack_float_weight", w, N, K)
-    return w.clone(memory_format=torch.contiguous_format)
-
-
-def float_linear(x: Tensor, w: Tensor, N: int, bias: Tensor | None = None) -> Tensor:
+def float_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x @ w.T + bias with each output summed in one fixed order, k = 0, 1, 2, …
 
     The float layers around the blocks (patch embedding, projection) use it: a library's matrix
@@ -230,13 +219,12 @@ def float_linear(x: Tensor, w: Tensor, N: int, bias: Tensor | None = None) -> Te
 
     Args:
       x: float32 [M, K].
-      w: float32 [N, K] (plain layout).
-      N: outputs.
+      w: float32 [N, K].
       bias: float32 [N] or None; the sum starts there.
     Returns: float32 [M, N]. Implementations may fuse each product with its addition.
     """
-    _require_plain("float_linear", w, N, x.shape[1])
-    y = x.new_zeros((x.shape[0], N)) if bias is None else bias.expand(x.shape[0], N)
+    M, N = x.shape[0], w.shape[0]
+    y = x.new_zeros((M, N)) if bias is None else bias.expand(M, N)
     y = y.clone(memory_format=torch.contiguous_format)
     for k in range(x.shape[1]):
         y = y + x[:, k : k + 1] * w[:, k]

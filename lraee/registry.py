@@ -42,9 +42,7 @@ SCHEMAS = {
     "int8_linear": "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale,"
     " Tensor w_sum, Tensor? bias=None, *, Tensor? residual=None, Tensor? layer_scale=None,"
     ' str activation="none", ScalarType out_dtype=float) -> Tensor',
-    "pack_float_weight": "(Tensor w) -> Tensor",
-    "unpack_float_weight": "(Tensor w, int N, int K) -> Tensor",
-    "float_linear": "(Tensor x, Tensor w, int N, Tensor? bias=None) -> Tensor",
+    "float_linear": "(Tensor x, Tensor w, Tensor? bias=None) -> Tensor",
     "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
     "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
     " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
@@ -59,20 +57,11 @@ for _name, _schema in SCHEMAS.items():
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-def _has_cpu_layout(device: torch.device) -> bool:
-    return device.type == "cpu" and CPU_EXTENSION_ERROR is None
-
-
 def packed_shape(N: int, K: int, device: torch.device) -> list[int]:
     """Shape of the int8 weight layout that the device's implementation reads."""
-    if _has_cpu_layout(device):
+    if device.type == "cpu" and CPU_EXTENSION_ERROR is None:
         return [-(-N // PANEL_N), -(-K // GROUP_K), PANEL_N, GROUP_K]
     return [N, K]
-
-
-def packed_float_shape(N: int, K: int, device: torch.device) -> list[int]:
-    """Shape of the float weight layout that the device's implementation reads."""
-    return [-(-N // PANEL_N), K, PANEL_N] if _has_cpu_layout(device) else [N, K]
 
 
 # Fakes: shape, type and device of each result
@@ -110,20 +99,9 @@ def _unpack_weight_fake(w: Tensor, N: int, K: int) -> Tensor:
     return w.new_empty((N, K))
 
 
-@_fake("pack_float_weight")
-def _pack_float_weight_fake(w: Tensor) -> Tensor:
-    N, K = w.shape
-    return w.new_empty(packed_float_shape(N, K, w.device))
-
-
-@_fake("unpack_float_weight")
-def _unpack_float_weight_fake(w: Tensor, N: int, K: int) -> Tensor:
-    return w.new_empty((N, K))
-
-
 @_fake("float_linear")
-def _float_linear_fake(x: Tensor, w: Tensor, N: int, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((x.shape[0], N))
+def _float_linear_fake(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]))
 
 
 @_fake("int8_linear")
@@ -174,9 +152,9 @@ def _int8_linear_flops(
 
 
 @register_flop_formula(torch.ops.lraee.float_linear)
-def _float_linear_flops(x: torch.Size, w: object, N: int, *rest: object, **options: object) -> int:
+def _float_linear_flops(x: torch.Size, w: torch.Size, *rest: object, **options: object) -> int:
     M, K = x
-    return 2 * M * N * K
+    return 2 * M * int(w[0]) * K
 
 
 @register_flop_formula(torch.ops.lraee.int8_attention)

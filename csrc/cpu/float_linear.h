@@ -4,13 +4,10 @@
 
 namespace lraee::cpu {
 
-// Layout of a float weight: panels of 16 outputs, w[n / 16][k][n % 16], missing outputs zero.
+// Outputs are computed in panels of 16.
 inline constexpr int64_t kFloatPanel = 16;
 
 inline int64_t num_float_panels(int64_t N) { return (N + kFloatPanel - 1) / kFloatPanel; }
-
-void pack_float_weight(const float* w, int64_t N, int64_t K, float* packed);
-void unpack_float_weight(const float* packed, int64_t N, int64_t K, float* w);
 
 // One block of y = x @ w^T + bias: rows of x and y, and the panels [first_panel, last_panel) of w.
 //
@@ -20,7 +17,8 @@ void unpack_float_weight(const float* packed, int64_t N, int64_t K, float* w);
 struct FloatLinear {
   const float* x;
   int64_t x_stride;
-  const float* w;
+  const float* w;  // w[k * w_stride + n]: the outputs of one step lie side by side
+  int64_t w_stride;
   const float* bias;  // null for none
   float* y;
   int64_t y_stride;

@@ -20,7 +20,7 @@ void float_tile(const FloatLinear& b, int64_t row, int64_t panel, Steps steps) {
   for (int p = 0; p < P; ++p) {
     const int64_t n = (panel + p) * kFloatPanel;
     lanes[p] = b.N - n < kFloatPanel ? b.N - n : kFloatPanel;
-    w[p] = b.w + (n * b.K + steps.begin * kFloatPanel);
+    w[p] = b.w + steps.begin * b.w_stride + n;
     const float* bias = b.bias == nullptr ? nullptr : b.bias + n;
     for (int r = 0; r < R; ++r) {
       if (steps.begin > 0) {
@@ -34,8 +34,8 @@ void float_tile(const FloatLinear& b, int64_t row, int64_t panel, Steps steps) {
   for (int64_t k = steps.begin; k < steps.end; ++k) {
     Panel column[P];
     for (int p = 0; p < P; ++p) {
-      column[p] = Panel::load(w[p], kFloatPanel);
-      w[p] += kFloatPanel;
+      column[p] = Panel::load(w[p], lanes[p]);
+      w[p] += b.w_stride;
     }
     for (int r = 0; r < R; ++r) {
       for (int p = 0; p < P; ++p) acc[r][p].add_product(x[r * b.x_stride + k], column[p]);

@@ -4,20 +4,6 @@
 
 namespace lraee::cpu {
 
-void pack_float_weight(const float* w, int64_t N, int64_t K, float* packed) {
-  for (int64_t n = 0; n < num_float_panels(N) * kFloatPanel; ++n) {
-    float* panel = packed + n / kFloatPanel * kFloatPanel * K + n % kFloatPanel;
-    for (int64_t k = 0; k < K; ++k) panel[k * kFloatPanel] = n < N ? w[n * K + k] : 0.0f;
-  }
-}
-
-void unpack_float_weight(const float* packed, int64_t N, int64_t K, float* w) {
-  for (int64_t n = 0; n < N; ++n) {
-    const float* panel = packed + n / kFloatPanel * kFloatPanel * K + n % kFloatPanel;
-    for (int64_t k = 0; k < K; ++k) w[n * K + k] = panel[k * kFloatPanel];
-  }
-}
-
 namespace {
 
 constexpr int kMaxRows = 4;
