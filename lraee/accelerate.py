@@ -294,7 +294,9 @@ def _guarded(model: nn.Module) -> list[nn.Module]:
 
 
 def _mark_fast(model: nn.Module, made: Acceleration) -> None:
-    setattr(towers.find_tower(model), _ATTRIBUTE, made)
+    tower = towers.find_tower(model)
+    setattr(tower, _ATTRIBUTE, made)
+    towers.make_rowwise(tower, made.backend)
     for module in _guarded(model):
         module.__dict__["train"] = _TrainGuard(module)
 
@@ -306,5 +308,6 @@ def _mark_float(model: nn.Module, float_blocks: list[nn.Module]) -> None:
     for i, block in enumerate(float_blocks):
         blocks[i] = block
     delattr(tower, _ATTRIBUTE)
+    towers.unmake_rowwise(tower)
     for module in _guarded(model):
         module.__dict__.pop("train", None)

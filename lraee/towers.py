@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lraee.backend import Backend
@@ -19,6 +20,7 @@ from lraee.linear import Int8Linear
 from lraee.modules import Int8Attention, Int8Block, Int8MultiheadAttention
 from lraee.ops import FLOAT_TYPES, Activation
 from lraee.quantize import SITES, Scheme, Site, quantize_weight
+from lraee.rowwise import RowwiseConv2d, rowwise_linear
 
 T = TypeVar("T")
 
@@ -251,6 +253,38 @@ def _float_linear(weight: nn.Parameter, bias: nn.Parameter | None, take: Take) -
     linear.weight = take(weight)
     linear.bias = None if bias is None else take(bias)  # type: ignore[assignment]
     return linear
+
+
+class RowwiseTower(VisionTransformer):  # type: ignore[misc]
+    """open_clip's VisionTransformer whose last projection has the same bits in any batch.
+
+    `make_rowwise` turns a tower into one; parameters, names and numbers stay.
+    """
+
+    rowwise_backend: Backend
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> pooled [B, E], or (pooled, tokens) with `output_tokens`."""
+        pooled, tokens = self._pool(self.transformer(self._embeds(x)))
+        if self.proj is not None:
+            pooled = rowwise_linear(pooled, self.proj.t(), None, self.rowwise_backend)
+        return (pooled, tokens) if self.output_tokens else pooled
+
+
+def make_rowwise(tower: nn.Module, backend: Backend) -> None:
+    """Gives patch embedding and projection one fixed order of summation (see lraee.rowwise)."""
+    RowwiseConv2d.adopt(tower.get_submodule("conv1"), backend)
+    if type(tower) is VisionTransformer:
+        tower.__class__ = RowwiseTower
+        cast(RowwiseTower, tower).rowwise_backend = backend
+
+
+def unmake_rowwise(tower: nn.Module) -> None:
+    """The way back from make_rowwise."""
+    RowwiseConv2d.release(tower.get_submodule("conv1"))
+    if isinstance(tower, RowwiseTower):
+        tower.__class__ = VisionTransformer
+        del tower.rowwise_backend
 
 
 _HOOKS = (

@@ -1,0 +1,80 @@
+"""The float layers around the blocks, computed row by row: the same bits in any batch.
+
+A library's convolution or matrix product may choose another order of summation for another batch
+size or number of threads. On the CPU these layers go through torch.ops.lraee.float_linear instead,
+whose order is fixed. On other devices they are torch's own.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lraee.backend import Backend, operators
+
+
+class RowwiseConv2d(nn.Conv2d):
+    """The patch embedding: a Conv2d whose stride is its kernel, so one linear of each patch.
+
+    An nn.Conv2d becomes one by `RowwiseConv2d.adopt`: same parameters, names and numbers.
+    """
+
+    backend: Backend
+
+    @classmethod
+    def adopt(cls, conv: nn.Module, backend: Backend) -> None:
+        """Turns a Conv2d into this class where it can be one; leaves any other module alone."""
+        if type(conv) is not nn.Conv2d or conv.kernel_size != conv.stride:
+            return
+        if conv.padding not in ((0, 0), "valid") or conv.dilation != (1, 1) or conv.groups != 1:
+            return
+        conv.__class__ = cls
+        cast(RowwiseConv2d, conv).backend = backend
+        # [K, N] in memory, as float_linear reads it; shape and numbers stay
+        weight = conv.weight.data
+        by_step = weight.flatten(1).t().contiguous().t()
+        conv.weight.data = by_step.view(weight.shape)
+
+    @classmethod
+    def release(cls, conv: nn.Module) -> None:
+        """The way back."""
+        if isinstance(conv, cls):
+            conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+            del conv.backend
+            conv.weight.data = conv.weight.data.contiguous()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, H / kernel, W / kernel], remainders cut off as a Conv2d does."""
+        weight = self.weight
+        if input.device.type != "cpu" or input.dim() != 4 or input.dtype != weight.dtype:
+            return super().forward(input)
+        B, C, H, W = input.shape
+        height, width = self.kernel_size
+        rows, columns = H // height, W // width
+        if C != self.in_channels or rows == 0 or columns == 0:
+            return super().forward(input)  # which says what is wrong
+        whole = input[:, :, : rows * height, : columns * width]
+        patches = whole.reshape(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        y = rowwise_linear(
+            patches.reshape(B * rows * columns, C * height * width),
+            weight.flatten(1), self.bias, self.backend,
+        )  # fmt: skip
+        return y.view(B, rows * columns, -1).transpose(1, 2).view(B, -1, rows, columns)
+
+
+def rowwise_linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
+    """x @ w.T + bias, summed in float32 in one fixed order on the CPU.
+
+    Args:
+      x: any float type [..., K].
+      w: any float type [N, K].
+      bias: any float type [N] or None.
+      backend: which implementation to run on.
+    Returns: [..., N] in the type of x.
+    """
+    if x.device.type != "cpu":
+        return torch.nn.functional.linear(x, w, bias)
+    rows = x.reshape(-1, w.shape[1]).float()
+    b = None if bias is None else bias.float()
+    y = cast(Tensor, operators(backend).float_linear(rows, w.float(), b))
+    return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
