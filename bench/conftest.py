@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"{key + ':':<10}{value}" for key, value in environment.describe().items()]
+    return [f"{key + ':':<11}{value}" for key, value in environment.describe().items()]
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
