@@ -256,19 +256,27 @@ def _float_linear(weight: nn.Parameter, bias: nn.Parameter | None, take: Take) -
 
 
 class RowwiseTower(VisionTransformer):  # type: ignore[misc]
-    """open_clip's VisionTransformer whose last projection has the same bits in any batch.
-
-    `make_rowwise` turns a tower into one; parameters, names and numbers stay.
-    """
+    """open_clip's VisionTransformer whose last projection has the same bits in any batch."""
 
     rowwise_backend: Backend
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> pooled [B, E], or (pooled, tokens) with `output_tokens`."""
         pooled, tokens = self._pool(self.transformer(self._embeds(x)))
-        if self.proj is not None:
-            pooled = rowwise_linear(pooled, self.proj.t(), None, self.rowwise_backend)
-        return (pooled, tokens) if self.output_tokens else pooled
+        y = self._project(pooled)
+        return (y, tokens) if self.output_tokens else y
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> dict[str, Any]:
+        """As open_clip's; `image_features` are those of forward."""
+        unprojected = copy.copy(self)  # shares all modules; only its own proj is absent
+        unprojected._parameters = {**self._parameters, "proj": None}
+        output = VisionTransformer.forward_intermediates(unprojected, x, *args, **options)
+        features = output.get("image_features")
+        return output if features is None else {**output, "image_features": self._project(features)}
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        w = None if self.proj is None else self.proj.t()
+        return pooled if w is None else rowwise_linear(pooled, w, None, self.rowwise_backend)
 
 
 def make_rowwise(tower: nn.Module, backend: Backend) -> None:
