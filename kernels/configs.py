@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from lraee.kernels.archs import Arch
 
 WORKSPACE_PARTIALS = 1 << 22
-WORKSPACE_TICKETS = 1 << 12
-"""Size of a split-K workspace: int32 partial sums, and one ticket per output tile."""
+WORKSPACE_TICKETS = 1 << 16
+"""Size of a split-K workspace: int32 partial sums, and one ticket per output tile or image."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,17 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Tiles of the three launches of exit_probe.
+    """Tiles of the first and last launch of exit_probe; the one between is int8_linear.
 
-    rows: images of one program, 1 or 16. block_d, unroll: channels and tokens in flight (pool).
-    block_n: hidden outputs of one program. block_h: hidden values per step of the second product.
+    rows: images of one program of the last launch, 1 or 16. block_d, unroll: channels of one
+    program and tokens in flight while pooling. block_h: hidden values per step of the product.
     """
 
     rows: int
     block_d: int = 64
     unroll: int = 16
-    block_n: int = 32
     block_h: int = 128
-    num_warps: int = 4
+    num_warps: int = 8
 
 
 def shared_bytes(config: Config, x_bytes: int = 1) -> int:
@@ -142,16 +141,19 @@ def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
         # About 24 instructions a value at one warp instruction per scheduler and cycle (~1.5 GHz)
         quantize_us = sharing * 24 * config.block_m * config.block_k / (128 * 1.5e3)
         steps *= 1 + 1 / 2  # the range is read first
-    busy_us = waves * (LOAD_LATENCY_US + steps * max(compute_us + quantize_us, l2_us, latency_us))
+    busy_us: float = waves * (
+        LOAD_LATENCY_US + steps * max(compute_us + quantize_us, l2_us, latency_us)
+    )
     if config.split_k > 1:
         partial_bytes = 8 * programs * config.block_m * config.block_n
         busy_us += 2 * LOAD_LATENCY_US + partial_bytes / (arch.l2_gb_s * 1e3)
     bytes_moved = (shape.M * shape.x_bytes + shape.N) * shape.K + 4 * shape.M * shape.N
-    return max(busy_us, bytes_moved / (arch.bandwidth_gb_s * 1e3))
+    dram_us: float = bytes_moved / (arch.bandwidth_gb_s * 1e3)
+    return float(max(busy_us, dram_us))
 
 
-# The table: candidates per family and bucket of M. Every row compiles without a spill on every
-# member of its family (bench/gpu_matrix.py). Rows measured on a GPU name it and the date.
+# The table: candidates per family and bucket of M, chosen by the cost model above. A row measured
+# on a GPU names it and the date; none is so far.
 
 _TINY = (
     Config(16, 64, 128, num_warps=4, num_stages=4),
@@ -238,13 +240,18 @@ def chunk_config(M: int, D: int) -> RowConfig:
 
 
 def attention_config(heads: int, L: int, d: int, arch: Arch) -> AttentionConfig:
-    """int8_attention: 64 queries a program; 16 while that leaves most of the GPU without work."""
+    """int8_attention: 64 queries a program; fewer where that leaves most of the GPU without work.
+
+    Beyond 128 tokens the scores of 64 queries take too many registers: 32 and twice the warps.
+    """
     is_idle = heads * math.ceil(L / 64) < arch.sms // 2
-    if L <= 16 or is_idle:
+    if L <= 16 or (is_idle and L <= 128):
         return AttentionConfig(16, num_warps=4)
-    return AttentionConfig(64, num_warps=8 if L > 128 or d > 64 else 4)
+    if L > 128 or d > 64:
+        return AttentionConfig(32, num_warps=8)
+    return AttentionConfig(64, num_warps=4)
 
 
-def probe_config(B: int, D: int, E: int) -> ProbeConfig:
+def probe_config(B: int) -> ProbeConfig:
     """exit_probe: a program an image while there is one, otherwise 16 images a program."""
-    return ProbeConfig(rows=1 if B == 1 else 16, num_warps=4 if max(D, E) <= 512 else 8)
+    return ProbeConfig(rows=1 if B == 1 else 16)

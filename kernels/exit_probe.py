@@ -9,11 +9,12 @@
      for the spread about the mean does not change when a constant is taken off every z_i. Without
      the shift, s2 - s1^2/N would cancel: residual streams carry channels whose mean is a hundred
      times their spread, and float32 has 24 bits.
-  2. head. LayerNorm needs only the pooled row, which every program that computes a part of the
-     hidden layer reads and normalises again (3 KB) instead of waiting for another launch.
+     The last program of an image to finish has the whole row at hand (6 KB, in L2): it normalises
+     and quantizes it, and adds up the variance, so that neither needs a launch.
+  2. head. hidden = gelu(W1 x + b1) is int8_linear as it stands.
   3. score. cos_k = <e, t_k> / |e| needs the whole embedding e, so each program, which owns some
-     classes, computes all of e (0.4 MB of int8 weights from L2) and keeps it in registers. It then
-     goes once through its classes with four numbers per image:
+     classes, computes all of e (0.4 MB of int8 weights from L2) instead of waiting for another
+     launch. It then goes once through its classes with four numbers per image:
        best b, its class, second best b', and total = sum exp(l_k - b),
      where taking in a block with numbers (c, c', total_c) gives
        b_new = max(b, c),  b'_new = max(min(b, c), max(b', c')),
@@ -33,11 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import workspace
+from lraee.kernels import launch, workspace
 from lraee.kernels.common import (
     INFINITY,
     LANES,
-    activate,
     fold_lanes,
     lane_sum,
     last_to_arrive,
@@ -49,7 +49,7 @@ from lraee.kernels.common import (
     sum_16,
 )
 from lraee.kernels.configs import ProbeConfig, probe_config
-from lraee.kernels.int8_linear import row_quantizer
+from lraee.kernels.int8_linear import int8_linear, row_quantizer
 from lraee.kernels.workspace import Workspace
 
 Probe = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -61,13 +61,17 @@ BLOCK_C = tl.constexpr(16)
 """Classes taken in at once. Part of the order of sums: the same for every batch size."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _pool_kernel(
-    z_ptr, pooled_ptr, B, N, D, stride_b, stride_l, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    z_ptr, gamma_ptr, beta_ptr, eps, pooled_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, variance_ptr,
+    ticket_ptr, B, N, D, stride_b, stride_l,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """pooled[0] = mean and pooled[1] = variance per channel, of BLOCK_D channels of one image."""
-    image = tl.program_id(1).to(tl.int64)
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Mean and variance of BLOCK_D channels of one image; in its last program also
+    variance = sum over channels and x_q = quantize(LayerNorm(mean)).
+    """
+    image = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D
     patches = z_ptr + image * stride_b + stride_l + offs_d
     shift = tl.load(patches, mask=mask, other=0.0).to(tl.float32)
@@ -83,9 +87,26 @@ def _pool_kernel(
     count = tl.cast(N, tl.float32)
     variance = tl.div_rn(s2 - tl.div_rn(s1 * s1, count), count)
     variance = tl.where(variance < 0.0, 0.0, variance)  # keeps NaN, as maximum would not
-    row = pooled_ptr + image * D + offs_d
-    tl.store(row, shift + tl.div_rn(s1, count), mask=mask)
-    tl.store(row + B.to(tl.int64) * D, variance, mask=mask)
+    mean_row = pooled_ptr + image * D
+    variance_row = mean_row + B.to(tl.int64) * D
+    tl.store(mean_row + offs_d, shift + tl.div_rn(s1, count), mask=mask, cache_modifier=".cg")
+    tl.store(variance_row + offs_d, variance, mask=mask, cache_modifier=".cg")
+    if last_to_arrive(ticket_ptr + image, tl.num_programs(1)):
+        rows = image + tl.arange(0, 1)
+        everything = tl.full((1,), True, tl.int1)
+        offs_row = tl.zeros((1,), tl.int64)
+        per_channel = load_row(variance_row, offs_row, everything, D, CHUNKS)
+        tl.store(variance_ptr + rows, lane_sum(per_channel))
+        mean = load_row(mean_row, offs_row, everything, D, CHUNKS)
+        x = normalise_row(mean, gamma_ptr, beta_ptr, eps, D)
+        lo, hi, is_bad = row_range(x)
+        scale, zero, is_valid = quantizer(lo, hi, is_bad, False)
+        tl.store(x_scale_ptr + rows, scale)
+        tl.store(x_zero_ptr + rows, zero.to(tl.int32))
+        for c in tl.static_range(CHUNKS):
+            cols = c * LANES + tl.arange(0, LANES)[None, :]
+            x_q = quantize_tile(x[c], scale, zero, is_valid, False)
+            tl.store(x_q_ptr + image * D + cols, x_q, mask=cols < D)
 
 
 @triton.jit
@@ -102,58 +123,23 @@ def _dequantize(acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, b_ptr, offs_n, N, 
 
 
 @triton.jit
-def _head_kernel(
-    pooled_ptr, gamma_ptr, beta_ptr, eps, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr,
-    hidden_ptr, variance_ptr, B, D, H,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """hidden = act(W1 quantize(LayerNorm(mean)) + b1) for ROWS images and BLOCK_N outputs."""
-    offs_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    row_mask = offs_b < B
-    offs_row = offs_b.to(tl.int64) * D
-    if tl.program_id(0) == 0:
-        per_channel = load_row(pooled_ptr + B.to(tl.int64) * D, offs_row, row_mask, D, CHUNKS)
-        tl.store(variance_ptr + offs_b, lane_sum(per_channel), mask=row_mask)
-    mean = load_row(pooled_ptr, offs_row, row_mask, D, CHUNKS)
-    x = normalise_row(mean, gamma_ptr, beta_ptr, eps, D)
-    lo, hi, is_bad = row_range(x)
-    scale, zero, is_valid = quantizer(lo, hi, is_bad, False)
-
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((TILE_B, BLOCK_N), tl.int32)
-    for c in tl.static_range(CHUNKS):
-        cols = c * LANES + tl.arange(0, LANES)
-        mask = (offs_n < H)[:, None] & (cols < D)[None, :]
-        w = tl.load(w_ptr + offs_n[:, None] * D + cols[None, :], mask=mask, other=0)
-        x_q = quantize_tile(x[c], scale, zero, is_valid, False)
-        acc = tl.dot(tl.broadcast_to(x_q, (TILE_B, LANES)), tl.trans(w), acc, out_dtype=tl.int32)
-    tile_b = tl.arange(0, TILE_B)
-    y = _dequantize(
-        acc, tl.broadcast_to(scale, (TILE_B,)), tl.broadcast_to(zero.to(tl.int32), (TILE_B,)),
-        w_scale_ptr, w_sum_ptr, b_ptr, offs_n, H, HAS_BIAS,
-    )  # fmt: skip
-    y = activate(y, ACTIVATION)
-    offs_b = tl.program_id(1) * ROWS + tile_b
-    mask = ((tile_b < ROWS) & (offs_b < B))[:, None] & (offs_n < H)[None, :]
-    tl.store(hidden_ptr + offs_b.to(tl.int64)[:, None] * H + offs_n[None, :], y, mask=mask)
-
-
-@triton.jit
 def _embed(
     hidden_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, B, H, E,
-    HAS_BIAS: tl.constexpr, E_CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The embedding of ROWS images as chunks; the first program of each row of them stores it."""
+    """Stores embedding = W2 quantize(hidden) + b2 of ROWS images.
+
+    Every program of these images stores all of it, the same bits; a program reads what it stored
+    itself after a barrier, so none waits for another.
+    """
     tile_b = tl.arange(0, TILE_B)
     # With ROWS = 1 every row of the product is the same image
     offs_b = tl.program_id(1) * ROWS + tile_b % ROWS
     row_mask = offs_b < B
     rows = hidden_ptr + offs_b.to(tl.int64)[:, None] * H
     scale, zero, is_valid = row_quantizer(rows, row_mask, H, False, TILE_B, BLOCK_H)
-    embedding = ()
-    for c in tl.static_range(E_CHUNKS):
-        offs_e = c * LANES + tl.arange(0, LANES)
+    for e in range(0, E, LANES):
+        offs_e = e + tl.arange(0, LANES)
         acc = tl.zeros((TILE_B, LANES), tl.int32)
         for h in range(0, H, BLOCK_H):
             cols = h + tl.arange(0, BLOCK_H)
@@ -166,26 +152,52 @@ def _embed(
         y = _dequantize(
             acc, scale, zero.to(tl.int32), w_scale_ptr, w_sum_ptr, b_ptr, offs_e, E, HAS_BIAS
         )
-        if tl.program_id(0) == 0:
-            mask = (row_mask & (tile_b < ROWS))[:, None] & (offs_e < E)[None, :]
-            tl.store(embedding_ptr + offs_b.to(tl.int64)[:, None] * E + offs_e[None, :], y, mask)
-        if ROWS == 1:
-            y = tl.sum(tl.where(tile_b[:, None] == 0, y, 0.0), axis=0)[None, :]
-        embedding = embedding + (y,)  # type: ignore[assignment]
-    return embedding
+        mask = (row_mask & (tile_b < ROWS))[:, None] & (offs_e < E)[None, :]
+        tl.store(embedding_ptr + offs_b.to(tl.int64)[:, None] * E + offs_e[None, :], y, mask=mask)
+    tl.debug_barrier()
 
 
 @triton.jit
-def _block_logits(embedding, length, classes_ptr, offs_k, last_k, E, logit_scale):
-    """logit_scale * cosine of ROWS images with BLOCK_C classes, -inf beyond last_k: [ROWS, 16]."""
-    ROWS: tl.constexpr = embedding[0].shape[0]
-    lanes = tl.zeros((ROWS, BLOCK_C, LANES), tl.float32)
-    for c in tl.static_range(len(embedding)):
+def _length(embedding, row_mask, E, E_CHUNKS: tl.constexpr):
+    """max(|e|, 1e-12) of rows of pointers, summed in lane order."""
+    ROWS: tl.constexpr = row_mask.shape[0]
+    lanes = tl.zeros((ROWS, LANES), tl.float32)
+    for c in tl.static_range(E_CHUNKS):
         cols = c * LANES + tl.arange(0, LANES)
-        mask = (offs_k < last_k)[:, None] & (cols < E)[None, :]
-        offsets = offs_k.to(tl.int64)[:, None] * E + cols[None, :]
-        t = tl.load(classes_ptr + offsets, mask=mask, other=0.0)
-        lanes += embedding[c][:, None, :] * t[None, :, :]
+        mask = row_mask[:, None] & (cols < E)[None, :]
+        e = tl.load(embedding + cols[None, :], mask=mask, other=0.0)
+        lanes += e * e
+    return tl.maximum(tl.sqrt_rn(fold_lanes(lanes)), 1e-12)
+
+
+@triton.jit
+def _add_products(lanes, c, embedding, row_mask, class_rows, class_mask, E):
+    """lanes[b, k, j] + e[b, 64 c + j] * t[k, 64 c + j]."""
+    cols = c * LANES + tl.arange(0, LANES)
+    col_mask = (cols < E)[None, :]
+    e = tl.load(embedding + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
+    t = tl.load(class_rows + cols[None, :], mask=class_mask[:, None] & col_mask, other=0.0)
+    return lanes + e[:, None, :] * t[None, :, :]
+
+
+@triton.jit
+def _block_logits(
+    embedding, row_mask, length, classes_ptr, offs_k, last_k, E, logit_scale,
+    E_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """logit_scale * cosine of ROWS images with BLOCK_C classes, -inf beyond last_k: [ROWS, 16]."""
+    ROWS: tl.constexpr = row_mask.shape[0]
+    lanes = tl.zeros((ROWS, BLOCK_C, LANES), tl.float32)
+    class_rows = classes_ptr + offs_k.to(tl.int64)[:, None] * E
+    class_mask = offs_k < last_k
+    if ROWS == 1:
+        # Unrolled: all loads of a class at once
+        for c in tl.static_range(E_CHUNKS):
+            lanes = _add_products(lanes, c, embedding, row_mask, class_rows, class_mask, E)
+    else:
+        # A loop: unrolled, the embeddings of 16 images would be kept in registers, and spilled
+        for c in tl.range(0, E_CHUNKS, num_stages=3):
+            lanes = _add_products(lanes, c, embedding, row_mask, class_rows, class_mask, E)
     product = tl.reshape(fold_lanes(tl.reshape(lanes, (ROWS * BLOCK_C, LANES))), (ROWS, BLOCK_C))
     logit = tl.div_rn(product, tl.broadcast_to(length[:, None], (ROWS, BLOCK_C))) * logit_scale
     return tl.where((offs_k < last_k)[None, :], logit, -INFINITY)
@@ -238,7 +250,7 @@ def _finish(
     tl.store(score_ptr + offs_b, 1.0 / (1.0 + tl.exp(-logit)), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _score_kernel(
     hidden_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, classes_ptr, logit_scale, gate_ptr,
     variance_ptr, embedding_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr,
@@ -248,17 +260,14 @@ def _score_kernel(
 ):  # fmt: skip
     """Embedding of ROWS images, its best two of CLASSES classes, and in the last part the score."""
     if HAS_W2:
-        embedding = _embed(
+        _embed(
             hidden_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, B, H, E,
-            HAS_BIAS, E_CHUNKS, ROWS, BLOCK_H,
+            HAS_BIAS, ROWS, BLOCK_H,
         )  # fmt: skip
-    else:
-        offs_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        embedding = load_row(hidden_ptr, offs_b.to(tl.int64) * E, offs_b < B, E, E_CHUNKS)
-    squares = ()
-    for c in tl.static_range(E_CHUNKS):
-        squares = squares + (embedding[c] * embedding[c],)  # type: ignore[assignment]
-    length = tl.maximum(tl.sqrt_rn(lane_sum(squares)), 1e-12)
+    offs_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row_mask = offs_b < B
+    embedding = embedding_ptr + offs_b.to(tl.int64)[:, None] * E
+    length = _length(embedding, row_mask, E, E_CHUNKS)
 
     best = tl.full((ROWS,), -INFINITY, tl.float32)
     second = tl.full((ROWS,), -INFINITY, tl.float32)
@@ -268,7 +277,9 @@ def _score_kernel(
     last_k = tl.minimum(first_k + CLASSES, K)
     for k in range(first_k, last_k, BLOCK_C):
         offs_k = k + tl.arange(0, BLOCK_C)
-        logit = _block_logits(embedding, length, classes_ptr, offs_k, last_k, E, logit_scale)
+        logit = _block_logits(
+            embedding, row_mask, length, classes_ptr, offs_k, last_k, E, logit_scale, E_CHUNKS
+        )
         block_best = tl.max(logit, axis=1)
         is_best = logit == block_best[:, None]
         block_top = tl.min(tl.where(is_best, offs_k[None, :], last_k), axis=1)
@@ -336,28 +347,27 @@ def exit_probe(
     assert w1.shape == (H, D), f"exit_probe: w1 must have the CUDA layout [{H}, {D}]"
     assert w2 is None or w2.shape == (E, H), f"exit_probe: w2 must have the layout [{E}, {H}]"
     z = z if D <= 1 or z.stride(2) == 1 else z.contiguous()
-    hidden = _floats((B, H), z)
-    embedding = hidden if w2 is None else _floats((B, E), z)
     confidence, margin, variance, score = _floats((4, B), z).unbind()
     top1 = torch.empty(B, dtype=torch.int64, device=z.device)
     if not B:
-        return embedding, top1, confidence, margin, variance, score
-    config = config or probe_config(B, D, E)
+        return _floats((B, E), z), top1, confidence, margin, variance, score
+    config = config or probe_config(B)
     space = space or workspace.of_current_stream(z.device)
-    pooled = _floats((2, B, D), z)
-    _pool_kernel[(triton.cdiv(D, config.block_d), B)](
-        z, pooled, B, L - 1, D, z.stride(0), z.stride(1),
-        BLOCK_D=config.block_d, UNROLL=config.unroll, num_warps=1, enable_fp_fusion=False,
+    assert space.tickets.numel() >= B, f"exit_probe: at most {space.tickets.numel()} images"
+    x_q = torch.empty((B, D), dtype=torch.int8, device=z.device)
+    x_scale = torch.empty(B, dtype=torch.float32, device=z.device)
+    x_zero = torch.empty(B, dtype=torch.int32, device=z.device)
+    launch.start(
+        _pool_kernel, (B, triton.cdiv(D, config.block_d)),
+        z, gamma.contiguous(), beta.contiguous(), eps, _floats((2, B, D), z),
+        x_q, x_scale, x_zero, variance, space.tickets, B, L - 1, D, z.stride(0), z.stride(1),
+        BLOCK_D=config.block_d, UNROLL=config.unroll, CHUNKS=triton.cdiv(D, 64), num_warps=1,
     )  # fmt: skip
-    blocks = triton.cdiv(B, config.rows)
-    _head_kernel[(triton.cdiv(H, config.block_n), blocks)](
-        pooled, gamma.contiguous(), beta.contiguous(), eps, w1.contiguous(),
-        w1_scale.contiguous(), w1_sum.contiguous(), w1_scale if b1 is None else b1.contiguous(),
-        hidden, variance, B, D, H,
-        HAS_BIAS=b1 is not None, ACTIVATION="none" if w2 is None else "gelu",
-        CHUNKS=triton.cdiv(D, 64), ROWS=config.rows, BLOCK_N=config.block_n,
-        num_warps=config.num_warps, enable_fp_fusion=False,
+    hidden = int8_linear(
+        x_q, x_scale, x_zero, w1, w1_scale, w1_sum, b1,
+        activation="none" if w2 is None else "gelu", space=space,
     )  # fmt: skip
+    embedding = hidden if w2 is None else _floats((B, E), z)
     _launch_score(
         hidden, w2, w2_scale, w2_sum, b2, classes, logit_scale, gate,
         (embedding, top1, confidence, margin, variance, score), config, space,
@@ -366,18 +376,10 @@ def exit_probe(
 
 
 def _launch_score(
-    hidden: Tensor,
-    w2: Tensor | None,
-    w2_scale: Tensor | None,
-    w2_sum: Tensor | None,
-    b2: Tensor | None,
-    classes: Tensor,
-    logit_scale: float,
-    gate: Tensor,
-    probe: Probe,
-    config: ProbeConfig,
-    space: Workspace,
-) -> None:
+    hidden: Tensor, w2: Tensor | None, w2_scale: Tensor | None, w2_sum: Tensor | None,
+    b2: Tensor | None, classes: Tensor, logit_scale: float, gate: Tensor,
+    probe: Probe, config: ProbeConfig, space: Workspace,
+) -> None:  # fmt: skip
     """Third launch: writes embedding, top1, confidence, margin and score."""
     embedding, top1, confidence, margin, variance, score = probe
     (B, H), (K, E) = hidden.shape, classes.shape
@@ -385,17 +387,13 @@ def _launch_score(
     programs, blocks = triton.cdiv(K, per_program), triton.cdiv(B, config.rows)
     parts = _floats((blocks, programs, 4, config.rows), hidden)
     assert blocks <= space.tickets.numel(), f"exit_probe: at most {space.tickets.numel()} blocks"
-    absent = hidden
-    _score_kernel[(programs, blocks)](
-        hidden,
-        absent if w2 is None else w2.contiguous(),
-        absent if w2_scale is None else w2_scale.contiguous(),
-        absent if w2_sum is None else w2_sum.contiguous(),
-        absent if b2 is None else b2.contiguous(),
+    layer = [hidden if part is None else part.contiguous() for part in (w2, w2_scale, w2_sum, b2)]
+    launch.start(
+        _score_kernel, (programs, blocks),
+        hidden, *layer,
         classes.contiguous(), logit_scale, gate.contiguous(), variance,
         embedding, top1, confidence, margin, score, parts, space.tickets,
         B, H, E, K, per_program, programs,
         HAS_W2=w2 is not None, HAS_BIAS=b2 is not None, E_CHUNKS=triton.cdiv(E, 64),
-        ROWS=config.rows, BLOCK_H=config.block_h,
-        num_warps=config.num_warps, enable_fp_fusion=False,
+        ROWS=config.rows, BLOCK_H=config.block_h, num_warps=config.num_warps,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import device
+from lraee.kernels import device, launch
 from lraee.kernels.common import (
     INFINITY,
     INTERPRETED,
@@ -178,11 +178,13 @@ def int8_attention(
     y = torch.empty((B, L, D), dtype=qkv.dtype, device=qkv.device)
     programs = B * num_heads * triton.cdiv(L, config.block_i)
     if programs:
-        _int8_attention_kernel[(programs,)](
+        launch.start(
+            _int8_attention_kernel,
+            (programs,),
             qkv, y, L, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
             IS_CAUSAL=causal,
             KEY_TILES=triton.cdiv(L, 64) if L <= RESIDENT_TOKENS else 0,
             BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import device, workspace
+from lraee.kernels import device, launch, workspace
 from lraee.kernels.common import (
     activate,
     convert,
@@ -187,7 +187,9 @@ def _launch(
         space = workspace.of_current_stream(x.device)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     absent = w_scale
-    _int8_linear_kernel[(tiles, config.split_k)](
+    launch.start(
+        _int8_linear_kernel,
+        (tiles, config.split_k),
         x,
         absent if x_scale is None else x_scale.contiguous(),
         absent if x_zero is None else x_zero.contiguous(),
@@ -207,7 +209,7 @@ def _launch(
         EVEN_K=K % config.block_k == 0, SYMMETRIC=is_symmetric, SPLIT_K=config.split_k,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y
 

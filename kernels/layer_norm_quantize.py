@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lraee.kernels import launch
 from lraee.kernels.common import (
     LANES,
     load_row,
@@ -70,9 +71,11 @@ def layer_norm_quantize(
     x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
     x_zero = torch.empty(M, dtype=torch.int32, device=x.device)
     if M:
-        _layer_norm_quantize_kernel[(triton.cdiv(M, config.block_m),)](
+        launch.start(
+            _layer_norm_quantize_kernel,
+            (triton.cdiv(M, config.block_m),),
             x, gamma.contiguous(), beta.contiguous(), x_q, x_scale, x_zero, M, D, x.stride(0), eps,
             SYMMETRIC=symmetric, CHUNKS=max(1, triton.cdiv(D, 64)), BLOCK_M=config.block_m,
-            num_warps=config.num_warps, enable_fp_fusion=False,
+            num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lraee.kernels import launch
 from lraee.kernels.common import quantize_tile, quantizer, tile_range
 from lraee.kernels.configs import RowConfig, row_config
 
@@ -67,10 +68,12 @@ def quantize_rows(x: Tensor, symmetric: bool, *, config: RowConfig | None = None
     x_zero = torch.empty(M, dtype=torch.int32, device=x.device)
     if M:
         BLOCK_K = min(triton.next_power_of_2(max(K, 16)), 4096)
-        _quantize_rows_kernel[(triton.cdiv(M, config.block_m),)](
+        launch.start(
+            _quantize_rows_kernel,
+            (triton.cdiv(M, config.block_m),),
             x, x_q, x_scale, x_zero, M, K, x.stride(0),
             SYMMETRIC=symmetric, IS_ONE_TILE=K <= BLOCK_K,
             BLOCK_M=config.block_m, BLOCK_K=BLOCK_K,
-            num_warps=config.num_warps, enable_fp_fusion=False,
+            num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lraee import reference
 from lraee.kernels import exit_probe as module
+from lraee.kernels import int8_linear, launch
 from lraee.kernels.configs import ProbeConfig
 from lraee.kernels.exit_probe import classes_per_program, exit_probe
 from tests.kernels.guard import guarded_outputs, poisoned, poisoned_all
@@ -171,21 +172,16 @@ def test_variance_survives_a_large_mean() -> None:
 
 
 def test_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = []
-    for name in ("_pool_kernel", "_head_kernel", "_score_kernel"):
-        kernel = getattr(module, name)
+    started = []
+    start = launch.start
 
-        class Counted:
-            def __init__(self, kernel: Any, name: str) -> None:
-                self.kernel, self.name = kernel, name
+    def count(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        started.append(kernel)
+        start(kernel, *arguments, **constants)
 
-            def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                launches.append(self.name)
-                return self.kernel[grid]
-
-        monkeypatch.setattr(module, name, Counted(kernel, name))
+    monkeypatch.setattr(launch, "start", count)
     exit_probe(*arguments(2, 5, 64, 48, 32, 20, 0))
-    assert launches == ["_pool_kernel", "_head_kernel", "_score_kernel"]
+    assert started == [module._pool_kernel, int8_linear._int8_linear_kernel, module._score_kernel]
 
 
 def test_no_images() -> None:
@@ -199,6 +195,6 @@ def test_no_images() -> None:
 def test_config_is_obeyed() -> None:
     given = arguments(3, 40, 96, 70, 32, 20, 0)
     expected = exit_probe(*given)
-    config = ProbeConfig(rows=1, block_d=32, unroll=4, block_n=16, block_h=64)
+    config = ProbeConfig(rows=1, block_d=32, unroll=4, block_h=64)
     for name, value, wanted in zip(NAMES, exit_probe(*given, config=config), expected, strict=True):
         assert_same(value, wanted, name=name)
