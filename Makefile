@@ -10,7 +10,7 @@ RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
 .PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
-.PHONY: gpu-matrix gpu-model numerics dist clean
+.PHONY: dist clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,16 +87,6 @@ bench-tower: setup  ## Whole image towers against torch float32, bfloat16 and qu
 
 regressions: setup  ## FLOPs against golden numbers; latency of INT8 against float32 and itself.
 	$(BENCH) bench/regression_flops.py bench/regression_latency.py
-
-gpu-matrix: setup  ## Compiles every Triton kernel for every GPU family, without a GPU.
-	$(PY) -m bench.gpu_matrix
-
-gpu-model: setup  ## Predicted (not measured) GPU times.
-	$(PY) -m bench.gpu_model
-
-numerics: setup  ## INT8 numerics on a real 257-token tower (installs the extra `numerics`).
-	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --editable ".[numerics]"
-	$(PY) -m bench.numerics_257
 
 dist: setup  ## The sdist, and the wheel built from it.
 	$(PY) -m build --no-isolation --outdir dist

@@ -28,6 +28,6 @@ def test_exp_is_within_two_roundings(tmp_path: Path) -> None:
     assert of_exp <= 2.0**-23
     assert of_sigmoid <= 2.0**-23
     special = lines[1].split()
-    # x = 0, -inf, NaN, NaN with a payload, 89, inf, -1e30, -86.5; only the second function takes positive x.
+    # x = 0, -inf, NaN, NaN with a payload, 89, inf, -1e30, -86.5; only the second takes x > 0.
     assert [special[i] for i in (0, 1, 2, 3, 6, 7)] == ["1", "0", "nan", "nan", "0", "0"]
     assert special[8:] == ["1", "0", "nan", "nan", "inf", "inf", "0", "0"]
