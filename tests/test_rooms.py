@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops", "backend", "machine", "data", "models"),
     ("quantize", "doctor"),
     ("linear",),
-    ("modules",),
+    ("modules", "rowwise"),
     ("exits",),
     ("towers",),
     ("accelerate", "calibrate", "flops"),
