@@ -13,15 +13,31 @@ constexpr int kTileQueries = kWidth == 1 ? 1 : 6;
 constexpr int kTilePanels = kWidth == 16 ? 2 : 1;
 // 16 values of d are the unit of a tile of P V: at most 24 of 32 registers, or 12 of 16, hold sums.
 constexpr int kTileUnits = kWidth == 16 ? 4 : 1;
+constexpr int kMeanVectors = kWidth == 1 ? 1 : 4;  // sums side by side
 
 // The mean of K over tokens, added in the order of tokens.
 template <class T>
 LRAEE_INLINE void mean_of_keys(const Int8AttentionArgs& args, const T* k, AttentionScratch& s) {
   for (int64_t c = 0; c < s.d_pad; ++c) s.k_mean[c] = 0.0f;
-  for_vectors(args.d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+  const Vf size = set1(static_cast<float>(args.L));
+  int64_t c = 0;
+  for (; c + kMeanVectors * kWidth <= args.d; c += kMeanVectors * kWidth) {
+    Vf sum[kMeanVectors];
+    for (Vf& lane : sum) lane = set1(0.0f);
+    for (int64_t l = 0; l < args.L; ++l) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kMeanVectors; ++v) {
+        sum[v] = sum[v] + load(k + l * args.stride_l + c + v * kWidth);
+      }
+    }
+    for (int v = 0; v < kMeanVectors; ++v) store(s.k_mean + c + v * kWidth, sum[v] / size);
+  }
+  for_vectors(args.d - c, [&](int64_t left, int n, int) LRAEE_INLINE_LAMBDA {
     Vf sum = set1(0.0f);
-    for (int64_t l = 0; l < args.L; ++l) sum = sum + load_first(k + l * args.stride_l + c, n);
-    store_first(s.k_mean + c, sum / set1(static_cast<float>(args.L)), n);
+    for (int64_t l = 0; l < args.L; ++l) {
+      sum = sum + load_first(k + l * args.stride_l + c + left, n);
+    }
+    store_first(s.k_mean + c + left, sum / size, n);
   });
 }
 
@@ -34,12 +50,27 @@ LRAEE_INLINE void pack_key(const Int8AttentionArgs& args, const T* k, int64_t l,
   });
   s.k_scale[l] = quantize_row<true>(s.row, args.d, s.row_q).scale;
   int8_t* const panel = s.k_q + l / kKeysPerPanel * s.groups * kKeysPerPanel * 4;
-  int32_t sum = 0;
-  for (int64_t c = 0; c < args.d; ++c) sum += s.row_q[c];
   for (int64_t g = 0; g < s.groups; ++g) {
     std::memcpy(panel + (g * kKeysPerPanel + l % kKeysPerPanel) * 4, s.row_q + g * 4, 4);
   }
-  s.k_bias[l] = kQueryBias * sum;
+}
+
+// kQueryBias times the sum of each key: the product with a query of nothing but the bias.
+LRAEE_INLINE void bias_of_keys(AttentionScratch& s) {
+  int8_t bytes[4];
+  std::memset(bytes, kQueryBias, sizeof(bytes));
+  const Query bias = load_query(bytes);
+  for (int64_t panel = 0; panel < s.L_pad; panel += kKeysPerPanel) {
+    const int8_t* const lines = s.k_q + panel * s.groups * 4;
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanelVectors; ++v) {
+      Vi sum = set1(0);
+      for (int64_t g = 0; g < s.groups; ++g) {
+        sum = dot4(sum, bias, load_quads(lines + g * kKeysPerPanel * 4 + v * kWidth * 4));
+      }
+      store(s.k_bias + panel + v * kWidth, sum);
+    }
+  }
 }
 
 template <class T>
@@ -50,10 +81,7 @@ void pack_keys_and_values(const Int8AttentionArgs& args, const T* k, const T* v,
   const int64_t last_panel = s.L_pad - kKeysPerPanel;
   std::memset(s.k_q + last_panel * s.groups * 4, 0,
               static_cast<size_t>(kKeysPerPanel * s.groups * 4));
-  for (int64_t l = last_panel; l < s.L_pad; ++l) {
-    s.k_bias[l] = 0;
-    s.k_scale[l] = 0.0f;
-  }
+  std::fill(s.k_scale + last_panel, s.k_scale + s.L_pad, 0.0f);
   for (int64_t l = 0; l < args.L; ++l) {
     pack_key(args, k + l * args.stride_l, l, s);
     float* const row = s.v + l * s.d_pad;
@@ -62,17 +90,17 @@ void pack_keys_and_values(const Int8AttentionArgs& args, const T* k, const T* v,
       store_first(row + c, load_first(v + l * args.stride_l + c, n), n);
     });
   }
+  bias_of_keys(s);
 }
 
 template <class T>
 LRAEE_INLINE void pack_query(const Int8AttentionArgs& args, const T* q, int64_t i,
                              AttentionScratch& s) {
   int8_t* const q_q = s.q_q + i * s.groups * 4;
-  for (int64_t c = args.d; c < s.groups * 4; ++c) q_q[c] = 0;
-  s.q_step[i] = quantize_row<true>(q, args.d, q_q).scale * args.root;
-  if (kQueryBias != 0) {
-    for (int64_t c = 0; c < args.d; ++c) q_q[c] = static_cast<int8_t>(q_q[c] ^ -128);
-  }
+  for (int64_t c = args.d; c < s.groups * 4; ++c) q_q[c] = 0;  // the keys are 0 there
+  const Steps steps = steps_of_row<true>(q, args.d);
+  write_steps<true>(q, args.d, steps, q_q);
+  s.q_step[i] = steps.scale * args.root;
 }
 
 // Logits of kQueries queries from `query` on against kPanels panels from `panel` on.
@@ -149,10 +177,22 @@ LRAEE_INLINE Vf rounded_as(Vf p, const F16Value*) {
   return load(half);
 }
 
+// row[j] = -inf for j >= visible, in whole vectors: what follows reads vectors, and would wait for narrower stores.
+LRAEE_INLINE void hide_from(float* row, int64_t visible, int64_t L_pad) {
+  const Vf hidden = set1(-std::numeric_limits<float>::infinity());
+  int64_t j = visible / kWidth * kWidth;
+  if (j < visible) {
+    const Vf limit = set1(static_cast<float>(visible - j));
+    store(row + j, select_lt(first_lanes(), limit, load(row + j), hidden));
+    j += kWidth;
+  }
+  for (; j < L_pad; j += kWidth) store(row + j, hidden);
+}
+
 // Logits of a row -> P, of which the first `visible` are not 0.
 template <class T>
 LRAEE_INLINE void softmax_row(float* row, int64_t visible, int64_t L_pad) {
-  for (int64_t j = visible; j < L_pad; ++j) row[j] = -std::numeric_limits<float>::infinity();
+  hide_from(row, visible, L_pad);
   Vf best[4];
   for (Vf& slot : best) slot = set1(-std::numeric_limits<float>::infinity());
   for_vectors(L_pad, [&](int64_t j, int, int slot)

@@ -26,11 +26,17 @@ LRAEE_INLINE void store_first(T* p, Vf a, int n) {
   std::memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
 }
 
+// kAsQuery: in the form that dot4 wants on its left, see [NOTE: query bias].
+template <bool kAsQuery>
 LRAEE_INLINE void store_first_i8(int8_t* p, Vi a, int n) {
-  if (n == kWidth) return store_i8(p, a);
   int8_t padded[kWidth];
-  store_i8(padded, a);
-  std::memcpy(p, padded, static_cast<size_t>(n));
+  int8_t* const target = n == kWidth ? p : padded;
+  if (kAsQuery) {
+    store_query(target, a);
+  } else {
+    store_i8(target, a);
+  }
+  if (n < kWidth) std::memcpy(p, padded, static_cast<size_t>(n));
 }
 
 // a with zero in the lanes from n on.
@@ -143,7 +149,7 @@ LRAEE_INLINE Steps steps_of(const Range& range) {
 }
 
 // x_q = round(x / scale) + zero, clamped to -128..127; |x| <= 127 scale (1 + 2^-23) keeps symmetric rows above -128.
-template <class T>
+template <bool kAsQuery = false, class T>
 LRAEE_INLINE void write_steps(const T* x, int64_t K, Steps steps, int8_t* x_q) {
   if (std::isnan(steps.scale)) {
     std::memset(x_q, 0, static_cast<size_t>(K));
@@ -152,16 +158,21 @@ LRAEE_INLINE void write_steps(const T* x, int64_t K, Steps steps, int8_t* x_q) {
   const Vf scale = set1(steps.scale);
   const Vi zero = set1(steps.zero);
   for_vectors(K, [&](int64_t k, int n, int) LRAEE_INLINE_LAMBDA {
-    store_first_i8(x_q + k, round_i32(load_first(x + k, n) / scale) + zero, n);
+    store_first_i8<kAsQuery>(x_q + k, round_i32(load_first(x + k, n) / scale) + zero, n);
   });
 }
 
 template <bool kSymmetric, class T>
-LRAEE_INLINE Steps quantize_row(const T* x, int64_t K, int8_t* x_q) {
+LRAEE_INLINE Steps steps_of_row(const T* x, int64_t K) {
   Range range;
   for_vectors(K, [&](int64_t k, int n, int slot)
                      LRAEE_INLINE_LAMBDA { range.add<kSymmetric>(load_first(x + k, n), slot); });
-  const Steps steps = steps_of<kSymmetric>(range);
+  return steps_of<kSymmetric>(range);
+}
+
+template <bool kSymmetric, class T>
+LRAEE_INLINE Steps quantize_row(const T* x, int64_t K, int8_t* x_q) {
+  const Steps steps = steps_of_row<kSymmetric>(x, K);
   write_steps(x, K, steps, x_q);
   return steps;
 }

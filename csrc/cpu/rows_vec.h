@@ -14,6 +14,8 @@
 //   bits, from_bits           reinterpretation
 //   round_i32                 half to even, |x| < 2^22
 //   store_i8                  clamps to -128..127
+//   store_query               int8 lanes as a query: with kQueryBias added
+//   first_lanes               {0, 1, 2, ...}
 //   fold                      the lanes of a vector added in halves: lane[i] += lane[i + half]
 //   Quads, Query, dot4        int8 products in groups of four; see [NOTE: query bias]
 

@@ -16,6 +16,7 @@ struct Vi {
 
 LRAEE_INLINE Vf set1(float a) { return {_mm256_set1_ps(a)}; }
 LRAEE_INLINE Vi set1(int32_t a) { return {_mm256_set1_epi32(a)}; }
+LRAEE_INLINE Vf first_lanes() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
 LRAEE_INLINE Vi bits(Vf a) { return {_mm256_castps_si256(a.v)}; }
 LRAEE_INLINE Vf from_bits(Vi a) { return {_mm256_castsi256_ps(a.v)}; }
 
@@ -78,6 +79,9 @@ LRAEE_INLINE void store(Bf16Value* p, Vf a) {
 LRAEE_INLINE void store(F16Value* p, Vf a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+LRAEE_INLINE void store(int32_t* p, Vi a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
 }
 LRAEE_INLINE void store_i8(int8_t* p, Vi a) {
   const __m128i i16 =

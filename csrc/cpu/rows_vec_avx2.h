@@ -8,6 +8,7 @@ namespace lraee::cpu {
 namespace {
 
 constexpr int kQueryBias = 0;
+LRAEE_INLINE void store_query(int8_t* p, Vi a) { store_i8(p, a); }
 
 struct Query {
   __m256i q, magnitude;

@@ -16,6 +16,9 @@ struct Vi {
 
 LRAEE_INLINE Vf set1(float a) { return {_mm512_set1_ps(a)}; }
 LRAEE_INLINE Vi set1(int32_t a) { return {_mm512_set1_epi32(a)}; }
+LRAEE_INLINE Vf first_lanes() {
+  return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
 LRAEE_INLINE Vi bits(Vf a) { return {_mm512_castps_si512(a.v)}; }
 LRAEE_INLINE Vf from_bits(Vi a) { return {_mm512_castsi512_ps(a.v)}; }
 
@@ -73,6 +76,7 @@ LRAEE_INLINE void store(F16Value* p, Vf a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+LRAEE_INLINE void store(int32_t* p, Vi a) { _mm512_storeu_si512(p, a.v); }
 LRAEE_INLINE void store_i8(int8_t* p, Vi a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
 }
@@ -88,6 +92,10 @@ LRAEE_INLINE float min_of(Vf a) { return _mm512_reduce_min_ps(a.v); }
 LRAEE_INLINE int32_t max_of(Vi a) { return _mm512_reduce_max_epi32(a.v); }
 
 constexpr int kQueryBias = 128;
+LRAEE_INLINE void store_query(int8_t* p, Vi a) {
+  const __m512i u = _mm512_add_epi32(a.v, _mm512_set1_epi32(128));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(u));
+}
 struct Quads {
   __m512i v;
 };

@@ -8,6 +8,11 @@ namespace lraee::cpu {
 namespace {
 
 constexpr int kQueryBias = 128;
+LRAEE_INLINE void store_query(int8_t* p, Vi a) {
+  const __m256i u = _mm256_add_epi32(a.v, _mm256_set1_epi32(128));
+  const __m128i u16 = _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(u16, u16));
+}
 
 struct Query {
   __m256i v;

@@ -16,6 +16,7 @@ struct Vi {
 
 LRAEE_INLINE Vf set1(float a) { return {a}; }
 LRAEE_INLINE Vi set1(int32_t a) { return {a}; }
+LRAEE_INLINE Vf first_lanes() { return {0.0f}; }
 LRAEE_INLINE Vi bits(Vf a) {
   Vi r;
   std::memcpy(&r.v, &a.v, 4);
@@ -90,6 +91,7 @@ LRAEE_INLINE void store(F16Value* p, Vf a) {
   }
   p->bits = static_cast<uint16_t>(sign | half);
 }
+LRAEE_INLINE void store(int32_t* p, Vi a) { *p = a.v; }
 LRAEE_INLINE void store_i8(int8_t* p, Vi a) {
   *p = static_cast<int8_t>(std::min(127, std::max(-128, a.v)));
 }
@@ -100,6 +102,7 @@ LRAEE_INLINE float min_of(Vf a) { return a.v; }
 LRAEE_INLINE int32_t max_of(Vi a) { return a.v; }
 
 constexpr int kQueryBias = 0;
+LRAEE_INLINE void store_query(int8_t* p, Vi a) { store_i8(p, a); }
 struct Quads {
   int8_t v[4];
 };
