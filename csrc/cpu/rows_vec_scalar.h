@@ -35,9 +35,7 @@ LRAEE_INLINE Vf operator/(Vf a, Vf b) { return {a.v / b.v}; }
 LRAEE_INLINE Vf fma(Vf a, Vf b, Vf c) { return {std::fma(a.v, b.v, c.v)}; }
 LRAEE_INLINE Vf min(Vf a, Vf b) { return {a.v < b.v ? a.v : b.v}; }
 LRAEE_INLINE Vf max(Vf a, Vf b) { return {a.v > b.v ? a.v : b.v}; }
-LRAEE_INLINE Vf abs(Vf a) { return {std::fabs(a.v)}; }
 LRAEE_INLINE Vf select_lt(Vf a, Vf b, Vf x, Vf y) { return a.v < b.v ? x : y; }
-LRAEE_INLINE bool any_lt(Vf a, Vf b) { return a.v < b.v; }
 
 LRAEE_INLINE uint32_t wrap(int32_t a) { return static_cast<uint32_t>(a); }
 LRAEE_INLINE Vi operator+(Vi a, Vi b) { return {static_cast<int32_t>(wrap(a.v) + wrap(b.v))}; }

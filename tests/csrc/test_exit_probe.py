@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_affine_head_has_the_bits_of_the_definition(level: str, case: tuple[int,
     head = _head(D, E, K)
     for dtype in TYPES:
         z = _patches(B, L, D).to(dtype)
-        actual = at_level(level, lambda z=z: _probe(z, head))
+        actual = at_level(level, partial(_probe, z, head))
         expected = _reference(z, head)
         assert_same(actual[0], expected[0], name="embedding", level=level, dtype=dtype)
         _assert_gate(tuple(actual), expected, head, level=level, dtype=dtype)
@@ -143,7 +144,7 @@ def test_close_to_the_definition_with_two_layers() -> None:
 def test_all_levels_and_thread_counts_agree(hidden: int | None) -> None:
     for (B, L, D, E, K), dtype in itertools.product(CASES, TYPES):
         z, head = _patches(B, L, D).to(dtype), _head(D, E, K, hidden)
-        assert_same_everywhere(lambda z=z, h=head: _probe(z, h), B=B, L=L, D=D, E=E, K=K)
+        assert_same_everywhere(partial(_probe, z, head), B=B, L=L, D=D, E=E, K=K)
 
 
 def test_an_image_has_the_same_bits_in_any_batch() -> None:
@@ -161,7 +162,7 @@ def test_nan_stays_in_its_image() -> None:
         z = _patches(6, 9, 64)
         z[2, 5, 7] = poison
         for level in LEVELS:
-            actual = at_level(level, lambda z=z: _probe(z, head))
+            actual = at_level(level, partial(_probe, z, head))
             for name, left, right in zip(NAMES, actual, clean, strict=True):
                 others = [0, 1, 3, 4, 5]
                 assert_same(left[others], right[others], name=name, level=level)
@@ -187,7 +188,7 @@ def test_ties_go_to_the_lowest_class() -> None:
         tied[other] = tied[best[b]]
         for level in LEVELS:
             _, top1, confidence, margin, *_ = at_level(
-                level, lambda t=tied: _probe(z, head | {"classes": t})
+                level, partial(_probe, z, head | {"classes": tied})
             )
             assert top1[b] == min(other, int(best[b]))
             assert margin[b] == 0 or other == best[b]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ def _qkv(B: int, L: int, H: int, d: int, seed: int = 0) -> Tensor:
     qkv[:, :, H * d : 2 * H * d] += 3.0
     qkv[:, :, 0] *= 5.0
     return qkv
+
+
+def _attend(qkv: Tensor, H: int, causal: bool = False) -> list[Tensor]:
+    return [ops.int8_attention(qkv, num_heads=H, causal=causal)]
 
 
 def _exact(qkv: Tensor, H: int, causal: bool) -> tuple[Tensor, Tensor]:
@@ -64,7 +69,7 @@ def test_is_within_the_bound_of_the_exact_softmax(level: str, dtype: torch.dtype
         if (L > 50 and (d not in (64, 40) or level == "scalar")) or (causal and L in (13, 49)):
             continue
         qkv = _qkv(2, L, H, d).to(dtype)
-        y = at_level(level, lambda: [ops.int8_attention(qkv, num_heads=H, causal=causal)])[0]  # noqa: B023
+        y = at_level(level, partial(_attend, qkv, H, causal))[0]
         expected, bound = _exact(qkv, H, causal)
         assert_within(y, expected, bound, L=L, d=d, level=level, causal=causal)
 
@@ -74,7 +79,7 @@ def test_long_sequences_are_within_the_bound(L: int) -> None:
     qkv = _qkv(1, L, 2, 64)
     expected, bound = _exact(qkv, 2, False)
     for level in LEVELS[1:]:
-        y = at_level(level, lambda: [ops.int8_attention(qkv, num_heads=2)])[0]
+        y = at_level(level, partial(_attend, qkv, 2))[0]
         assert_within(y, expected, bound, L=L, level=level)
 
 
@@ -105,7 +110,7 @@ def test_all_levels_and_thread_counts_agree(dtype: torch.dtype) -> None:
         qkv = _qkv(B, L, H, d).to(dtype)
         for causal in (False, True):
             assert_same_everywhere(
-                lambda q=qkv, h=H, c=causal: [ops.int8_attention(q, num_heads=h, causal=c)],
+                partial(_attend, qkv, H, causal),
                 B=B, L=L, H=H, d=d, causal=causal,
             )  # fmt: skip
 
@@ -124,7 +129,7 @@ def test_nan_and_inf_stay_in_their_image() -> None:
         qkv = _qkv(3, 20, 2, 16)
         qkv[1, 4, place] = poison
         for level in LEVELS:
-            y = at_level(level, lambda q=qkv: [ops.int8_attention(q, num_heads=2)])[0]
+            y = at_level(level, partial(_attend, qkv, 2))[0]
             assert_same(y[::2], clean[::2])
             expected = reference.int8_attention(qkv, 2)
             assert torch.equal(y.isfinite(), expected.isfinite()), (place, poison, level)
@@ -149,5 +154,5 @@ def test_empty_batch_and_zero_rows() -> None:
 def test_one_token_is_its_own_value() -> None:
     qkv = _qkv(2, 1, 2, 16)
     for level in LEVELS:
-        y = at_level(level, lambda: [ops.int8_attention(qkv, num_heads=2)])[0]
+        y = at_level(level, partial(_attend, qkv, 2))[0]
         assert_same(y, qkv[..., 64:])

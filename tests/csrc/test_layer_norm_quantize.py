@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def _assert_defined(x: Tensor, level: str, eps: float = 1e-5) -> None:
     for symmetric in (True, False):
         actual = at_level(
             level,
-            lambda s=symmetric: ops.layer_norm_quantize(x, gamma, beta, eps=eps, symmetric=s),
+            partial(ops.layer_norm_quantize, x, gamma, beta, eps=eps, symmetric=symmetric),
         )
         expected = reference.layer_norm_quantize(x, gamma, beta, eps, symmetric)
         for name, left, right in zip(("x_q", "x_scale", "x_zero"), actual, expected, strict=True):
@@ -64,7 +65,7 @@ def test_all_levels_and_thread_counts_agree() -> None:
     for symmetric, dtype in itertools.product((True, False), TYPES):
         x = torch.randn(300, 515, generator=generator(4)).to(dtype)
         assert_same_everywhere(
-            lambda x=x, s=symmetric: ops.layer_norm_quantize(x, gamma, beta, symmetric=s)
+            partial(ops.layer_norm_quantize, x, gamma, beta, symmetric=symmetric)
         )
 
 
