@@ -70,11 +70,12 @@ def rowwise_linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: Backend) 
       w: any float type [N, K].
       bias: any float type [N] or None.
       backend: which implementation to run on.
-    Returns: [..., N] in the type of x.
+    Returns: [..., N] in the type of x, or of autocast where that is on, as torch's linear.
     """
     if x.device.type != "cpu":
         return torch.nn.functional.linear(x, w, bias)
     rows = x.reshape(-1, w.shape[1]).float()
     b = None if bias is None else bias.float()
     y = cast(Tensor, operators(backend).float_linear(rows, w.float(), b))
-    return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return y.to(dtype).view(*x.shape[:-1], w.shape[0])
