@@ -1,4 +1,5 @@
-// z [B, L, D] -> embedding [B, E], top1, confidence, margin, variance and score [B] of leaving at this depth.
+// z [B, L, D] -> embedding [B, E], top1, confidence, margin, variance and score [B] of leaving at
+// this depth.
 
 #include "cpu/exit_probe.h"
 
@@ -22,7 +23,8 @@ struct Pool {
   at::Tensor mean, variance;
 };
 
-// Mean and spatial variance of the patch tokens. A small batch is cut into channels, so that no thread idles.
+// Mean and spatial variance of the patch tokens. A small batch is cut into channels, so that no
+// thread idles.
 Pool pool_patches(const at::Tensor& z) {
   const at::Tensor rows = with_contiguous_rows(z);
   const int64_t B = z.size(0), D = z.size(2);

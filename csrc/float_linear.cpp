@@ -26,7 +26,8 @@ cpu::FloatLinearKernel float_linear_kernel() {
   return nullptr;
 }
 
-// Splits the larger of rows and panels among the threads: rows share the weights, panels share the rows.
+// Splits the larger of rows and panels among the threads: rows share the weights, panels share the
+// rows.
 void run_blocks(const cpu::FloatLinear& whole) {
   const cpu::FloatLinearKernel kernel = float_linear_kernel();
   const int64_t panels = whole.last_panel;

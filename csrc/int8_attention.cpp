@@ -1,4 +1,5 @@
-// qkv [B, L, 3 D] -> softmax(Q K^T / sqrt(d)) V [B, L, D], Q and K in int8 with one step per token and head.
+// qkv [B, L, 3 D] -> softmax(Q K^T / sqrt(d)) V [B, L, D], Q and K in int8 with one step per token
+// and head.
 
 #include "cpu/int8_attention.h"
 
@@ -31,8 +32,8 @@ cpu::Int8Attention* kernel() {
   return &cpu::int8_attention_scalar;
 }
 
-// Parts that the queries of one head are cut into. Each part prepares K and V anew, so heads are cut only where whole heads
-// would leave threads idle. No result depends on the cut.
+// Parts that the queries of one head are cut into. Each part prepares K and V anew, so heads are
+// cut only where whole heads would leave threads idle. No result depends on the cut.
 int64_t parts_per_head(int64_t heads, int64_t L) {
   const int64_t threads = at::get_num_threads();
   constexpr int64_t kQueriesPerPart = 24;

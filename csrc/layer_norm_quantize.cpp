@@ -1,4 +1,5 @@
-// x [M, D] -> quantize_rows(LayerNorm(x) * gamma + beta): x_q int8 [M, D], x_scale float32 [M], x_zero int32 [M].
+// x [M, D] -> quantize_rows(LayerNorm(x) * gamma + beta): x_q int8 [M, D], x_scale float32 [M],
+// x_zero int32 [M].
 
 #include "cpu/layer_norm_quantize.h"
 

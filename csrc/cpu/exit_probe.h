@@ -46,7 +46,8 @@ struct ClassScoresArgs {
   float* score;
 };
 
-// Classes that are judged together. The sums of a chunk, and the order of chunks, do not depend on threads.
+// Classes that are judged together. The sums of a chunk, and the order of chunks, do not depend on
+// threads.
 inline constexpr int64_t kClassChunk = 64;
 
 // Length of the embedding of one image.

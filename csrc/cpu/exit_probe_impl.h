@@ -7,10 +7,11 @@ namespace lraee::cpu {
 namespace {
 
 // [NOTE: one reading of the patches]
-// Mean and variance come from s1 = sum (z - shift) and s2 = sum (z - shift)^2 with the first patch as shift:
+// Mean and variance come from s1 = sum (z - shift) and s2 = sum (z - shift)^2 with the first patch
+// as shift:
 //   mean = shift + s1 / N,   variance = (s2 - s1^2 / N) / N.
-// Without the shift the squares of a large mean would cancel. Tokens are added in order; several at a time only so that
-// the sums are read and written less often.
+// Without the shift the squares of a large mean would cancel. Tokens are added in order; several at
+// a time only so that the sums are read and written less often.
 template <int kTokens, class T>
 LRAEE_INLINE void add_tokens(const T* shift, const T* z, int64_t stride, int64_t count, float* s1,
                              float* s2) {
@@ -72,7 +73,8 @@ inline void embedding_length_at_level(const ClassScoresArgs& args, int64_t b) {
   args.length[b] = length < 1e-12f ? 1e-12f : length;
 }
 
-// Products of kImages embeddings with one class, each in the order of lane_sum. The class is read once for all of them.
+// Products of kImages embeddings with one class, each in the order of lane_sum. The class is read
+// once for all of them.
 template <int kImages>
 LRAEE_INLINE void class_products(const float* e, const float* t, int64_t E, float* products) {
   Vf lanes[kImages][kGroups];

@@ -11,9 +11,10 @@ inline int64_t num_float_panels(int64_t N) { return (N + kFloatPanel - 1) / kFlo
 
 // One block of y = x @ w^T + bias: rows of x and y, and the panels [first_panel, last_panel) of w.
 //
-// [NOTE: fixed summation order] Each y[m, n] starts at bias[n] (or 0) and adds x[m, k] * w[n, k] for
-// k = 0, 1, 2, … with one fma each, whatever the tile it falls in: the reduction is never split and
-// never reordered, so a row's bits depend neither on the other rows nor on the number of threads.
+// [NOTE: fixed summation order] Each y[m, n] starts at bias[n] (or 0) and adds x[m, k] * w[n, k]
+// for k = 0, 1, 2, … with one fma each, whatever the tile it falls in: the reduction is never split
+// and never reordered, so a row's bits depend neither on the other rows nor on the number of
+// threads.
 struct FloatLinear {
   const float* x;
   int64_t x_stride;

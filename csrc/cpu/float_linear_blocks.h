@@ -1,8 +1,10 @@
-// Blocking of float_linear, written once for all instruction sets. Each float_linear_<isa>.cpp includes it inside its own
-// target region and anonymous namespace, after defining `Panel` (16 float lanes) and `kMaxRows` (rows of a register tile).
-// No include guard and no includes, on purpose.
+// Blocking of float_linear, written once for all instruction sets. Each float_linear_<isa>.cpp
+// includes it inside its own target region and anonymous namespace, after defining `Panel` (16
+// float lanes) and `kMaxRows` (rows of a register tile). No include guard and no includes, on
+// purpose.
 
-// Steps of k between two stores of the partial sums: 2 panels x 512 x 64 bytes stay in L2 beside the rows.
+// Steps of k between two stores of the partial sums: 2 panels x 512 x 64 bytes stay in L2 beside
+// the rows.
 constexpr int64_t kStepsPerBlock = 512;
 // Rows whose x block (192 x 512 x 4 bytes) stays in L2 while all panels pass by.
 constexpr int64_t kRowsPerBlock = 192;
@@ -11,7 +13,8 @@ struct Steps {
   int64_t begin, end;
 };
 
-// R rows x P panels of y: sums of k in [steps.begin, steps.end) are added to what y holds, or to the bias at the first block.
+// R rows x P panels of y: sums of k in [steps.begin, steps.end) are added to what y holds, or to
+// the bias at the first block.
 template <int R, int P>
 void float_tile(const FloatLinear& b, int64_t row, int64_t panel, Steps steps) {
   Panel acc[R][P];

@@ -26,7 +26,8 @@ int64_t int8_attention_scratch_bytes(int64_t L, int64_t d);
 
 using Int8Attention = void(const Int8AttentionArgs& args, const Int8AttentionPart& part,
                            void* scratch);
-// avx_vnni has two encodings: avx512vl_vnni is the one for machines with AVX512VL but without AVX-VNNI.
+// avx_vnni has two encodings: avx512vl_vnni is the one for machines with AVX512VL but without
+// AVX-VNNI.
 Int8Attention int8_attention_scalar, int8_attention_avx2, int8_attention_avx_vnni,
     int8_attention_avx512vl_vnni, int8_attention_avx512_vnni;
 

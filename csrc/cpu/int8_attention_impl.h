@@ -3,7 +3,8 @@
 #include "cpu/math_exp.h"
 #include "cpu/rows_impl.h"
 
-// One head: K and V are brought into the scratch once, then blocks of queries go through scores, softmax and P V.
+// One head: K and V are brought into the scratch once, then blocks of queries go through scores,
+// softmax and P V.
 
 namespace lraee::cpu {
 namespace {
@@ -165,7 +166,8 @@ LRAEE_INLINE void score_block(const AttentionScratch& s, int64_t queries) {
   }
 }
 
-// p as the type of qkv holds it. No NaN with a payload comes here: those of Steps and of the processor are plain.
+// p as the type of qkv holds it. No NaN with a payload comes here: those of Steps and of the
+// processor are plain.
 LRAEE_INLINE Vf rounded_as(Vf p, const float*) { return p; }
 LRAEE_INLINE Vf rounded_as(Vf p, const Bf16Value*) {
   const Vi odd = shift_right<16>(bits(p)) & set1(1);
@@ -177,7 +179,8 @@ LRAEE_INLINE Vf rounded_as(Vf p, const F16Value*) {
   return load(half);
 }
 
-// row[j] = -inf for j >= visible, in whole vectors: what follows reads vectors, and would wait for narrower stores.
+// row[j] = -inf for j >= visible, in whole vectors: what follows reads vectors, and would wait for
+// narrower stores.
 LRAEE_INLINE void hide_from(float* row, int64_t visible, int64_t L_pad) {
   const Vf hidden = set1(-std::numeric_limits<float>::infinity());
   int64_t j = visible / kWidth * kWidth;

@@ -10,7 +10,8 @@ inline constexpr int64_t kQueryBlock = 12;  // queries that share a block of sco
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// Where each array of one head lies in the scratch. With L = 257 and d = 64 it takes 102 KB: it stays in L2.
+// Where each array of one head lies in the scratch. With L = 257 and d = 64 it takes 102 KB: it
+// stays in L2.
 struct AttentionScratch {
   int64_t L_pad, d_pad, groups;
   int8_t* k_q;      // [L_pad / 16][groups][16][4], zero padded

@@ -11,13 +11,14 @@ constexpr float kLn2High = 0x1.62e400p-1f;  // 14 bits: n * kLn2High is exact fo
 constexpr float kLn2Low = 0x1.7f7d1cp-20f;
 constexpr float kRoundingMagic = 0x1.8p+23f;  // a sum with it is an integer, rounded half to even
 
-// 2^n exp(r) = exp(x) with |r| <= ln2 / 2 (1 + 2^-20): shifted holds n in its low bits, power is exp(r).
+// 2^n exp(r) = exp(x) with |r| <= ln2 / 2 (1 + 2^-20): shifted holds n in its low bits, power is
+// exp(r).
 struct ExpParts {
   Vf shifted, power;
 };
 
-// The minimax polynomial of degree 6 is within 2e-9 of exp relatively and exp(0) is 1; with its coefficients and each step
-// rounded the result is within 2^-23 (tests/csrc/test_math_exp.py).
+// The minimax polynomial of degree 6 is within 2e-9 of exp relatively and exp(0) is 1; with its
+// coefficients and each step rounded the result is within 2^-23 (tests/csrc/test_math_exp.py).
 LRAEE_INLINE ExpParts exp_parts(Vf x) {
   const Vf shifted = fma(x, set1(kLog2E), set1(kRoundingMagic));
   const Vf n = shifted - set1(kRoundingMagic);
@@ -30,8 +31,8 @@ LRAEE_INLINE ExpParts exp_parts(Vf x) {
   return {shifted, fma(power, r, set1(1.0f))};
 }
 
-// 2^n from the low bits of shifted. Anything for NaN: a product with it is NaN all the same, which an addition to the
-// exponent of power would not be.
+// 2^n from the low bits of shifted. Anything for NaN: a product with it is NaN all the same, which
+// an addition to the exponent of power would not be.
 LRAEE_INLINE Vf power_of_two(Vi shifted) {
   return from_bits(shift_left<23>(shifted) + set1(0x3F800000));
 }

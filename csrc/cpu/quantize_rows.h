@@ -17,7 +17,8 @@ struct QuantizeRowsArgs {
   int32_t* x_zero;
 };
 
-// Rows begin..end - 1. avx_vnni adds nothing where no integers are multiplied: that level runs avx2.
+// Rows begin..end - 1. avx_vnni adds nothing where no integers are multiplied: that level runs
+// avx2.
 using QuantizeRows = void(const QuantizeRowsArgs& args, int64_t begin, int64_t end);
 QuantizeRows quantize_rows_scalar, quantize_rows_avx2, quantize_rows_avx512_vnni;
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// Loops over one row: partial vectors, the fixed summation order, the quantizer. Included inside a target region, after a
-// rows_vec_<isa>.h.
+// Loops over one row: partial vectors, the fixed summation order, the quantizer. Included inside a
+// target region, after a rows_vec_<isa>.h.
 
 namespace lraee::cpu {
 namespace {
@@ -9,7 +9,8 @@ namespace {
 constexpr int kLanes = 64;  // width of the fixed summation order
 constexpr int kGroups = kLanes / kWidth;
 
-// The first n values at p; zero in the lanes beyond. n = kWidth is known at compile time where it is the rule.
+// The first n values at p; zero in the lanes beyond. n = kWidth is known at compile time where it
+// is the rule.
 template <class T>
 LRAEE_INLINE Vf load_first(const T* p, int n) {
   if (n == kWidth) return load(p);
@@ -47,7 +48,8 @@ LRAEE_INLINE Vf keep_first(Vf a, int n) {
   return load_first(kept, n);
 }
 
-// Calls body(k, n, slot) for n values from k on; slots 0..3 take turns, so that four chains can run side by side.
+// Calls body(k, n, slot) for n values from k on; slots 0..3 take turns, so that four chains can run
+// side by side.
 template <class Body>
 LRAEE_INLINE void for_vectors(int64_t K, Body body) {
   int64_t k = 0;
@@ -71,7 +73,8 @@ LRAEE_INLINE float fold_lanes(Vf (&lanes)[kGroups]) {
   return fold(lanes[0]);
 }
 
-// Sum in the order of lraee.reference.lane_sum; value(k, n) gives the n values from k on, zero beyond.
+// Sum in the order of lraee.reference.lane_sum; value(k, n) gives the n values from k on, zero
+// beyond.
 template <class Value>
 LRAEE_INLINE float lane_sum(int64_t K, Value value) {
   Vf lanes[kGroups];
@@ -93,8 +96,8 @@ LRAEE_INLINE float lane_sum(int64_t K, Value value) {
   return fold_lanes(lanes);
 }
 
-// The range of a row, widened to hold 0. The largest |x| is kept as bits: they order like the values, and those of NaN and
-// Inf are above all others, which min and max would lose.
+// The range of a row, widened to hold 0. The largest |x| is kept as bits: they order like the
+// values, and those of NaN and Inf are above all others, which min and max would lose.
 class Range {
  public:
   LRAEE_INLINE Range() {
@@ -148,7 +151,8 @@ LRAEE_INLINE Steps steps_of(const Range& range) {
   return {scale, static_cast<int32_t>(std::min(127.0f, std::max(-128.0f, zero)))};
 }
 
-// x_q = round(x / scale) + zero, clamped to -128..127; |x| <= 127 scale (1 + 2^-23) keeps symmetric rows above -128.
+// x_q = round(x / scale) + zero, clamped to -128..127; |x| <= 127 scale (1 + 2^-23) keeps symmetric
+// rows above -128.
 template <bool kAsQuery = false, class T>
 LRAEE_INLINE void write_steps(const T* x, int64_t K, Steps steps, int8_t* x_q) {
   if (std::isnan(steps.scale)) {

@@ -1,10 +1,12 @@
 #pragma once
 
-// What every kernel file includes before its `#pragma GCC target` region. Inside the region it then includes one of
-// rows_vec_scalar.h, rows_vec_avx2.h, rows_vec_avx_vnni.h, rows_vec_avx512_vnni.h and the <operator>_impl.h written on top of them, so that
-// each numeric sequence is written once and all levels give the same bits.
+// What every kernel file includes before its `#pragma GCC target` region. Inside the region it then
+// includes one of rows_vec_scalar.h, rows_vec_avx2.h, rows_vec_avx_vnni.h, rows_vec_avx512_vnni.h
+// and the <operator>_impl.h written on top of them, so that each numeric sequence is written once
+// and all levels give the same bits.
 //
-// A rows_vec_<isa>.h defines, in an anonymous namespace (each file has its own copy, compiled for its own level):
+// A rows_vec_<isa>.h defines, in an anonymous namespace (each file has its own copy, compiled for
+// its own level):
 //   kWidth                    lanes of a vector: 1, 8 or 16
 //   Vf, Vi                  kWidth float32 / int32 lanes
 //   load, store, set1         of float, Bf16Value, F16Value; the last two round half to even
@@ -45,8 +47,10 @@ struct F16Value {
 };
 
 // [NOTE: query bias]
-// vpdpbusd multiplies unsigned by signed bytes. At the VNNI levels a query is therefore stored as q + 128 and
+// vpdpbusd multiplies unsigned by signed bytes. At the VNNI levels a query is therefore stored as q
+// + 128 and
 //   sum_c (q_c + 128) k_c = sum_c q_c k_c + 128 sum_c k_c,
-// so 128 times the sum of each key, known once per key, is taken off again. kQueryBias is 128 there and 0 elsewhere.
+// so 128 times the sum of each key, known once per key, is taken off again. kQueryBias is 128 there
+// and 0 elsewhere.
 
 }  // namespace lraee::cpu

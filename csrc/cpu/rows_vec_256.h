@@ -1,6 +1,7 @@
 #pragma once
 
-// 256-bit vectors of AVX2, FMA and F16C. See rows_vec.h; rows_vec_avx2.h and rows_vec_avx_vnni.h add the int8 product.
+// 256-bit vectors of AVX2, FMA and F16C. See rows_vec.h; rows_vec_avx2.h and rows_vec_avx_vnni.h
+// add the int8 product.
 
 namespace lraee::cpu {
 namespace {

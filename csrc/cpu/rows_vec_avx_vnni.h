@@ -2,7 +2,8 @@
 
 #include "cpu/rows_vec_256.h"
 
-// Level avx_vnni: rows_vec_256.h and 256-bit vpdpbusd, in the encoding that the file names: LRAEE_EVEX_VNNI for AVX512VL.
+// Level avx_vnni: rows_vec_256.h and 256-bit vpdpbusd, in the encoding that the file names:
+// LRAEE_EVEX_VNNI for AVX512VL.
 
 namespace lraee::cpu {
 namespace {

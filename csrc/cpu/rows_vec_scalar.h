@@ -62,7 +62,8 @@ LRAEE_INLINE Vf load(const Bf16Value* p) {
 }
 LRAEE_INLINE Vf load(const F16Value* p) {
   const uint32_t sign = (p->bits & 0x8000u) << 16, rest = p->bits & 0x7FFFu;
-  // Exponent and mantissa moved into place lack 112 in the exponent: a product restores it, for subnormals too.
+  // Exponent and mantissa moved into place lack 112 in the exponent: a product restores it, for
+  // subnormals too.
   if (rest >= 0x7C00u) return from_bits({static_cast<int32_t>(sign | 0x7F800000u | rest << 13)});
   const Vf magnitude = from_bits({static_cast<int32_t>(rest << 13)}) * Vf{0x1p112f};
   return from_bits({bits(magnitude).v | static_cast<int32_t>(sign)});
