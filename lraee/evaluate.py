@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lraee import machine
 from lraee.data import Photos
+from lraee.files import replace_file
 from lraee.sources import DataError
 from lraee.timing import ImageEncoder
 
@@ -185,9 +186,7 @@ def write_json(value: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    replace_file(path, text.encode())
 
 
 def _encode(model: nn.Module, images: Tensor) -> Tensor:
