@@ -242,8 +242,8 @@ def _row_table(rows: list[dict[str, Any]]) -> Table:
     }
     table = Table("", *(row["scheme"] for row in rows))
     for key, (title, factor, digits) in figures.items():
-        cells = ("-" if r[key] is None else f"{factor * r[key]:.{digits}f}" for r in rows)
-        table.add_row(title, *cells)
+        if all(row[key] is not None for row in rows):
+            table.add_row(title, *(f"{factor * row[key]:.{digits}f}" for row in rows))
     return table
 
 

@@ -49,7 +49,10 @@ def open_model(name: str, pretrained: str | None = None, *, may_be_random: bool 
             made = open_clip.create_model_and_transforms(name, pretrained=pretrained)
             tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise ModelError(f"model: {name} {pretrained}: {first_line(error)}") from error
+        raise ModelError(
+            f"model: {name} {pretrained or ''} cannot be had (no network, no such tag?); "
+            f"{', '.join(zoo.names())} needs no download. {first_line(error)}"
+        ) from error
     title = f"{name} {pretrained or 'random weights'}"
     names = tuple(open_clip.IMAGENET_CLASSNAMES)
     return Opened(title, made[0].eval(), made[2], tokenizer, names)

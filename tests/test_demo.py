@@ -62,7 +62,11 @@ def test_models_that_cannot_be_had_are_one_line() -> None:
     for name, pretrained, message in (
         ("ViT-B-33", None, "name must be lraee-tiny or one of open_clip's, got 'ViT-B-33'"),
         ("ViT-B-32", None, "pretrained must be given for ViT-B-32, one of: openai, "),
-        ("ViT-B-32", "nobody", "model: ViT-B-32 nobody: "),
+        (
+            "ViT-B-32",
+            "nobody",
+            "model: ViT-B-32 nobody cannot be had (no network, no such tag?); lraee-tiny needs",
+        ),
     ):
         with pytest.raises(ModelError) as caught:
             open_model(name, pretrained)
