@@ -48,7 +48,7 @@ def _why_not(backend: str, device: torch.device) -> str | None:
         return None
     if backend == "cpu":
         return f"the C++ extension is not available ({registry.CPU_EXTENSION_ERROR})"
-    return "the Triton kernels are not available"
+    return f"the Triton kernels are not available ({registry.TRITON_ERROR})"
 
 
 def _is_registered(key: str) -> bool:

@@ -99,7 +99,7 @@ def _no_triton(operator: str) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     reason: str | None = archs.unsupported_reason(10 * major + minor)
     if reason is None and not _has_kernel(operator, "CUDA"):
-        return "no Triton kernel is registered for this operator"
+        return registry.TRITON_ERROR or "no Triton kernel is registered for this operator"
     return reason
 
 

@@ -15,6 +15,7 @@ from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from lraee import reference
+from lraee.kernels import register
 from lraee.reference import Probe, Quantized
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -55,6 +56,9 @@ _library = Library("lraee", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+TRITON_ERROR: str | None = register.register(_library, reference)
+"""Why no Triton kernel is registered for CUDA tensors, or None."""
 
 
 def packed_shape(N: int, K: int, device: torch.device) -> list[int]:

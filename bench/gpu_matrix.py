@@ -1,0 +1,254 @@
+"""Compiles every Triton kernel and config for every GPU family, without a GPU, and checks SASS.
+
+    python -m bench.gpu_matrix                 every cell; fails on a gate or on a change
+    python -m bench.gpu_matrix --subset        the cells that the tests compile
+    python -m bench.gpu_matrix --update        writes bench/golden/gpu_matrix_triton-<version>.json
+
+Gates of a cell: it compiles; int8 products are the tensor-core instruction of the architecture; no
+stack (so no spill) and no local memory; shared memory within the part's limit; products are fed by
+asynchronous copies; no byte-wide load from shared memory. Registers, instructions and occupancy are
+recorded, and a record that differs from the golden one of the same Triton version fails too.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from bench.launches import Launch, launches_of, meta
+from lraee.kernels import configs
+from lraee.kernels.archs import ARCHS, Arch
+from lraee.kernels.configs import Config, Shape
+from lraee.kernels.exit_probe import exit_probe
+from lraee.kernels.int8_attention import int8_attention
+from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
+from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.quantize_rows import quantize_rows
+
+GOLDEN = Path(__file__).parent / "golden" / f"gpu_matrix_triton-{triton.__version__}.json"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ROWS_OF_BUCKET = (1, 50, 197, 1600)
+"""A number of rows in each bucket of the config table."""
+INSTRUCTIONS = {
+    "int8_products": r"\b(?:IMMA|IGMMA|UTCIMMA|UTCOMMA)\b",
+    "async_copies": r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b",
+    "byte_loads": r"\bLDS\.[US]8\b",
+}
+HAS_PRODUCT = ("int8_linear", "int8_attention", "score")
+HAS_PIPELINE = ("int8_linear", "score")
+"""Attention reads each tile once and centres it in registers: nothing to copy ahead."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one cell compiled to."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    int8_products: int
+    async_copies: int
+    byte_loads: int
+    warps_per_sm: int
+
+
+def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
+    """Each config of the table with everything fused that can be."""
+    int8, int32, half = torch.int8, torch.int32, torch.float16
+
+    def launch(M: int, K: int, config: Config, is_float: bool) -> Launch:
+        N = 768
+        tail = (meta(N, K, dtype=int8), meta(N), meta(N, dtype=int32), meta(N))
+        options = {"residual": meta(M, N, dtype=half), "layer_scale": meta(N), "config": config}
+        if is_float:
+            call: Callable[[], object] = lambda: int8_linear_from_float(  # noqa: E731
+                meta(M, K, dtype=half), False, *tail, activation="gelu", out_dtype=half, **options
+            )  # type: ignore[arg-type]
+        else:
+            call = lambda: int8_linear(  # noqa: E731
+                meta(M, K, dtype=int8), meta(M), meta(M, dtype=int32), *tail,
+                activation="gelu", out_dtype=half, **options,
+            )  # type: ignore[arg-type]  # fmt: skip
+        return launches_of(call)[0]
+
+    for M, rows in zip(ROWS_OF_BUCKET, configs.TABLE[arch.capability], strict=True):
+        for row in rows:
+            if configs.legal(row, Shape(M, 768, 3072), arch):
+                yield f"M={M} {_label(row)}", launch(M, 3072, row, False)
+    for row in configs.QUANTIZING_TABLE:
+        if configs.legal(row, Shape(50, 768, 3072, 2), arch):
+            yield f"float M=50 {_label(row)}", launch(50, 3072, row, True)
+
+
+def _label(config: Config) -> str:
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    return f"{tile} w{config.num_warps} s{config.num_stages} k{config.split_k}"
+
+
+def row_cells() -> Iterator[tuple[str, Launch]]:
+    """The row-wise kernels at the widths of real towers."""
+    for M, K in ((50, 768), (1600, 3072), (257, 4096), (50, 6656)):
+        yield (
+            f"{M}x{K}",
+            launches_of(lambda M=M, K=K: quantize_rows(meta(M, K, dtype=torch.float16), False))[0],  # type: ignore[misc]
+        )
+    for M, D in ((50, 768), (1600, 768), (8224, 1024), (257, 1280)):
+        x, gamma = meta(M, D, dtype=torch.float16), meta(D)
+        call = lambda x=x, gamma=gamma: layer_norm_quantize(x, gamma, gamma, 1e-5, False)  # noqa: E731
+        yield f"{M}x{D}", launches_of(call)[0]  # type: ignore[arg-type]
+
+
+def attention_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
+    """Attention at the token counts of real towers, resident and streamed, and causal text."""
+    for B, L, H, d in ((1, 50, 12, 64), (32, 50, 12, 64), (32, 77, 8, 64), (32, 197, 12, 64),
+                       (32, 257, 16, 64), (8, 257, 16, 80), (8, 577, 16, 64)):  # fmt: skip
+        qkv = meta(B, L, 3 * H * d, dtype=torch.float16)
+        config = configs.attention_config(B * H, L, d, arch)
+        call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
+        yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+
+
+def probe_cells() -> Iterator[tuple[str, Launch]]:
+    """First and last launch of the probe; the one between is int8_linear."""
+    int8, int32 = torch.int8, torch.int32
+    for B, L, D, E in ((1, 50, 768, 512), (32, 50, 768, 512), (32, 257, 1024, 768)):
+        layer1 = (meta(D, D, dtype=int8), meta(D), meta(D, dtype=int32), meta(D))
+        layer2 = (meta(E, D, dtype=int8), meta(E), meta(E, dtype=int32), meta(E))
+        z, gamma, classes = meta(B, L, D, dtype=torch.float16), meta(D), meta(1000, E)
+        launches = launches_of(
+            lambda z=z, g=gamma, one=layer1, two=layer2, t=classes: exit_probe(  # type: ignore[misc]
+                z, g, g, 1e-5, *one, *two, t, 100.0, meta(4)
+            )
+        )
+        for index in (0, 2):
+            yield f"B={B} L={L} D={D} E={E}", launches[index]
+
+
+def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
+    """Every (name, launch) of an architecture, each name once."""
+    seen = set()
+    for sub in (linear_cells(arch), row_cells(), attention_cells(arch), probe_cells()):
+        for label, launch in sub:
+            name = f"sm_{arch.capability} {launch.name} {label}"
+            if name not in seen:
+                seen.add(name)
+                yield name, launch
+
+
+def subset(arch: Arch) -> Iterator[tuple[str, Launch]]:
+    """One cell of each kernel and the largest tile of each table, for the tests."""
+    wanted = ("M=1600 128x128", "float M=50 64x64", "50x768", "L=257 d=64", "B=32 L=50 D=768")
+    for name, launch in cells(arch):
+        if any(part in name for part in wanted):
+            yield name, launch
+
+
+def compile_cell(launch: Launch, arch: Arch) -> Record:
+    """Compiles one launch for one architecture and reads its machine code."""
+    options = {**launch.options, "enable_fp_fusion": False}
+    target = GPUTarget("cuda", arch.capability, 32)
+    compiled = triton.compile(launch.source(), target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("cuobjdump", "-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
+    shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
+    warps = _resident_warps(arch, registers, shared, num_warps)
+    return Record(registers, stack, local, shared, **counts, warps_per_sm=warps)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def _resident_warps(arch: Arch, registers: int, shared: int, num_warps: int) -> int:
+    """Warps of this kernel that one SM holds: registers come in units of 8, 1 KiB is reserved."""
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)
+    by_shared = arch.shared_per_sm // (shared + 1024)
+    return num_warps * min(by_registers, by_shared, arch.warps_per_sm // num_warps)
+
+
+def failures(record: Record, launch: Launch, arch: Arch) -> list[str]:
+    """The gates that a cell does not pass."""
+    found = []
+    if record.stack or record.local:
+        found.append(f"{record.stack} bytes of stack, {record.local} of local memory")
+    if record.shared > arch.shared_per_block:
+        found.append(f"{record.shared} bytes of shared memory, limit {arch.shared_per_block}")
+    if launch.name in HAS_PRODUCT and not record.int8_products:
+        found.append("no int8 tensor-core instruction")
+    if launch.name in HAS_PIPELINE and not record.async_copies:
+        found.append("no asynchronous copy")
+    if record.byte_loads:
+        found.append(f"{record.byte_loads} byte-wide loads from shared memory")
+    if not record.warps_per_sm:
+        found.append("does not fit on an SM")
+    return found
+
+
+def run(
+    archs: list[Arch], only_subset: bool, golden: dict[str, dict[str, int]]
+) -> dict[str, Record]:
+    """Compiles, prints a line per cell, and exits with 1 if a gate fails or a record changed."""
+    records, wrong = {}, 0
+    for arch in archs:
+        for name, launch in (subset if only_subset else cells)(arch):
+            try:
+                record = compile_cell(launch, arch)
+            except (triton.TritonError, subprocess.CalledProcessError) as error:
+                wrong += 1
+                print(f"{name}: FAILS to compile: {error}", flush=True)
+                continue
+            records[name] = record
+            problems = failures(record, launch, arch)
+            if golden and golden.get(name) != asdict(record):
+                problems.append(f"differs from the golden record {golden.get(name)}")
+            wrong += bool(problems)
+            facts = " ".join(f"{key}={value}" for key, value in asdict(record).items())
+            print(
+                f"{name}: {facts} {'FAILS: ' + '; '.join(problems) if problems else 'ok'}",
+                flush=True,
+            )
+    print(f"{len(records)} cells compiled, {wrong} failing (Triton {triton.__version__})")
+    if wrong:
+        sys.exit(1)
+    return records
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHS), choices=list(ARCHS))
+    parser.add_argument("--subset", action="store_true", help="the cells that the tests compile")
+    parser.add_argument("--update", action="store_true", help="write the golden records")
+    options = parser.parse_args()
+    golden = {}
+    if GOLDEN.exists():
+        golden = json.loads(GOLDEN.read_text())
+    archs = [ARCHS[capability] for capability in options.arch]
+    records = run(archs, options.subset, {} if options.update else golden)
+    if options.update:
+        merged = golden | {name: asdict(record) for name, record in records.items()}
+        GOLDEN.parent.mkdir(exist_ok=True)
+        lines = (f"  {json.dumps(name)}: {json.dumps(merged[name])}" for name in sorted(merged))
+        GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
