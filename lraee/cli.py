@@ -53,6 +53,11 @@ def _one_line_errors() -> Iterator[None]:
         text = (str(error).splitlines() or [type(error).__name__])[0]
         _err.print(f"lraee: error: {text}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
+    except ValueError as error:
+        if not str(error).startswith("LRAEE_"):
+            raise
+        _err.print(f"lraee: error: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
 def _command(function: Callable[P, None]) -> Callable[P, None]:

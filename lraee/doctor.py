@@ -113,7 +113,8 @@ def _isa_rows() -> dict[str, str]:
         return dict.fromkeys(LEVELS, f"extension not built or not loadable: {error}")
     from lraee import _C
 
-    available, chosen = _C.isa_levels(), _C.isa()
+    available = _C.isa_levels()
+    chosen = machine.cpu_operators().removeprefix("C++ ")
     rows = {}
     for level in LEVELS:
         if level == chosen:

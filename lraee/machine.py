@@ -24,12 +24,15 @@ def describe() -> dict[str, str | int]:
 
 
 def cpu_operators() -> str:
-    """Return what runs the operators on CPU tensors: C++ and its instruction set, or reference."""
+    """Return what runs the operators on CPU tensors: C++ and its level, reference, or nothing."""
     if registry.CPU_EXTENSION_ERROR is not None:
         return f"reference ({registry.CPU_EXTENSION_ERROR})"
     from lraee import _C
 
-    return f"C++ {_C.isa()}"
+    try:
+        return f"C++ {_C.isa()}"
+    except ValueError as error:  # LRAEE_ISA names a level that is not there
+        return f"nothing ({error})"
 
 
 def cpu_name() -> str:

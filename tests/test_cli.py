@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "OPERATORS", None)
     result = run("doctor")
     assert isinstance(result.exception, TypeError)
+
+
+def test_a_wrong_environment_variable_is_wrong_usage(tmp_path: Path) -> None:
+    pytest.importorskip("lraee._C", reason="the C++ extension is not built here")
+    command = [sys.executable, "-c", "from lraee.cli import main; main()", "bench", "--batch", "1"]
+    environment = os.environ | {"LRAEE_ISA": "mmx"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 2 and run.stderr.startswith("lraee: error: LRAEE_ISA must name")
+    assert len(run.stderr.splitlines()) == 1
 
 
 def test_doctor() -> None:

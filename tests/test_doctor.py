@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -83,3 +87,13 @@ def test_groups_hold_every_operator_once() -> None:
     flat = [(op, group.device) for group in groups for op in group.operators]
     assert sorted(flat) == sorted((row["operator"], row["device"]) for row in findings)
     assert len({repr((g.device, g.runs, g.others)) for g in groups}) == len(groups)
+
+
+def test_a_wrong_isa_is_said_not_raised() -> None:
+    pytest.importorskip("lraee._C", reason="the C++ extension is not built here")
+    code = "from lraee import doctor; print(doctor.examine()['operators'][0]['runs'])"
+    environment = os.environ | {"LRAEE_ISA": "mmx"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert run.stdout.startswith("nothing (LRAEE_ISA must name a level that this machine has")
