@@ -3,27 +3,53 @@
 // float lanes) and `kMaxRows` (rows of a register tile). No include guard and no includes, on
 // purpose.
 
-// Steps of k between two stores of the partial sums: 2 panels x 512 x 64 bytes stay in L2 beside
-// the rows.
-constexpr int64_t kStepsPerBlock = 512;
-// Rows whose x block (192 x 512 x 4 bytes) stays in L2 while all panels pass by.
-constexpr int64_t kRowsPerBlock = 192;
+// Steps of k between two stores of the partial sums, and rows that share one copy of them. Both
+// copies below together take 136 KB of stack and stay in L2; the copied panels (32 KB) go through
+// L1.
+constexpr int64_t kStepsPerBlock = 256;
+constexpr int64_t kRowsPerBlock = 96;
+
+// [NOTE: why both operands are copied] Rows of x and steps of w lie a multiple of 4 KB apart in
+// real towers, so the lines of a tile would all fall into one or two sets of L1: 37 GFLOP/s a core
+// instead of about 90 (K = 3072, N = 768, Zen 4).
+constexpr int64_t kRowStride = kStepsPerBlock + 16;  // an odd number of lines
+struct FloatCopies {
+  alignas(64) float x[kRowsPerBlock * kRowStride];
+  alignas(64) float w[kStepsPerBlock * kPanelsPerTile * kFloatPanel];
+};
 
 struct Steps {
   int64_t begin, end;
+  int64_t count() const { return end - begin; }
 };
 
-// R rows x P panels of y: sums of k in [steps.begin, steps.end) are added to what y holds, or to
-// the bias at the first block.
+void copy_rows(const FloatLinear& b, int64_t row, int64_t end, Steps steps, float* to) {
+  for (int64_t r = row; r < end; ++r, to += kRowStride) {
+    std::memcpy(to, b.x + r * b.x_stride + steps.begin, sizeof(float) * steps.count());
+  }
+}
+
+template <int P>
+void copy_panels(const FloatLinear& b, int64_t panel, Steps steps, float* to) {
+  for (int64_t k = steps.begin; k < steps.end; ++k) {
+    for (int p = 0; p < P; ++p, to += kFloatPanel) {
+      const int64_t n = (panel + p) * kFloatPanel;
+      const int64_t lanes = b.N - n < kFloatPanel ? b.N - n : kFloatPanel;
+      Panel::load(b.w + k * b.w_stride + n, lanes).store(to, kFloatPanel);
+    }
+  }
+}
+
+// R rows x P panels of y: sums of k in `steps` are added to what y holds, or to the bias at the
+// first block. x and w are copies.
 template <int R, int P>
-void float_tile(const FloatLinear& b, int64_t row, int64_t panel, Steps steps) {
+void float_tile(const FloatLinear& b, const float* x, const float* w, int64_t row, int64_t panel,
+                Steps steps) {
   Panel acc[R][P];
   int64_t lanes[P];
-  const float* w[P];
   for (int p = 0; p < P; ++p) {
     const int64_t n = (panel + p) * kFloatPanel;
     lanes[p] = b.N - n < kFloatPanel ? b.N - n : kFloatPanel;
-    w[p] = b.w + steps.begin * b.w_stride + n;
     const float* bias = b.bias == nullptr ? nullptr : b.bias + n;
     for (int r = 0; r < R; ++r) {
       if (steps.begin > 0) {
@@ -33,15 +59,11 @@ void float_tile(const FloatLinear& b, int64_t row, int64_t panel, Steps steps) {
       }
     }
   }
-  const float* x = b.x + row * b.x_stride;
-  for (int64_t k = steps.begin; k < steps.end; ++k) {
+  for (int64_t k = 0; k < steps.count(); ++k, w += P * kFloatPanel) {
     Panel column[P];
-    for (int p = 0; p < P; ++p) {
-      column[p] = Panel::load(w[p], lanes[p]);
-      w[p] += b.w_stride;
-    }
+    for (int p = 0; p < P; ++p) column[p] = Panel::load(w + p * kFloatPanel, kFloatPanel);
     for (int r = 0; r < R; ++r) {
-      for (int p = 0; p < P; ++p) acc[r][p].add_product(x[r * b.x_stride + k], column[p]);
+      for (int p = 0; p < P; ++p) acc[r][p].add_product(x[r * kRowStride + k], column[p]);
     }
   }
   for (int p = 0; p < P; ++p) {
@@ -51,7 +73,7 @@ void float_tile(const FloatLinear& b, int64_t row, int64_t panel, Steps steps) {
   }
 }
 
-using FloatTile = void (*)(const FloatLinear&, int64_t, int64_t, Steps);
+using FloatTile = void (*)(const FloatLinear&, const float*, const float*, int64_t, int64_t, Steps);
 
 template <int P, int R = kMaxRows>
 FloatTile float_tile_of(int64_t rows) {
@@ -60,28 +82,32 @@ FloatTile float_tile_of(int64_t rows) {
   return nullptr;
 }
 
-// All panels of the block for rows [row, end), in tiles of nearly equal height.
-void float_rows(const FloatLinear& b, int64_t row, int64_t end, Steps steps) {
-  for (int64_t panel = b.first_panel; panel < b.last_panel; panel += kPanelsPerTile) {
-    const bool is_full = b.last_panel - panel >= kPanelsPerTile;
-    int64_t tiles = (end - row + kMaxRows - 1) / kMaxRows;
-    for (int64_t r = row; r < end; --tiles) {
-      const int64_t height = (end - r + tiles - 1) / tiles;
-      const FloatTile tile =
-          is_full ? float_tile_of<kPanelsPerTile>(height) : float_tile_of<1>(height);
-      tile(b, r, panel, steps);
-      r += height;
-    }
+// P panels of y for rows [row, end), in tiles of nearly equal height.
+template <int P>
+void float_panels(const FloatLinear& b, int64_t row, int64_t end, int64_t panel, Steps steps,
+                  FloatCopies& copies) {
+  copy_panels<P>(b, panel, steps, copies.w);
+  int64_t tiles = (end - row + kMaxRows - 1) / kMaxRows;
+  for (int64_t r = row; r < end; --tiles) {
+    const int64_t height = (end - r + tiles - 1) / tiles;
+    float_tile_of<P>(height)(b, copies.x + (r - row) * kRowStride, copies.w, r, panel, steps);
+    r += height;
   }
 }
 
 void float_linear_block(const FloatLinear& b) {
+  FloatCopies copies;
   for (int64_t row = 0; row < b.rows; row += kRowsPerBlock) {
     const int64_t end = row + kRowsPerBlock < b.rows ? row + kRowsPerBlock : b.rows;
     int64_t k = 0;
     do {  // at least once: K = 0 still stores the bias
       const int64_t k_end = k + kStepsPerBlock < b.K ? k + kStepsPerBlock : b.K;
-      float_rows(b, row, end, {k, k_end});
+      copy_rows(b, row, end, {k, k_end}, copies.x);
+      int64_t panel = b.first_panel;
+      for (; panel + kPanelsPerTile <= b.last_panel; panel += kPanelsPerTile) {
+        float_panels<kPanelsPerTile>(b, row, end, panel, {k, k_end}, copies);
+      }
+      for (; panel < b.last_panel; ++panel) float_panels<1>(b, row, end, panel, {k, k_end}, copies);
       k = k_end;
     } while (k < b.K);
   }

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <cstring>
 
 #include "cpu/float_linear.h"
 
