@@ -10,7 +10,7 @@ RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
 .PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
-.PHONY: dist clean
+.PHONY: gpu-matrix gpu-model dist clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,12 @@ bench-tower: setup  ## Whole image towers against torch float32, bfloat16 and qu
 
 regressions: setup  ## FLOPs against golden numbers; latency of INT8 against float32 and itself.
 	$(BENCH) bench/regression_flops.py bench/regression_latency.py
+
+gpu-matrix: setup  ## Compiles every Triton kernel for every GPU family, without a GPU.
+	$(PY) -m bench.gpu_matrix
+
+gpu-model: setup  ## Predicted (not measured) GPU times.
+	$(PY) -m bench.gpu_model
 
 dist: setup  ## The sdist, and the wheel built from it.
 	$(PY) -m build --no-isolation --outdir dist

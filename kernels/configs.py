@@ -240,14 +240,15 @@ def chunk_config(M: int, D: int) -> RowConfig:
 def attention_config(heads: int, L: int, d: int, arch: Arch) -> AttentionConfig:
     """int8_attention: 64 queries a program; fewer where that leaves most of the GPU without work.
 
-    Beyond 128 tokens the scores of 64 queries take too many registers: 32 and twice the warps.
+    Beyond 128 tokens the scores of 64 queries take too many registers, so 32; 4 or 8 warps as
+    bench/gpu_matrix found them to spill nowhere (Triton 3.8).
     """
     is_idle = heads * math.ceil(L / 64) < arch.sms // 2
     if L <= 16 or (is_idle and L <= 128):
         return AttentionConfig(16, num_warps=4)
-    if L > 128 or d > 64:
-        return AttentionConfig(32, num_warps=8)
-    return AttentionConfig(64, num_warps=4)
+    if L <= 128 and d <= 64:
+        return AttentionConfig(64, num_warps=4)
+    return AttentionConfig(32, num_warps=4 if L <= 256 and d <= 64 else 8)
 
 
 def probe_config(B: int) -> ProbeConfig:
