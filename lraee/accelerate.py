@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lraee import towers
+from lraee import flops, towers
 from lraee.backend import Backend, implementation, require_backend
 from lraee.fidelity import compare, require_fidelity
 from lraee.linear import Int8Linear
@@ -249,7 +249,7 @@ def _encode(model: nn.Module, images: Tensor) -> Tensor:
 def _log_result(tower: nn.Module, name: str) -> None:
     blocks = towers.blocks_of(tower)
     count = sum(isinstance(module, Int8Linear) for module in blocks.modules())
-    macs = towers.count_macs(tower)
+    macs = flops.count_macs(tower)
     _log.info(
         "accelerate: %d of %d linears in int8, %.1f %% of the tower's multiply-adds in int8"
         " operators, implementation %s",

@@ -5,6 +5,7 @@ CPU and counts as 0.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,6 +14,76 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lraee import towers
 from lraee.linear import Int8Linear
+from lraee.modules import Int8Attention
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of one image through the tower.
+
+    Args:
+      linear: in Int8Linear.
+      attention: in the int8 attention operator: Q K^T in integers, P V in float, half each.
+      total: of the whole tower, patch embedding and projection included.
+    """
+
+    linear: int
+    attention: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Share of the total that int8 operators run."""
+        return (self.linear + self.attention) / self.total
+
+    @property
+    def integer_share(self) -> float:
+        """Share of the total that is multiplied in integers: P V is not."""
+        return (self.linear + self.attention / 2) / self.total
+
+
+def count_macs(tower: nn.Module) -> Macs:
+    """The multiply-adds of one image of the tower's own size, float tower or accelerated."""
+    conv1 = cast(nn.Conv2d, tower.conv1)
+    L = int(cast(Tensor, tower.positional_embedding).shape[0])
+    D = conv1.out_channels
+    linear = attention = 0
+    total = (L - 1) * conv1.weight.numel()
+    for block in towers.blocks_of(tower):
+        total += 2 * L * L * D
+        for module in block.modules():
+            if isinstance(module, Int8Linear):
+                linear += L * module.in_features * module.out_features
+            elif isinstance(module, Int8Attention) and module.is_int8:
+                attention += 2 * L * L * D
+        total += sum(L * p.numel() for p in block.parameters() if p.dim() == 2)
+    total += linear
+    tokens = L
+    for pooler in ("attn_pool", "attn_pool_contrastive"):
+        if getattr(tower, pooler, None) is not None:
+            total += _pooler_macs(tower.get_submodule(pooler), tokens)
+            if getattr(tower, "attn_pool_type", "") == "cascade":
+                tokens = tower.get_parameter("attn_pool.query").shape[0]
+    proj = getattr(tower, "proj", None)
+    if proj is not None:
+        total += _pooled_tokens(tower, L) * proj.numel()
+    return Macs(linear, attention, total)
+
+
+def _pooler_macs(pooler: nn.Module, L: int) -> int:
+    """Attention of learned queries over L tokens."""
+    queries, D = pooler.get_parameter("query").shape
+    context = int(cast(nn.MultiheadAttention, pooler.attn).kdim)
+    return 2 * queries * D * D + 2 * L * context * D + 2 * queries * L * D
+
+
+def _pooled_tokens(tower: nn.Module, L: int) -> int:
+    """Vectors of one image that the projection sees."""
+    if getattr(tower, "pool_type", "tok") != "none":
+        return 1
+    if getattr(tower, "attn_pool_contrastive", None) is not None:
+        return 1
+    return L if tower.attn_pool is None else tower.get_parameter("attn_pool.query").shape[0]
 
 
 def tower_flops(visual: nn.Module) -> int:
@@ -24,7 +95,7 @@ def tower_flops(visual: nn.Module) -> int:
     Args:
       visual: open_clip's VisionTransformer, float or accelerated; on any device, meta included.
     """
-    return 2 * towers.count_macs(visual).total
+    return 2 * count_macs(visual).total
 
 
 def block_flops(visual: nn.Module) -> list[int]:

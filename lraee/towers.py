@@ -8,7 +8,6 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -20,7 +19,7 @@ from lraee.linear import Int8Linear
 from lraee.modules import Int8Attention, Int8Block, Int8MultiheadAttention
 from lraee.ops import FLOAT_TYPES, Activation
 from lraee.quantize import SITES, Scheme, Site, quantize_weight
-from lraee.rowwise import RowwiseConv2d, rowwise_linear
+from lraee.rowwise import RowwiseAttention, RowwiseConv2d, rowwise_linear
 
 T = TypeVar("T")
 
@@ -279,9 +278,17 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
         return pooled if w is None else rowwise_linear(pooled, w, None, self.rowwise_backend)
 
 
+def _poolers(tower: nn.Module) -> list[nn.Module]:
+    """The attentional poolers of the tower: none, one, or two."""
+    found = (tower._modules.get(name) for name in ("attn_pool", "attn_pool_contrastive"))
+    return [pooler for pooler in found if pooler is not None]
+
+
 def make_rowwise(tower: nn.Module, backend: Backend) -> None:
-    """Gives patch embedding and projection one fixed order of summation (see lraee.rowwise)."""
+    """Gives the float layers around the blocks one fixed order of summation (see lraee.rowwise)."""
     RowwiseConv2d.adopt(tower.get_submodule("conv1"), backend)
+    for pooler in _poolers(tower):
+        RowwiseAttention.adopt(pooler.get_submodule("attn"), backend)
     if type(tower) is VisionTransformer:
         tower.__class__ = RowwiseTower
         cast(RowwiseTower, tower).rowwise_backend = backend
@@ -290,6 +297,8 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
 def unmake_rowwise(tower: nn.Module) -> None:
     """The way back from make_rowwise."""
     RowwiseConv2d.release(tower.get_submodule("conv1"))
+    for pooler in _poolers(tower):
+        RowwiseAttention.release(pooler.get_submodule("attn"))
     if isinstance(tower, RowwiseTower):
         tower.__class__ = VisionTransformer
         del tower.rowwise_backend
@@ -329,72 +338,3 @@ def tower_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Macs:
-    """Multiply-adds of one image through the tower.
-
-    Args:
-      linear: in Int8Linear.
-      attention: in the int8 attention operator: Q K^T in integers, P V in float, half each.
-      total: of the whole tower, patch embedding and projection included.
-    """
-
-    linear: int
-    attention: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """Share of the total that int8 operators run."""
-        return (self.linear + self.attention) / self.total
-
-    @property
-    def integer_share(self) -> float:
-        """Share of the total that is multiplied in integers: P V is not."""
-        return (self.linear + self.attention / 2) / self.total
-
-
-def count_macs(tower: nn.Module) -> Macs:
-    """The multiply-adds of one image of the tower's own size, float tower or accelerated."""
-    conv1 = cast(nn.Conv2d, tower.conv1)
-    L = int(cast(Tensor, tower.positional_embedding).shape[0])
-    D = conv1.out_channels
-    linear = attention = 0
-    total = (L - 1) * conv1.weight.numel()
-    for block in blocks_of(tower):
-        total += 2 * L * L * D
-        for module in block.modules():
-            if isinstance(module, Int8Linear):
-                linear += L * module.in_features * module.out_features
-            elif isinstance(module, Int8Attention) and module.is_int8:
-                attention += 2 * L * L * D
-        total += sum(L * p.numel() for p in block.parameters() if p.dim() == 2)
-    total += linear
-    tokens = L
-    for pooler in ("attn_pool", "attn_pool_contrastive"):
-        if getattr(tower, pooler, None) is not None:
-            total += _pooler_macs(tower.get_submodule(pooler), tokens)
-            if getattr(tower, "attn_pool_type", "") == "cascade":
-                tokens = tower.get_parameter("attn_pool.query").shape[0]
-    proj = getattr(tower, "proj", None)
-    if proj is not None:
-        total += _pooled_tokens(tower, L) * proj.numel()
-    return Macs(linear, attention, total)
-
-
-def _pooler_macs(pooler: nn.Module, L: int) -> int:
-    """Attention of learned queries over L tokens."""
-    queries, D = pooler.get_parameter("query").shape
-    context = int(cast(nn.MultiheadAttention, pooler.attn).kdim)
-    return 2 * queries * D * D + 2 * L * context * D + 2 * queries * L * D
-
-
-def _pooled_tokens(tower: nn.Module, L: int) -> int:
-    """Vectors of one image that the projection sees."""
-    if getattr(tower, "pool_type", "tok") != "none":
-        return 1
-    if getattr(tower, "attn_pool_contrastive", None) is not None:
-        return 1
-    return L if tower.attn_pool is None else tower.get_parameter("attn_pool.query").shape[0]

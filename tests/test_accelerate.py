@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lraee
-from lraee import towers
+from lraee import flops, towers
 from lraee.linear import Int8Linear
 from lraee.modules import Int8Block
 from tests.clip_models import (
@@ -270,7 +270,7 @@ def test_cpu_backend(model):
 def test_one_line_is_logged(model, caplog):
     with caplog.at_level(logging.INFO, logger="lraee"):
         fast = lraee.accelerate(model, backend="reference")
-    share = 100 * towers.count_macs(fast.visual).share
+    share = 100 * flops.count_macs(fast.visual).share
     assert [r.getMessage() for r in caplog.records if r.name == "lraee"] == [
         f"accelerate: 12 of 12 linears in int8, {share:.1f} % of the tower's multiply-adds in int8"
         " operators, implementation reference"

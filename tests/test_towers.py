@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import lraee
-from lraee import towers
+from lraee import flops, towers
 from lraee.linear import Int8Linear
 from lraee.modules import Int8Attention, Int8MultiheadAttention
 from lraee.quantize import INT8, Scheme
@@ -202,7 +202,7 @@ def test_share_of_vit_b_32():
         tower = open_clip.create_model("ViT-B-32", device="meta").visual
     blocks = 12 * 50 * 12 * 768 * 768
     attention = 12 * 2 * 50 * 50 * 768
-    macs = towers.count_macs(tower)
+    macs = flops.count_macs(tower)
     assert (macs.linear, macs.attention) == (0, 0)
     assert macs.total == blocks + attention + 49 * 768 * 3072 + 768 * 512
     assert round(2 * macs.total / 1e9, 4) == 8.8176
@@ -218,9 +218,9 @@ def test_macs_of_an_accelerated_tower(vision):
     L, D = 17, VISION["width"]
     linear = 3 * L * 12 * D * D
     attention = 3 * 2 * L * L * D
-    macs = towers.count_macs(lraee.accelerate(model).visual)
+    macs = flops.count_macs(lraee.accelerate(model).visual)
     assert (macs.linear, macs.attention) == (linear, attention)
-    assert macs.total == towers.count_macs(model.visual).total
+    assert macs.total == flops.count_macs(model.visual).total
     assert macs.share == (linear + attention) / macs.total
     assert macs.integer_share == (linear + attention / 2) / macs.total
 
@@ -229,14 +229,12 @@ def test_macs_of_an_accelerated_tower(vision):
 def test_macs_agree_with_torch():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lraee import flops  # noqa: F401  (teaches torch to count attention on the CPU)
-
     for vision in ({}, {"pool_type": "none"}):
         # custom: nn.MultiheadAttention has a fast path that torch does not count
         model = make_model(vision={"block_type": "custom", **vision})
         with FlopCounterMode(display=False) as counter:
             model.visual(make_images(1))
-        assert counter.get_total_flops() == 2 * towers.count_macs(model.visual).total
+        assert counter.get_total_flops() == 2 * flops.count_macs(model.visual).total
 
 
 # Hash
