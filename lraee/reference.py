@@ -243,7 +243,7 @@ def int8_attention(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
       qkv: float32, bfloat16 or float16 [B, L, 3 D]: Q, K, V side by side, each head by head.
       num_heads: H, a divisor of D; d = D / H.
       causal: token i sees tokens 0..i only.
-    Returns: [B, L, D] in the type of qkv. A NaN or Inf in one image makes that image NaN, no other.
+    Returns: [B, L, D] in the type of qkv. A NaN or Inf spoils its own image, no other.
     """
     B, L, D3 = qkv.shape
     D = D3 // 3

@@ -30,10 +30,7 @@ class RowwiseConv2d(nn.Conv2d):
             return
         conv.__class__ = cls
         cast(RowwiseConv2d, conv).backend = backend
-        # [K, N] in memory, as float_linear reads it; shape and numbers stay
-        weight = conv.weight.data
-        by_step = weight.flatten(1).t().contiguous().t()
-        conv.weight.data = by_step.view(weight.shape)
+        _lay_by_step(conv.weight)
 
     @classmethod
     def release(cls, conv: nn.Module) -> None:
@@ -60,6 +57,35 @@ class RowwiseConv2d(nn.Conv2d):
             weight.flatten(1), self.bias, self.backend,
         )  # fmt: skip
         return y.view(B, rows * columns, -1).transpose(1, 2).view(B, -1, rows, columns)
+
+
+class RowwiseLinear(nn.Linear):
+    """A linear that a scheme keeps float. `of` makes one from the parameters of another module."""
+
+    backend: Backend
+
+    @classmethod
+    def of(
+        cls, weight: nn.Parameter, bias: nn.Parameter | None, backend: Backend
+    ) -> "RowwiseLinear":
+        """The linear of these parameters themselves: no copy is made."""
+        N, K = weight.shape
+        linear = cls(K, N, bias=bias is not None, device="meta")
+        linear.weight = weight
+        linear.bias = bias  # type: ignore[assignment]
+        linear.backend = backend
+        _lay_by_step(weight)
+        return linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any float type [..., K] -> [..., N]."""
+        return rowwise_linear(input, self.weight, self.bias, self.backend)
+
+
+def _lay_by_step(weight: Tensor) -> None:
+    """[K, N] in memory, as float_linear reads it without a copy; shape and numbers stay."""
+    by_step = weight.data.flatten(1).t().contiguous().t()
+    weight.data = by_step.view(weight.shape)
 
 
 class RowwiseAttention(nn.MultiheadAttention):

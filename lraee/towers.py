@@ -19,7 +19,7 @@ from lraee.linear import Int8Linear
 from lraee.modules import Int8Attention, Int8Block, Int8MultiheadAttention
 from lraee.ops import FLOAT_TYPES, Activation
 from lraee.quantize import SITES, Scheme, Site, quantize_weight
-from lraee.rowwise import RowwiseAttention, RowwiseConv2d, rowwise_linear
+from lraee.rowwise import RowwiseAttention, RowwiseConv2d, RowwiseLinear, rowwise_linear
 
 T = TypeVar("T")
 
@@ -206,7 +206,7 @@ def build_block(
     def linear(site: Site) -> nn.Module:
         weight, bias = held[f"{_source(site)}weight"], held.get(f"{_source(site)}bias")
         if f"{name}.{PATHS[site]}" in scheme.keep_float:
-            return _float_linear(weight, bias, take)
+            return RowwiseLinear.of(take(weight), None if bias is None else take(bias), backend)
         if quantize is None:
             w_q, w_scale = quantize_weight(weight, scheme, backend)
         else:
@@ -244,14 +244,6 @@ def build_block(
     )
     carry_hooks(block, result.eval(), take)
     return result
-
-
-def _float_linear(weight: nn.Parameter, bias: nn.Parameter | None, take: Take) -> nn.Linear:
-    N, K = weight.shape
-    linear = nn.Linear(K, N, bias=bias is not None, device="meta")
-    linear.weight = take(weight)
-    linear.bias = None if bias is None else take(bias)  # type: ignore[assignment]
-    return linear
 
 
 class RowwiseTower(VisionTransformer):  # type: ignore[misc]
