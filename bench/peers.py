@@ -73,10 +73,12 @@ def onnxruntime_int8(tower: nn.Module, images: Tensor) -> Encode:
 
     with tempfile.TemporaryDirectory() as folder:
         exported, prepared, int8 = (str(Path(folder, f"{n}.onnx")) for n in ("a", "b", "c"))
+        torch.backends.mha.set_fastpath_enabled(False)  # an operator that ONNX does not know
         torch.onnx.export(
             tower, (images[:2],), exported, input_names=["x"], output_names=["y"],
             dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}}, opset_version=17, dynamo=False,
         )  # fmt: skip
+        torch.backends.mha.set_fastpath_enabled(True)
         quant_pre_process(exported, prepared)
         quantize_dynamic(prepared, int8, per_channel=True, weight_type=QuantType.QInt8)
         options = onnxruntime.SessionOptions()
