@@ -10,7 +10,7 @@ RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
 .PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
-.PHONY: gpu-matrix gpu-model dist clean
+.PHONY: gpu-matrix gpu-model numerics dist clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,6 +93,10 @@ gpu-matrix: setup  ## Compiles every Triton kernel for every GPU family, without
 
 gpu-model: setup  ## Predicted (not measured) GPU times.
 	$(PY) -m bench.gpu_model
+
+numerics: setup  ## INT8 numerics on a real 257-token tower (DATA=folder of photos; installs extra `numerics`).
+	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --editable ".[numerics]"
+	$(PY) -m bench.numerics_257 $(if $(DATA),"$(DATA)")
 
 dist: setup  ## The sdist, and the wheel built from it.
 	$(PY) -m build --no-isolation --outdir dist
