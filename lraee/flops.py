@@ -50,14 +50,10 @@ def count_macs(tower: nn.Module) -> Macs:
     linear = attention = 0
     total = (L - 1) * conv1.weight.numel()
     for block in towers.blocks_of(tower):
-        total += 2 * L * L * D
-        for module in block.modules():
-            if isinstance(module, Int8Linear):
-                linear += L * module.in_features * module.out_features
-            elif isinstance(module, Int8Attention) and module.is_int8:
-                attention += 2 * L * L * D
-        total += sum(L * p.numel() for p in block.parameters() if p.dim() == 2)
-    total += linear
+        total += _block_macs(block, L, D)
+        linear += L * _int8_weight_count(block)
+        is_int8 = any(isinstance(m, Int8Attention) and m.is_int8 for m in block.modules())
+        attention += 2 * L * L * D if is_int8 else 0
     tokens = L
     for pooler in ("attn_pool", "attn_pool_contrastive"):
         if getattr(tower, pooler, None) is not None:
@@ -105,18 +101,18 @@ def block_flops(visual: nn.Module) -> list[int]:
       visual: as in tower_flops.
     """
     L, D = cast(Tensor, visual.positional_embedding).shape
-    attention = 2 * L * L * D
-    return [2 * (L * _weight_count(block) + attention) for block in towers.blocks_of(visual)]
+    return [2 * _block_macs(block, L, D) for block in towers.blocks_of(visual)]
 
 
-def _weight_count(block: nn.Module) -> int:
-    """Elements of the matrices that each token is multiplied with."""
-    in_int8 = sum(
-        module.in_features * module.out_features
-        for module in block.modules()
-        if isinstance(module, Int8Linear)
-    )
-    return in_int8 + sum(p.numel() for p in block.parameters() if p.dim() == 2)
+def _block_macs(block: nn.Module, L: int, D: int) -> int:
+    """Q K^T, P V, and the matrices that each token is multiplied with."""
+    in_float = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    return 2 * L * L * D + L * (_int8_weight_count(block) + in_float)
+
+
+def _int8_weight_count(block: nn.Module) -> int:
+    linears = (m for m in block.modules() if isinstance(m, Int8Linear))
+    return sum(m.in_features * m.out_features for m in linears)
 
 
 # What FlopCounterMode does not know of
