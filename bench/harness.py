@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-WARM_S = 0.3
+from lraee.timing import WARM_S, warm_up
+
 BUDGET_S = 3.0
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 
@@ -96,7 +97,8 @@ def compare(
       warm_s: wall time to spend on warming up.
     """
     check()
-    rounds = _rounds([ours, *rivals], budget_s, warm_s)
+    runs = [variant.run for variant in (ours, *rivals)]
+    rounds = warm_up(runs, budget_s, warm_s, least=MIN_ROUNDS, most=MAX_ROUNDS)
     samples: dict[str, list[float]] = {rival.name: [] for rival in rivals}
     order = list(rivals)
 
@@ -119,19 +121,6 @@ def compare(
     )
     benchmark.extra_info.update(asdict(comparison) | {"variant": ours.name, "rounds": rounds})
     return comparison
-
-
-def _rounds(variants: Sequence[Variant], budget_s: float, warm_s: float) -> int:
-    """Warms up by time; the number of rounds that fill the budget at the pace seen."""
-    start = time.perf_counter()
-    count, round_s = 0, 0.0
-    while count < 2 or time.perf_counter() - start < warm_s:
-        round_start = time.perf_counter()
-        for variant in variants:
-            variant.run()
-        round_s = time.perf_counter() - round_start
-        count += 1
-    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(round_s, 1e-6))))
 
 
 def line(title: str, shape: str, result: Comparison, work: Work) -> str:

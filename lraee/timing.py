@@ -55,17 +55,25 @@ class TowerTiming:
     speedup: float
 
 
+def warm_up(
+    runs: Sequence[Callable[[], object]], budget_s: float, warm_s: float, *, least: int, most: int
+) -> int:
+    """Run all in turn until warm_s have passed; return how many such rounds fill budget_s."""
+    start, count, round_s = time.perf_counter(), 0, 0.0
+    while count < 2 or time.perf_counter() - start < warm_s:
+        round_start = time.perf_counter()
+        for run in runs:
+            run()
+        round_s, count = time.perf_counter() - round_start, count + 1
+    return max(least, min(most, int(budget_s / max(round_s, 1e-6))))
+
+
 def interleaved(
     variants: Mapping[str, Callable[[], object]], *, budget_s: float = 5.0, warm_s: float = WARM_S
 ) -> dict[str, list[float]]:
     """Seconds of every round of each variant; round i of all variants ran back to back."""
-    start, count, round_s = time.perf_counter(), 0, 0.0
-    while count < 2 or time.perf_counter() - start < warm_s:
-        round_start = time.perf_counter()
-        for run in variants.values():
-            run()
-        round_s, count = time.perf_counter() - round_start, count + 1
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(round_s, 1e-6))))
+    least, most = MIN_ROUNDS, MAX_ROUNDS
+    rounds = warm_up(list(variants.values()), budget_s, warm_s, least=least, most=most)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for _ in range(rounds):
