@@ -1,16 +1,15 @@
-"""Image towers side by side with the INT8 of others: same weights, same photos, one process.
+"""Image towers side by side with the INT8 of others: same weights and images, one process.
 
     python -m bench.peers --tower ViT-B-32 --batch 1 --batch 8 --batch 32 --out results/peers.json
 
 Each peer is set up as its own documentation advises (the builders below say how). Variants take
 turns round by round; a time is the median with its 20th and 80th percentile, a ratio the median of
-the ratios of each round. Beside each time stands agreement with float32 over photos: a fast wrong
-answer does not count. A peer that cannot be set up is named with its reason. Needs the extra
-`peers`.
+the ratios of each round. Beside each time stands agreement with float32 over smooth random images:
+a fast wrong answer does not count. A peer that cannot be set up is named with its reason. Needs the
+extra `peers`.
 """
 
 import copy
-import json
 import logging
 import statistics
 import tempfile
@@ -28,7 +27,9 @@ from torch import Tensor, nn
 import lraee
 from bench.environment import describe
 from lraee import zoo
+from lraee.evaluate import write_json
 from lraee.fidelity import compare
+from lraee.sources import first_line
 from lraee.timing import Timing, interleaved
 
 SCHEMA = "lraee.peers/1"
@@ -74,12 +75,14 @@ def onnxruntime_int8(tower: nn.Module, images: Tensor) -> Encode:
     with tempfile.TemporaryDirectory() as folder:
         exported, prepared, int8 = (str(Path(folder, f"{n}.onnx")) for n in ("a", "b", "c"))
         torch.backends.mha.set_fastpath_enabled(False)  # an operator that ONNX does not know
-        torch.onnx.export(
-            tower, (images[:2],), exported, input_names=["x"], output_names=["y"],
-            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}}, opset_version=17, dynamo=False,
-        )  # fmt: skip
-        torch.backends.mha.set_fastpath_enabled(True)
-        quant_pre_process(exported, prepared)
+        try:
+            torch.onnx.export(
+                tower, (images[:2],), exported, input_names=["x"], output_names=["y"],
+                dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}}, opset_version=17, dynamo=False,
+            )  # fmt: skip
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        quant_pre_process(exported, prepared, skip_symbolic_shape=True)
         quantize_dynamic(prepared, int8, per_channel=True, weight_type=QuantType.QInt8)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -110,29 +113,25 @@ def openvino_bfloat16(tower: nn.Module, images: Tensor) -> Encode:
     return _openvino(_converted(tower, images), "bf16")
 
 
-def openvino_int8(tower: nn.Module, images: Tensor) -> Encode:
-    """OpenVINO, INT8 by NNCF post-training quantization with ModelType.TRANSFORMER."""
+def _nncf_int8(tower: nn.Module, images: Tensor) -> Any:
     import nncf
 
     dataset = nncf.Dataset([image[None].numpy() for image in images])
-    model = nncf.quantize(
+    return nncf.quantize(
         _converted(tower, images), dataset,
         model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images),
     )  # fmt: skip
+
+
+def openvino_int8(tower: nn.Module, images: Tensor) -> Encode:
+    """OpenVINO, INT8 by NNCF post-training quantization with ModelType.TRANSFORMER."""
     # bfloat16 for what stays float is the plugin's own default where the CPU has it
-    return _openvino(model, "bf16")
+    return _openvino(_nncf_int8(tower, images), "bf16")
 
 
 def openvino_int8_float32(tower: nn.Module, images: Tensor) -> Encode:
     """The same, what stays float in float32, as ours does."""
-    import nncf
-
-    dataset = nncf.Dataset([image[None].numpy() for image in images])
-    model = nncf.quantize(
-        _converted(tower, images), dataset,
-        model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images),
-    )  # fmt: skip
-    return _openvino(model, "f32")
+    return _openvino(_nncf_int8(tower, images), "f32")
 
 
 def lraee_int8(tower: nn.Module, images: Tensor) -> Encode:
@@ -180,7 +179,7 @@ def build_all(names: Sequence[str], tower: nn.Module, images: Tensor) -> dict[st
             built[name] = PEERS[name](tower, images)
             built[name](images[:2])  # type: ignore[operator]  # compiles
         except Exception as error:  # any failure of a peer is its reason, printed and in the JSON
-            built[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            built[name] = f"{type(error).__name__}: {first_line(error)}"
         typer.echo(
             f"  set up {name}" + (f": {built[name]}" if isinstance(built[name], str) else "")
         )
@@ -189,9 +188,7 @@ def build_all(names: Sequence[str], tower: nn.Module, images: Tensor) -> dict[st
 
 def measure(runs: dict[str, Encode], images: Tensor, batch: int, budget_s: float) -> list[Any]:
     """Rows of one batch size: time, images per second, times the first variant, agreement."""
-    photos = (
-        images[:batch] if batch <= len(images) else images.repeat(batch // len(images), 1, 1, 1)
-    )
+    photos = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
     expected = runs["torch float32"](images)
 
     def call(encode: Encode) -> Callable[[], Tensor]:
@@ -229,7 +226,7 @@ def main(
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
-    names = ["lraee int8", "torch float32"] + (peer or [n for n in PEERS])
+    names = ["lraee int8", "torch float32"] + (peer or list(PEERS))
     header = describe()
     rows, failures = [], {}
     with torch.inference_mode(False), torch.no_grad():
@@ -244,9 +241,7 @@ def main(
                     rows.append({"tower": name, **row})
                     typer.echo(_line(rows[-1]))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        report = {"schema": SCHEMA, **header, "rows": rows, "not_set_up": failures}
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        write_json({"schema": SCHEMA, **header, "rows": rows, "not_set_up": failures}, out)
 
 
 def _line(row: dict[str, Any]) -> str:
