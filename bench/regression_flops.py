@@ -1,6 +1,6 @@
 """FLOPs of the three towers: golden integers, torch's counter and our own formulas must agree.
 
-Published figures: 8.8176, 35.1269 and 162.025 GFLOP an image (two for each multiply-add).
+Rounded: 8.8176, 35.1269 and 162.0255 GFLOP an image (two for each multiply-add).
 """
 
 import open_clip
