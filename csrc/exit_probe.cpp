@@ -20,24 +20,25 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 struct Pool {
-  at::Tensor mean, variance;
+  at::Tensor row, variance;  // [B, P], [B]
 };
 
-// Mean and spatial variance of the patch tokens. A small batch is cut into channels, so that no
-// thread idles.
-Pool pool_patches(const at::Tensor& z) {
+// Mean of the patch tokens, behind it for P = 2 D the class token, and the spatial variance of the
+// patches. A small batch is cut into channels, so that no thread idles.
+Pool pool_tokens(const at::Tensor& z, int64_t P) {
   const at::Tensor rows = with_contiguous_rows(z);
   const int64_t B = z.size(0), D = z.size(2);
-  Pool pool{at::empty({B, D}, z.options().dtype(at::kFloat)),
+  Pool pool{at::empty({B, P}, z.options().dtype(at::kFloat)),
             at::empty({B}, z.options().dtype(at::kFloat))};
-  at::Tensor spread = at::empty_like(pool.mean);
+  at::Tensor spread = at::empty({B, D}, pool.row.options());
   const cpu::PoolPatchesArgs args{rows.const_data_ptr(),
                                   rows.stride(0),
                                   rows.stride(1),
                                   float_type(z.scalar_type(), "exit_probe", "z"),
                                   z.size(1),
                                   D,
-                                  pool.mean.mutable_data_ptr<float>(),
+                                  P,
+                                  pool.row.mutable_data_ptr<float>(),
                                   spread.mutable_data_ptr<float>(),
                                   pool.variance.mutable_data_ptr<float>()};
   const int64_t threads = at::get_num_threads();
@@ -94,10 +95,14 @@ Scores gate_scores(const at::Tensor& embedding, const at::Tensor& classes, doubl
   return scores;
 }
 
-void check(const at::Tensor& z, const at::Tensor& w1_scale, const OptionalTensor& w2_scale,
-           const at::Tensor& classes, const at::Tensor& gate) {
+void check(const at::Tensor& z, const at::Tensor& gamma, const at::Tensor& w1_scale,
+           const OptionalTensor& w2_scale, const at::Tensor& classes, const at::Tensor& gate) {
   TORCH_CHECK_VALUE(z.dim() == 3 && z.size(1) >= 2,
                     "exit_probe: z must have shape [B, L >= 2, D], got ", z.sizes());
+  const int64_t D = z.size(2), P = gamma.numel();
+  TORCH_CHECK_VALUE(gamma.dim() == 1 && (P == D || P == 2 * D),
+                    "exit_probe: gamma must have shape [D] or [2 D] = [", D, "] or [", 2 * D,
+                    "], got ", gamma.sizes());
   const int64_t E = w2_scale.has_value() ? w2_scale->numel() : w1_scale.numel();
   TORCH_CHECK_VALUE(classes.dim() == 2 && classes.size(0) >= 1 && classes.size(1) == E,
                     "exit_probe: classes must have shape [K >= 1, E] with E = ", E, ", got ",
@@ -115,9 +120,9 @@ Probe exit_probe(const at::Tensor& z, const at::Tensor& gamma, const at::Tensor&
                  const OptionalTensor& b1, const OptionalTensor& w2, const OptionalTensor& w2_scale,
                  const OptionalTensor& w2_sum, const OptionalTensor& b2, const at::Tensor& classes,
                  double logit_scale, const at::Tensor& gate) {
-  check(z, w1_scale, w2.has_value() ? w2_scale : std::nullopt, classes, gate);
-  const Pool pool = pool_patches(z);
-  const auto [x_q, x_scale, x_zero] = layer_norm_quantize(pool.mean, gamma, beta, eps, false);
+  check(z, gamma, w1_scale, w2.has_value() ? w2_scale : std::nullopt, classes, gate);
+  const Pool pool = pool_tokens(z, gamma.numel());
+  const auto [x_q, x_scale, x_zero] = layer_norm_quantize(pool.row, gamma, beta, eps, false);
   at::Tensor embedding = int8_linear(x_q, x_scale, x_zero, w1, w1_scale, w1_sum, b1, std::nullopt,
                                      std::nullopt, w2.has_value() ? "gelu" : "none", at::kFloat);
   if (w2.has_value()) {

@@ -266,8 +266,9 @@ def exit_probe(
 
     Args:
       z: float32, bfloat16 or float16 [B, L, D], class token first, L >= 2.
-      gamma, beta: float32 [D], with eps the LayerNorm of the head.
-      w1, w1_scale, w1_sum: packed int8 weight [H, D] ([E, D] where w2 is None); b1 float32 or None.
+      gamma, beta: float32 [P], with eps the LayerNorm of the head. P = D: it sees the patch mean
+        alone; P = 2 D: the class token beside it.
+      w1, w1_scale, w1_sum: packed int8 weight [H, P] ([E, P] where w2 is None); b1 float32 or None.
       w2, w2_scale, w2_sum: packed int8 weight [E, H], or all None; b2 float32 [E] or None.
       classes: float32 [K, E], rows of length 1, K >= 1.
       gate: float32 [4].
@@ -285,14 +286,20 @@ def exit_probe(
         raise ValueError(f"{op}: classes must have shape [K >= 1, E], got {list(classes.shape)}")
     D, (K, E) = z.shape[2], classes.shape
     H = w1_scale.shape[0] if w1_scale.dim() == 1 else -1
-    _require_vectors(op, D, device, gamma=gamma, beta=beta)
+    if list(gamma.shape) not in ([D], [2 * D]):
+        raise ValueError(
+            f"{op}: gamma must have shape [D] or [2 D] = [{D}] or [{2 * D}],"
+            f" got {list(gamma.shape)}"
+        )
+    P = gamma.shape[0]
+    _require_vectors(op, P, device, gamma=gamma, beta=beta)
     _require(op, "classes", classes, [K, E], [torch.float32])
     _require_device(op, "classes", classes, device)
     _require_vectors(op, 4, device, gate=gate)
     hidden = E if w2 is None else H
     _require_vectors(op, hidden, device, w1_scale=w1_scale, b1=b1)
     _require(op, "w1_sum", w1_sum, [hidden], [torch.int32])
-    _require_weight(op, "w1", w1, hidden, D, device)
+    _require_weight(op, "w1", w1, hidden, P, device)
     if w2 is not None:
         if w2_scale is None or w2_sum is None:
             raise ValueError(f"{op}: w2_scale and w2_sum must be given with w2, got None")

@@ -285,6 +285,15 @@ def _pool_patches(z: Tensor) -> tuple[Tensor, Tensor]:
     return shift + s1 / N, lane_sum(per_channel)
 
 
+def _pool(z: Tensor, P: int) -> tuple[Tensor, Tensor]:
+    """What a head sees of z, float32 [B, P], and the spatial variance of its patches [B].
+
+    P = D: the mean over the patch tokens. P = 2 D: behind it the class token.
+    """
+    mean, variance = _pool_patches(z)
+    return (mean if z.shape[2] == P else torch.cat([mean, z[:, 0].float()], 1)), variance
+
+
 def exit_probe(
     z: Tensor,
     gamma: Tensor,
@@ -304,15 +313,17 @@ def exit_probe(
 ) -> Probe:
     """Exit head and gate of one depth: embedding, its best class, and the score of leaving here.
 
-    mean, variance = pool of the patch tokens z[:, 1:];  h = LayerNorm(mean)
+    mean, variance = pool of the patch tokens z[:, 1:]
+    h = LayerNorm(mean), or LayerNorm(concat(mean, z[:, 0])), one row of 2 D, for gamma of 2 D
     embedding = int8 head of h: W2 gelu(W1 h + b1) + b2, or W1 h + b1 where w2 is None
     p = softmax(logit_scale * cosine(embedding, classes));  c = p_(1), m = p_(1) - p_(2)
     score = sigmoid(g0 c + g1 m + g2 variance + g3)
 
     Args:
       z: float32, bfloat16 or float16 [B, L, D], class token first, L >= 2.
-      gamma, beta: float32 [D], with eps the LayerNorm of the head.
-      w1, w1_scale, w1_sum: packed int8 weight [H, D] ([E, D] where w2 is None); b1 float32 or None.
+      gamma, beta: float32 [P], with eps the LayerNorm of the head. P = D: it sees the patch mean
+        alone; P = 2 D: the class token beside it.
+      w1, w1_scale, w1_sum: packed int8 weight [H, P] ([E, P] where w2 is None); b1 float32 or None.
       w2, w2_scale, w2_sum: packed int8 weight [E, H], or all None; b2 float32 [E] or None.
       classes: float32 [K, E], rows of length 1, K >= 1.
       logit_scale: factor of the cosine, already exponentiated.
@@ -321,8 +332,8 @@ def exit_probe(
       confidence c, margin m (= c where K = 1), variance, score: float32 [B].
     Source: arXiv 2605.26415 (SSA head, confidence, margin, spatial activation variance, gate).
     """
-    mean, variance = _pool_patches(z)
-    x_q, x_scale, x_zero = layer_norm_quantize(mean, gamma, beta, eps, False)
+    pooled, variance = _pool(z, gamma.shape[0])
+    x_q, x_scale, x_zero = layer_norm_quantize(pooled, gamma, beta, eps, False)
     hidden = int8_linear(
         x_q, x_scale, x_zero, w1, w1_scale, w1_sum, b1,
         activation="none" if w2 is None else "gelu",

@@ -169,12 +169,11 @@ def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> 
 
 @register_flop_formula(torch.ops.lraee.exit_probe)
 def _exit_probe_flops(
-    z: torch.Size, gamma: object, beta: object, eps: object, w1: object, w1_scale: torch.Size,
+    z: torch.Size, gamma: torch.Size, beta: object, eps: object, w1: object, w1_scale: torch.Size,
     w1_sum: object, b1: object, w2: object, w2_scale: torch.Size | None, w2_sum: object, b2: object,
     classes: torch.Size, *rest: object, **options: object,
 ) -> int:  # fmt: skip
-    B, _, D = z
-    H = int(w1_scale[0])
+    B, P, H = z[0], int(gamma[0]), int(w1_scale[0])
     K, E = classes
-    head = D * H + (0 if w2_scale is None else H * E)
+    head = P * H + (0 if w2_scale is None else H * E)
     return 2 * B * (head + K * E)

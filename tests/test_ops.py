@@ -24,17 +24,20 @@ def _linear_arguments(M: int = 5, N: int = 18, K: int = 30) -> tuple[list[Any], 
     return positional, {**options, "activation": "gelu", "out_dtype": torch.float32}
 
 
-def _probe_arguments(two_layers: bool = True) -> tuple[list[Any], dict[str, Any]]:
+def _probe_arguments(
+    two_layers: bool = True, has_class_token: bool = False
+) -> tuple[list[Any], dict[str, Any]]:
     source = generator(7)
     B, L, D, H, E, K = 3, 6, 20, 16, 12, 5
+    P = 2 * D if has_class_token else D
 
     def layer(N: int, K_in: int) -> list[Tensor]:
         w_q = torch.randint(-127, 128, (N, K_in), generator=source, dtype=torch.int8)
         w, w_sum = ops.pack_weight(w_q)
         return [w, torch.rand(N, generator=source) * 0.01, w_sum, torch.rand(N, generator=source)]
 
-    positional: list[Any] = [torch.randn(B, L, D, generator=source), torch.ones(D), torch.zeros(D)]
-    positional += [*layer(H, D), *layer(E, H)] if two_layers else [*layer(E, D), *[None] * 4]
+    positional: list[Any] = [torch.randn(B, L, D, generator=source), torch.ones(P), torch.zeros(P)]
+    positional += [*layer(H, P), *layer(E, H)] if two_layers else [*layer(E, P), *[None] * 4]
     positional += [F.normalize(torch.randn(K, E, generator=source), dim=1), torch.ones(4)]
     return positional, {"logit_scale": 10.0}
 
@@ -61,6 +64,8 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
         "int8_attention_causal": (ops.int8_attention, [qkv], {"num_heads": 2, "causal": True}),
         "exit_probe": (ops.exit_probe, *_probe_arguments()),
         "exit_probe_affine": (ops.exit_probe, *_probe_arguments(two_layers=False)),
+        "exit_probe_class_token": (ops.exit_probe, *_probe_arguments(has_class_token=True)),
+        "exit_probe_affine_class_token": (ops.exit_probe, *_probe_arguments(False, True)),
     }  # fmt: skip
 
 
@@ -140,6 +145,8 @@ def test_flops_are_two_for_each_multiply_add() -> None:
         "int8_attention": 2 * 2 * (2 * 7 * 7 * 16),
         "exit_probe": 2 * 3 * (20 * 16 + 16 * 12 + 5 * 12),
         "exit_probe_affine": 2 * 3 * (20 * 12 + 5 * 12),
+        "exit_probe_class_token": 2 * 3 * (40 * 16 + 16 * 12 + 5 * 12),
+        "exit_probe_affine_class_token": 2 * 3 * (40 * 12 + 5 * 12),
         "float_linear": 2 * 5 * 5 * 30,
         "quantize_rows": 0,
     }
@@ -200,6 +207,16 @@ def _door_errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Excep
         ("exit_probe", {12: torch.ones(3)}, {}, ValueError, r"gate must have shape \[4\]"),
         ("exit_probe", {8: None}, {}, ValueError, r"w2_scale and w2_sum must be given with w2"),
         ("exit_probe", {3: long}, {}, ValueError, r"exit_probe: w1 must have the cpu layout"),
+        ("exit_probe", {1: torch.ones(30)}, {}, ValueError,
+         r"exit_probe: gamma must have shape \[D\] or \[2 D\] = \[20\] or \[40\], got \[30\]"),
+        ("exit_probe", {1: torch.ones(20, 1)}, {}, ValueError,
+         r"exit_probe: gamma must have shape .*, got \[20, 1\]"),
+        ("exit_probe", {1: torch.ones(20).half()}, {}, TypeError,
+         r"exit_probe: gamma must be float32, got float16"),
+        ("exit_probe", {1: torch.ones(40)}, {}, ValueError,
+         r"exit_probe: beta must have shape \[40\], got \[20\]"),
+        ("exit_probe", {1: torch.ones(40), 2: torch.ones(40)}, {}, ValueError,
+         r"exit_probe: w1 must have the cpu layout .* of \[N, K\] = \[16, 40\]"),
     ]  # fmt: skip
 
 

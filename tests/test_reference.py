@@ -174,11 +174,12 @@ def test_int8_attention_does_not_see_a_shift_of_all_keys() -> None:
     assert unshifted_error < 0.1 * y.abs().max()
 
 
-def _probe_arguments(two_layers: bool) -> tuple[object, ...]:
+def _probe_arguments(two_layers: bool, has_class_token: bool = False) -> tuple[object, ...]:
     source = generator(5)
     B, L, D, H, E, K = 3, 10, 24, 20, 12, 7
+    P = 2 * D if has_class_token else D
     z = torch.randn(B, L, D, generator=source) + 3
-    rows = {"w1": (H if two_layers else E, D), "w2": (E, H)}
+    rows = {"w1": (H if two_layers else E, P), "w2": (E, H)}
     weights = {}
     for name, (N, K_in) in rows.items():
         w_q = torch.randint(-127, 128, (N, K_in), generator=source, dtype=torch.int8)
@@ -187,20 +188,22 @@ def _probe_arguments(two_layers: bool) -> tuple[object, ...]:
     classes = F.normalize(torch.randn(K, E, generator=source), dim=1)
     second = weights["w2"] if two_layers else (None, None, None, None)
     gate = torch.tensor([1.5, -0.5, 0.02, 0.1])
-    norm = (torch.rand(D, generator=source) + 0.5, torch.randn(D, generator=source), 1e-5)
+    norm = (torch.rand(P, generator=source) + 0.5, torch.randn(P, generator=source), 1e-5)
     return z, *norm, *weights["w1"], *second, classes, 20.0, gate
 
 
+@pytest.mark.parametrize("has_class_token", [False, True])
 @pytest.mark.parametrize("two_layers", [True, False])
-def test_exit_probe_against_its_formula(two_layers: bool) -> None:
-    arguments = _probe_arguments(two_layers)
+def test_exit_probe_against_its_formula(two_layers: bool, has_class_token: bool) -> None:
+    arguments = _probe_arguments(two_layers, has_class_token)
     z, gamma, beta, eps, w1, s1, _, b1, w2, s2, _, b2, classes, logit_scale, gate = arguments
     embedding, top1, confidence, margin, variance, score = reference.exit_probe(*arguments)
     patches = z[:, 1:].double()
     mean = patches.mean(1)
     sav = (patches - mean[:, None]).square().sum(-1).mean(-1)
     assert_within(variance, sav, sav * 1e-5)
-    x = F.layer_norm(mean, mean.shape[1:], gamma.double(), beta.double(), eps)
+    pooled = torch.cat([mean, z[:, 0].double()], 1) if has_class_token else mean
+    x = F.layer_norm(pooled, pooled.shape[1:], gamma.double(), beta.double(), eps)
     y = x @ (w1 * s1[:, None]).double().T + b1.double()
     if two_layers:
         y = F.gelu(y) @ (w2 * s2[:, None]).double().T + b2.double()
@@ -214,8 +217,33 @@ def test_exit_probe_against_its_formula(two_layers: bool) -> None:
     assert_within(score, torch.sigmoid((features * gate).double().sum(1)), 1e-6)
 
 
-def test_exit_probe_keeps_a_bad_image_to_itself() -> None:
-    arguments = _probe_arguments(True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_exit_probe_sees_the_class_token_behind_the_patch_mean(dtype: torch.dtype) -> None:
+    """By hand: patches (2, -1), (4, -1) have mean (3, -1) and variance 1; class token (1, -3).
+
+    The row (3, -1, 1, -3) has mean 0 and variance 5, so with eps = 4 LayerNorm divides by 3; gamma
+    makes it (127, -1, 10, -128): step 1, zero point 0. W1 gives (147, -129), its scales and b1
+    (74, -250). The second class looks the other way of the second axis.
+    """
+    z = torch.tensor([[[1, -3], [2, -1], [4, -1]]], dtype=dtype)
+    gamma, beta = torch.tensor([127.0, 3.0, 30.0, 128.0]), torch.zeros(4)
+    w1, w1_sum = reference.pack_weight(torch.tensor([[1, 0, 2, 0], [0, 1, 0, 1]]).to(torch.int8))
+    layer = (w1, torch.tensor([0.5, 2.0]), w1_sum, torch.tensor([0.5, 8.0]))
+    classes, gate = torch.tensor([[1.0, 0.0], [0.0, -1.0]]), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    embedding, top1, confidence, _, variance, score = reference.exit_probe(
+        z, gamma, beta, 4.0, *layer, None, None, None, None, classes, 2.0, gate
+    )
+    assert_same(embedding, torch.tensor([[74.0, -250.0]]))
+    assert_same(variance, torch.tensor([1.0]))
+    assert top1.tolist() == [1]
+    ratio = math.exp(2 * (74 - 250) / math.hypot(74, 250))
+    assert_within(confidence, torch.tensor([1 / (1 + ratio)], dtype=torch.float64), 1e-6)
+    assert_within(score, torch.tensor([1 / (1 + math.exp(-1))], dtype=torch.float64), 1e-6)
+
+
+@pytest.mark.parametrize("has_class_token", [False, True])
+def test_exit_probe_keeps_a_bad_image_to_itself(has_class_token: bool) -> None:
+    arguments = _probe_arguments(True, has_class_token)
     clean = reference.exit_probe(*arguments)
     z = arguments[0].clone()
     z[1, 4, 3] = math.nan

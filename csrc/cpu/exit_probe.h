@@ -7,16 +7,17 @@
 namespace lraee::cpu {
 
 struct PoolPatchesArgs {
-  const void* z;  // [B, L, D], the values of a token side by side; token 0 is left out
+  const void* z;  // [B, L, D], the values of a token side by side, the class token first
   int64_t stride_b, stride_l;
   FloatType type;
-  int64_t L, D;
-  float* mean;      // [B, D]
+  int64_t L, D, P;  // P = D, or 2 D where the class token stands behind the mean
+  float* pooled;    // [B, P]
   float* spread;    // [B, D] variance of each channel over the patches
   float* variance;  // [B] its sum
 };
 
-// Mean and spread of channels c_begin..c_end - 1 of one image, each value of z read once.
+// Mean, spread and, if wanted, class token of channels c_begin..c_end - 1 of one image, each value
+// of z read once.
 using PoolPatches = void(const PoolPatchesArgs& args, int64_t b, int64_t c_begin, int64_t c_end);
 PoolPatches pool_patches_scalar, pool_patches_avx2, pool_patches_avx512_vnni;
 

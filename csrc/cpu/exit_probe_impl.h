@@ -33,8 +33,9 @@ template <class T>
 void pool_patches_of(const PoolPatchesArgs& args, int64_t b, int64_t c_begin, int64_t c_end) {
   constexpr int kTokens = 8;
   const int64_t count = c_end - c_begin, N = args.L - 1, stride = args.stride_l;
-  const T* const patches = static_cast<const T*>(args.z) + b * args.stride_b + stride + c_begin;
-  float* const s1 = args.mean + b * args.D + c_begin;
+  const T* const class_token = static_cast<const T*>(args.z) + b * args.stride_b + c_begin;
+  const T* const patches = class_token + stride;
+  float* const s1 = args.pooled + b * args.P + c_begin;
   float* const s2 = args.spread + b * args.D + c_begin;
   std::fill(s1, s1 + count, 0.0f);
   std::fill(s2, s2 + count, 0.0f);
@@ -50,6 +51,10 @@ void pool_patches_of(const PoolPatchesArgs& args, int64_t b, int64_t c_begin, in
     const Vf sum = load_first(s1 + c, n), squares = load_first(s2 + c, n);
     store_first(s1 + c, load_first(patches + c, n) + sum / size, n);
     store_first(s2 + c, max(zero, (squares - sum * sum / size) / size), n);
+  });
+  if (args.P == args.D) return;
+  for_vectors(count, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+    store_first(s1 + args.D + c, load_first(class_token + c, n), n);
   });
 }
 

@@ -22,14 +22,17 @@ def _weight(name: str, N: int, K: int, source: torch.Generator) -> dict[str, Ten
     return {name: w_q, f"{name}_scale": scale, f"{name}_sum": w_q.sum(1, dtype=torch.int32)}
 
 
-def _head(D: int, E: int, K: int, hidden: int | None = None, seed: int = 0) -> dict[str, Any]:
+def _head(
+    D: int, E: int, K: int, hidden: int | None = None, has_class_token: bool = False
+) -> dict[str, Any]:
     """Arguments of exit_probe other than z, weights unpacked."""
-    source = generator(seed)
+    source = generator(0)
     first = E if hidden is None else hidden
+    P = 2 * D if has_class_token else D
     head: dict[str, Any] = {
-        "gamma": torch.rand(D, generator=source) + 0.5,
-        "beta": torch.randn(D, generator=source) * 0.1,
-        **_weight("w1", first, D, source),
+        "gamma": torch.rand(P, generator=source) + 0.5,
+        "beta": torch.randn(P, generator=source) * 0.1,
+        **_weight("w1", first, P, source),
         "b1": torch.randn(first, generator=source) * 0.1,
         "w2": None, "w2_scale": None, "w2_sum": None, "b2": None,
         "classes": torch.nn.functional.normalize(torch.randn(K, E, generator=source)),
@@ -83,6 +86,8 @@ def _assert_gate(
     assert_within(actual[5], expected[5], s_bound, name="score", **where)
 
 
+both_inputs = pytest.mark.parametrize("has_class_token", [False, True])
+
 CASES = [
     # B, L, D, E, K
     (1, 2, 16, 8, 1), (2, 50, 768, 512, 1000), (3, 17, 70, 33, 64), (5, 10, 64, 64, 65),
@@ -90,11 +95,14 @@ CASES = [
 ]  # fmt: skip
 
 
+@both_inputs
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("case", CASES)
-def test_affine_head_has_the_bits_of_the_definition(level: str, case: tuple[int, ...]) -> None:
+def test_affine_head_has_the_bits_of_the_definition(
+    level: str, case: tuple[int, ...], has_class_token: bool
+) -> None:
     B, L, D, E, K = case
-    head = _head(D, E, K)
+    head = _head(D, E, K, has_class_token=has_class_token)
     for dtype in TYPES:
         z = _patches(B, L, D).to(dtype)
         actual = at_level(level, partial(_probe, z, head))
@@ -103,16 +111,17 @@ def test_affine_head_has_the_bits_of_the_definition(level: str, case: tuple[int,
         _assert_gate(tuple(actual), expected, head, level=level, dtype=dtype)
 
 
+@both_inputs
 @pytest.mark.parametrize("level", LEVELS)
-def test_two_layer_head_is_its_operators_in_a_row(level: str) -> None:
+def test_two_layer_head_is_its_operators_in_a_row(level: str, has_class_token: bool) -> None:
     """The embedding bit for bit from the single operators, the rest from that embedding."""
-    z, head = _patches(3, 20, 96), _head(96, 40, 100, hidden=72)
+    z, head = _patches(3, 20, 96), _head(96, 40, 100, 72, has_class_token)
     packed = _packed(head)
     actual = at_level(level, lambda: _probe(z, head))
-    mean, _ = reference._pool_patches(z)
+    pooled, _ = reference._pool(z, head["gamma"].numel())
 
     def embed() -> list[Tensor]:
-        h = ops.layer_norm_quantize(mean, head["gamma"], head["beta"], symmetric=False)
+        h = ops.layer_norm_quantize(pooled, head["gamma"], head["beta"], symmetric=False)
         w1 = (packed["w1"], head["w1_scale"], head["w1_sum"], head["b1"])
         hidden = ops.quantize_rows(ops.int8_linear(*h, *w1, activation="gelu"), symmetric=False)
         w2 = (packed["w2"], head["w2_scale"], head["w2_sum"], head["b2"])
@@ -128,9 +137,10 @@ def test_two_layer_head_is_its_operators_in_a_row(level: str) -> None:
     assert_same(actual[1], p.indices[:, 0])
 
 
-def test_close_to_the_definition_with_two_layers() -> None:
+@both_inputs
+def test_close_to_the_definition_with_two_layers(has_class_token: bool) -> None:
     """Gelu differs in its last bits, so a hidden value can fall on the other side of a step."""
-    z, head = _patches(16, 50, 768), _head(768, 512, 1000, hidden=256)
+    z, head = _patches(16, 50, 768), _head(768, 512, 1000, 256, has_class_token)
     actual, expected = _probe(z, head), _reference(z, head)
     _, scale, _ = reference.quantize_rows(expected[0], False)
     w2 = head["w2"].double().abs() * head["w2_scale"].double()[:, None]
@@ -140,27 +150,31 @@ def test_close_to_the_definition_with_two_layers() -> None:
     assert_same(actual[4], expected[4])
 
 
+@both_inputs
 @pytest.mark.parametrize("hidden", [None, 40])
-def test_all_levels_and_thread_counts_agree(hidden: int | None) -> None:
+def test_all_levels_and_thread_counts_agree(hidden: int | None, has_class_token: bool) -> None:
     for (B, L, D, E, K), dtype in itertools.product(CASES, TYPES):
-        z, head = _patches(B, L, D).to(dtype), _head(D, E, K, hidden)
+        z, head = _patches(B, L, D).to(dtype), _head(D, E, K, hidden, has_class_token)
         assert_same_everywhere(partial(_probe, z, head), B=B, L=L, D=D, E=E, K=K)
 
 
-def test_an_image_has_the_same_bits_in_any_batch() -> None:
-    z, head = _patches(11, 50, 128), _head(128, 64, 200, hidden=32)
+@both_inputs
+def test_an_image_has_the_same_bits_in_any_batch(has_class_token: bool) -> None:
+    z, head = _patches(11, 50, 128), _head(128, 64, 200, 32, has_class_token)
     whole = _probe(z, head)
     for b in range(11):
         for name, alone, all_of in zip(NAMES, _probe(z[b : b + 1], head), whole, strict=True):
             assert_same(alone[0], all_of[b], b=b, name=name)
 
 
-def test_nan_stays_in_its_image() -> None:
-    head = _head(64, 24, 70)
+@pytest.mark.parametrize(("has_class_token", "token"), [(False, 5), (True, 5), (True, 0)])
+def test_nan_stays_in_its_image(has_class_token: bool, token: int) -> None:
+    """And out of the variance where it is in the class token alone."""
+    head = _head(64, 24, 70, has_class_token=has_class_token)
     clean = _probe(_patches(6, 9, 64), head)
     for poison in (math.nan, math.inf, -math.inf):
         z = _patches(6, 9, 64)
-        z[2, 5, 7] = poison
+        z[2, token, 7] = poison
         for level in LEVELS:
             actual = at_level(level, partial(_probe, z, head))
             for name, left, right in zip(NAMES, actual, clean, strict=True):
@@ -168,11 +182,13 @@ def test_nan_stays_in_its_image() -> None:
                 assert_same(left[others], right[others], name=name, level=level)
                 if name == "top1":
                     assert left[2] == 0
+                elif name == "variance" and token == 0:
+                    assert_same(left, right, level=level)
                 else:
                     assert left[2].isnan().all(), (name, level, poison)
 
 
-def test_the_class_token_is_not_read() -> None:
+def test_a_head_of_the_mean_does_not_read_the_class_token() -> None:
     z, head = _patches(2, 9, 64), _head(64, 24, 70)
     expected = _probe(z, head)
     z[:, 0] = math.nan
@@ -204,8 +220,9 @@ def test_a_large_common_offset_does_not_cancel() -> None:
     assert_within(variance, truth, 400 * EPS32 * 2 * truth)
 
 
-def test_reads_any_strides_and_empty_batches() -> None:
-    head = _head(32, 24, 70)
+@both_inputs
+def test_reads_any_strides_and_empty_batches(has_class_token: bool) -> None:
+    head = _head(32, 24, 70, has_class_token=has_class_token)
     base = _patches(4, 12, 32)
     wide = torch.randn(4, 12, 50, generator=generator(3))
     for z in (base[::2], base[:, ::2], base.transpose(0, 1), wide[:, :, 7:39], wide[:, :, :32]):
@@ -213,3 +230,12 @@ def test_reads_any_strides_and_empty_batches() -> None:
         for name, left, right in zip(NAMES, _probe(z, head), expected, strict=True):
             assert_same(left, right, name=name)
     assert [list(t.shape) for t in _probe(base[:0], head)] == [[0, 24], *[[0]] * 5]
+
+
+def test_other_lengths_of_gamma_are_refused_below_the_door_too() -> None:
+    """The operator would read past the pooled row."""
+    z, head = _patches(2, 5, 32), _packed(_head(32, 24, 70)) | {"eps": 1e-5}
+    for length in (31, 33, 63, 65, 96):
+        given = head | {"gamma": torch.ones(length), "beta": torch.ones(length)}
+        with pytest.raises(ValueError, match=rf"\[2 D\] = \[32\] or \[64\], got \[{length}\]"):
+            torch.ops.lraee.exit_probe(z, **given)
