@@ -2,10 +2,13 @@
 
 from lraee.accelerate import accelerate, restore
 from lraee.checkpoint import load, save
+from lraee.exits.exits import Exits
 from lraee.fidelity import FidelityError
 from lraee.files import CheckpointError
 from lraee.quantize import Scheme
+from lraee.trace import full_depth, trace
 
 __all__ = [
-    "CheckpointError", "FidelityError", "Scheme", "accelerate", "load", "restore", "save",
+    "CheckpointError", "Exits", "FidelityError", "Scheme",
+    "accelerate", "full_depth", "load", "restore", "save", "trace",
 ]  # fmt: skip

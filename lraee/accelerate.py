@@ -2,16 +2,19 @@
 
 import copy
 import logging
+import os
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lraee import flops, towers
+from lraee import flops, towers, vision
 from lraee.backend import Backend, implementation, require_backend
+from lraee.class_setter import ClassSetter
+from lraee.exits.exits import Exits
 from lraee.fidelity import compare, require_fidelity
 from lraee.linear import Int8Linear
 from lraee.modules import TRAIN_REFUSED
@@ -34,6 +37,7 @@ class Acceleration:
       base_hash: towers.tower_hash of the float tower.
       skeletons: the float blocks without their numbers.
       original: the float tower, as long as its owner keeps it; not pickled.
+      exits: its early exits, or None.
     """
 
     scheme: Scheme
@@ -41,6 +45,7 @@ class Acceleration:
     base_hash: str
     skeletons: tuple[nn.Module, ...]
     original: weakref.ref[nn.Module] | None
+    exits: Exits | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Acceleration":
         return self  # nothing in it ever changes
@@ -59,15 +64,19 @@ def accelerate(
     *,
     scheme: str | Scheme = "int8",
     backend: Backend = "auto",
+    exits: Exits | str | os.PathLike[str] | None = None,
     inplace: bool = False,
     check: Tensor | None = None,
 ) -> Model:
-    """The same model with the image tower's blocks in int8.
+    """The same model with the image tower's blocks in int8, and early exits if it is given some.
 
         fast = lraee.accelerate(model)
+        fast = lraee.accelerate(model, exits=lraee.calibrate(fast, images, classes=texts))
 
     It is an instance of the model's own class and answers as before; the text tower, the patch
     embedding and the last projection stay float. The blocks hold no float copy of their weights.
+    With exits each image leaves the tower at the depth where its gate is sure; the model then has
+    `set_classes(text_features)`, which gives the gate other classes.
 
     Args:
       model: open_clip's CLIP or CustomTextCLIP with a VisionTransformer, in eval mode; or such a
@@ -75,16 +84,23 @@ def accelerate(
       scheme: "int8", "paper" (torch's quantize_dynamic, for comparison) or a Scheme.
       backend: "auto" takes what the device has; "reference" plain torch; "cpu" or "triton" that
         implementation or an error.
+      exits: from lraee.calibrate, or where Exits.save put them; made for this tower and scheme.
       inplace: change the model itself, which frees its float weights; else it stays as it is.
-      check: preprocessed images [n, 3, H, W]; both towers run on them and must agree.
+      check: preprocessed images [n, 3, H, W]; both towers run on them, at full depth, and must
+        agree.
     Returns: the fast model.
-    Raises: TypeError or NotImplementedError on a model without int8 kernels, ValueError on options,
-      RuntimeError if the backend is not available, FidelityError if check fails.
+    Raises: TypeError or NotImplementedError on a model without int8 kernels, ValueError on options
+      and on exits of another tower, RuntimeError if the backend is not available, CheckpointError
+      on a damaged file, FidelityError if check fails.
     """
     scheme = find_scheme(scheme)
     tower = checked_tower(model, scheme, backend)
+    if exits is not None and not isinstance(exits, Exits):
+        exits = Exits.load(exits)
     expected = None if check is None else _encode(model, check)
     made = _describe(tower, scheme, backend, is_kept=not inplace)
+    if exits is not None:
+        _require_same_tower(exits, made)
     float_blocks = list(towers.blocks_of(tower)) if check is not None else []
     fast = _swap_blocks(model, made) if inplace else _copy_with_blocks(model, made)
     if check is not None and expected is not None:
@@ -94,6 +110,8 @@ def accelerate(
             if inplace:
                 _mark_float(model, float_blocks)
             raise
+    if exits is not None:
+        add_exits(fast, exits)
     device = next(tower.parameters()).device
     _log_result(towers.find_tower(fast), implementation(backend, device))
     return fast
@@ -146,6 +164,7 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
         towers.carry_hooks(fast_block, block, _copier(memo))
         memo[id(fast_block)] = block
     result = copy.deepcopy(model, memo)
+    vision.detach_exits(towers.find_tower(result))
     device = next(fast_tower.parameters()).device
     copies = {name: tensor.detach().to(device, copy=True) for name, tensor in weights.items()}
     towers.find_tower(result).load_state_dict(copies, assign=True)
@@ -168,6 +187,34 @@ def _base_weights(made: Acceleration, base: nn.Module | Mapping[str, Tensor] | N
             " base=<the original model or its state dict>"
         )
     return original.state_dict()
+
+
+# Exits
+
+
+def _require_same_tower(exits: Exits, made: Acceleration) -> None:
+    """Raises ValueError on exits that were made for other weights or another scheme."""
+    if exits.base_hash != made.base_hash:
+        raise ValueError(
+            "accelerate: exits must be made for this tower's weights (sha256"
+            f" {made.base_hash[:12]}), got those of {exits.base_hash[:12]}; calibrate again"
+        )
+    if exits.scheme != made.scheme:
+        raise ValueError(
+            f"accelerate: exits must be made for this scheme ({made.scheme}), got {exits.scheme};"
+            " calibrate again"
+        )
+
+
+def add_exits(model: nn.Module, exits: Exits) -> None:
+    """Gives an accelerated model early exits, and the method set_classes."""
+    tower = towers.find_tower(model)
+    made = cast(Acceleration, acceleration_of(model))
+    device = next(tower.parameters()).device
+    vision.attach_exits(tower, exits.router(backend=made.backend, device=device))
+    setattr(tower, _ATTRIBUTE, replace(made, exits=exits))
+    for module in {model, tower}:
+        module.__dict__["set_classes"] = ClassSetter(module)
 
 
 # Making
@@ -296,7 +343,7 @@ def _guarded(model: nn.Module) -> list[nn.Module]:
 def _mark_fast(model: nn.Module, made: Acceleration) -> None:
     tower = towers.find_tower(model)
     setattr(tower, _ATTRIBUTE, made)
-    towers.make_rowwise(tower, made.backend)
+    vision.make_rowwise(tower, made.backend)
     for module in _guarded(model):
         module.__dict__["train"] = _TrainGuard(module)
 
@@ -308,6 +355,7 @@ def _mark_float(model: nn.Module, float_blocks: list[nn.Module]) -> None:
     for i, block in enumerate(float_blocks):
         blocks[i] = block
     delattr(tower, _ATTRIBUTE)
-    towers.unmake_rowwise(tower)
+    vision.unmake_rowwise(tower)
     for module in _guarded(model):
         module.__dict__.pop("train", None)
+        module.__dict__.pop("set_classes", None)

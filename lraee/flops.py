@@ -4,7 +4,7 @@ Importing this file also teaches FlopCounterMode the two attention operators tha
 CPU and counts as 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lraee import towers
+from lraee.exits.head import Int8Head
+from lraee.exits.router import Router
 from lraee.linear import Int8Linear
 from lraee.modules import Int8Attention
 
@@ -102,6 +104,53 @@ def block_flops(visual: nn.Module) -> list[int]:
     """
     L, D = cast(Tensor, visual.positional_embedding).shape
     return [2 * _block_macs(block, L, D) for block in towers.blocks_of(visual)]
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """FLOPs of one image in the parts that a tower with exits runs on different images.
+
+    Args:
+      embed: patch embedding.
+      blocks: each block.
+      finish: all that follows the last block.
+    """
+
+    embed: int
+    blocks: tuple[int, ...]
+    finish: int
+
+    @classmethod
+    def of(cls, visual: nn.Module) -> "PartFlops":
+        """The parts of a tower, float or accelerated; their sum is tower_flops."""
+        L = int(cast(Tensor, visual.positional_embedding).shape[0])
+        embed = 2 * (L - 1) * cast(nn.Conv2d, visual.conv1).weight.numel()
+        blocks = tuple(block_flops(visual))
+        return cls(embed, blocks, tower_flops(visual) - embed - sum(blocks))
+
+    @property
+    def total(self) -> int:
+        """The whole tower."""
+        return self.embed + sum(self.blocks) + self.finish
+
+    def when_leaving(self, exits: Sequence[int], probes: Sequence[int]) -> list[int]:
+        """FLOPs of an image that leaves at each exit, and last of one that passes them all.
+
+        Args:
+          exits: after how many blocks each exit stands, ascending.
+          probes: FLOPs of the probe of each exit.
+        """
+        costs = [
+            self.embed + sum(self.blocks[:depth]) + sum(probes[: e + 1])
+            for e, depth in enumerate(exits)
+        ]
+        return [*costs, self.total + sum(probes)]
+
+
+def probe_flops(router: Router) -> list[int]:
+    """FLOPs of one image in the probe of each exit: head and classes."""
+    K, E = router.classes.shape
+    return [2 * (cast(Int8Head, head).macs + K * E) for head in router.heads]
 
 
 def _block_macs(block: nn.Module, L: int, D: int) -> int:

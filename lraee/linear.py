@@ -118,10 +118,10 @@ class Int8Linear(nn.Module):
             self.w, self.w_sum = operators(self.backend).pack_weight(fn(self.w_q))
         else:
             # flat: a channels_last of 4-D tensors is not meant for the packed layout
-            self.w = _uncast(fn, self.w.view(-1)).view(self.w.shape)
-            self.w_sum = _uncast(fn, self.w_sum)
-        self.w_scale = _uncast(fn, self.w_scale)
-        self.bias = None if self.bias is None else _uncast(fn, self.bias)
+            self.w = uncast(fn, self.w.view(-1)).view(self.w.shape)
+            self.w_sum = uncast(fn, self.w_sum)
+        self.w_scale = uncast(fn, self.w_scale)
+        self.bias = None if self.bias is None else uncast(fn, self.bias)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class Int8Linear(nn.Module):
         self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
 
 
-def _uncast(fn: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
+def uncast(fn: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
     """fn(constant) if fn moves it; the same numbers if fn casts it."""
     applied = fn(constant)
     return applied if applied.dtype == constant.dtype else constant.to(applied.device)

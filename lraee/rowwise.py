@@ -163,5 +163,10 @@ def rowwise_linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: Backend) 
     rows = x.reshape(-1, w.shape[1]).float()
     b = None if bias is None else bias.float()
     y = cast(Tensor, operators(backend).float_linear(rows, w.float(), b))
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return y.to(dtype).view(*x.shape[:-1], w.shape[0])
+    return y.to(output_dtype(x)).view(*x.shape[:-1], w.shape[0])
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The type of a linear's result: that of its input x, or of autocast where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

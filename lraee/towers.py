@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lraee.backend import Backend
@@ -19,7 +18,7 @@ from lraee.linear import Int8Linear
 from lraee.modules import Int8Attention, Int8Block, Int8MultiheadAttention
 from lraee.ops import FLOAT_TYPES, Activation
 from lraee.quantize import SITES, Scheme, Site, quantize_weight
-from lraee.rowwise import RowwiseAttention, RowwiseConv2d, RowwiseLinear, rowwise_linear
+from lraee.rowwise import RowwiseLinear
 
 T = TypeVar("T")
 
@@ -244,56 +243,6 @@ def build_block(
     )
     carry_hooks(block, result.eval(), take)
     return result
-
-
-class RowwiseTower(VisionTransformer):  # type: ignore[misc]
-    """open_clip's VisionTransformer whose last projection has the same bits in any batch."""
-
-    rowwise_backend: Backend
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] -> pooled [B, E], or (pooled, tokens) with `output_tokens`."""
-        pooled, tokens = self._pool(self.transformer(self._embeds(x)))
-        y = self._project(pooled)
-        return (y, tokens) if self.output_tokens else y
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> dict[str, Any]:
-        """As open_clip's; `image_features` are those of forward."""
-        unprojected = copy.copy(self)  # shares all modules; only its own proj is absent
-        unprojected._parameters = {**self._parameters, "proj": None}
-        output = VisionTransformer.forward_intermediates(unprojected, x, *args, **options)
-        features = output.get("image_features")
-        return output if features is None else {**output, "image_features": self._project(features)}
-
-    def _project(self, pooled: Tensor) -> Tensor:
-        w = None if self.proj is None else self.proj.t()
-        return pooled if w is None else rowwise_linear(pooled, w, None, self.rowwise_backend)
-
-
-def _poolers(tower: nn.Module) -> list[nn.Module]:
-    """The attentional poolers of the tower: none, one, or two."""
-    found = (tower._modules.get(name) for name in ("attn_pool", "attn_pool_contrastive"))
-    return [pooler for pooler in found if pooler is not None]
-
-
-def make_rowwise(tower: nn.Module, backend: Backend) -> None:
-    """Gives the float layers around the blocks one fixed order of summation (see lraee.rowwise)."""
-    RowwiseConv2d.adopt(tower.get_submodule("conv1"), backend)
-    for pooler in _poolers(tower):
-        RowwiseAttention.adopt(pooler.get_submodule("attn"), backend)
-    if type(tower) is VisionTransformer:
-        tower.__class__ = RowwiseTower
-        cast(RowwiseTower, tower).rowwise_backend = backend
-
-
-def unmake_rowwise(tower: nn.Module) -> None:
-    """The way back from make_rowwise."""
-    RowwiseConv2d.release(tower.get_submodule("conv1"))
-    for pooler in _poolers(tower):
-        RowwiseAttention.release(pooler.get_submodule("attn"))
-    if isinstance(tower, RowwiseTower):
-        tower.__class__ = VisionTransformer
-        del tower.rowwise_backend
 
 
 _HOOKS = (

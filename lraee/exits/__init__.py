@@ -1,0 +1,1 @@
+"""Early exits: heads, gates, thresholds, and the router that runs them."""

@@ -1,0 +1,151 @@
+"""Gates: from what a probe measured to one score per image; the image leaves at score >= threshold.
+
+| kind | score | needs class texts |
+|---|---|---|
+| learned | sigmoid(w1 confidence + w2 margin + w3 variance + b), four numbers (LRA-EE) | yes |
+| confidence | the largest probability | yes |
+| patience | how many exits before this one gave the same class without a break (PABEE) | yes |
+| agreement | sigmoid(w1 cosine with the embedding of the exit before + w3 variance + b) | no |
+| static | 0: every image leaves at the one exit there is | no |
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lraee.reference import Probe, lane_sum
+
+GateKind = Literal["learned", "confidence", "patience", "agreement", "static"]
+CLASS_FREE: tuple[GateKind, ...] = ("agreement", "static")
+"""Gates that read nothing of the classes."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate of all exits of a tower, in order of depth.
+
+    Args:
+      kind: see the table above.
+      weights: per exit the four numbers of exit_probe's gate: factors of confidence (`agreement`:
+        of the cosine), margin and variance, and the constant. Zeros where the kind has none.
+      thresholds: per exit, exact in float32; inf closes an exit.
+    Raises: ValueError where these do not fit each other.
+    """
+
+    kind: GateKind
+    weights: tuple[tuple[float, float, float, float], ...]
+    thresholds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, see the class."""
+        if self.kind not in get_args(GateKind):
+            kinds = ", ".join(get_args(GateKind))
+            raise ValueError(f"Gate: kind must be one of {kinds}, got {self.kind!r}")
+        count = len(self.thresholds)
+        if not count or len(self.weights) != count:
+            raise ValueError(
+                f"Gate: weights and thresholds must have one row per exit, got {len(self.weights)}"
+                f" and {count}"
+            )
+        if self.kind == "static" and count != 1:
+            raise ValueError(f"Gate: a static gate must have one exit, got {count}")
+        finite = torch.tensor(self.weights, dtype=torch.float64).isfinite().all()
+        if not finite or any(threshold != threshold for threshold in self.thresholds):
+            raise ValueError("Gate: weights must be finite and thresholds no NaN, got others")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a score needs what the exit before saw."""
+        return self.kind in ("patience", "agreement")
+
+    def vector(self, exit_index: int) -> Tensor:
+        """Float32 [4] for exit_probe."""
+        return torch.tensor(self.weights[exit_index], dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the exit before saw of each image: its class, for how many exits, and its direction."""
+
+    top1: Tensor
+    streak: Tensor
+    direction: Tensor
+
+    def rows(self, index: Tensor) -> "Memory":
+        """The images of these rows."""
+        return Memory(self.top1[index], self.streak[index], self.direction[index])
+
+
+def score(
+    gate: Gate, exit_index: int, probe: Probe, before: Memory | None
+) -> tuple[Tensor, Memory | None]:
+    """Scores float32 [B] at one exit, and what the next one has to know.
+
+    Each row depends on its own row alone, in one fixed order of sums.
+
+    Args:
+      gate: the gate.
+      exit_index: 0 for the first exit.
+      probe: what exit_probe gave for these images.
+      before: what this function gave at the exit before; None at the first.
+    """
+    embedding, top1, confidence, _, variance, learned = probe
+    if gate.kind == "learned":
+        return learned, None
+    if gate.kind == "confidence":
+        return confidence, None
+    if gate.kind == "static":
+        return torch.zeros_like(confidence), None
+    if gate.kind == "patience":
+        streak = torch.zeros_like(top1)
+        if before is not None:
+            streak = torch.where(top1 == before.top1, before.streak + 1, 0)
+        # A NaN image has top1 = 0 at every exit: it must not look steady
+        steady = torch.where(confidence.isnan(), confidence, streak.float())
+        return steady, Memory(top1, streak, embedding[:, :0])
+    direction = unit(embedding)
+    if before is None:
+        return torch.full_like(confidence, -torch.inf), Memory(top1, top1, direction)
+    cosine = lane_sum(direction * before.direction)
+    w1, _, w3, constant = gate.weights[exit_index]
+    return torch.sigmoid(w1 * cosine + w3 * variance + constant), Memory(top1, top1, direction)
+
+
+def unit(embedding: Tensor) -> Tensor:
+    """Rows of length 1 [B, E], row by row the same bits."""
+    length = lane_sum(embedding * embedding).sqrt().clamp(min=1e-12)
+    return embedding / length[:, None]
+
+
+def fit_logistic(features: Tensor, is_right: Tensor) -> tuple[Tensor, float]:
+    """w, b of P(right) = sigmoid(features @ w + b), by scikit-learn on standardised features.
+
+    The mean and spread of each feature are folded back, so that the gate stays a few scalars.
+
+    Args:
+      features: [n, F]; rows that are not finite are left out.
+      is_right: bool [n].
+    Returns: w float64 [F] and b. Where all rows agree there is nothing to learn: w = 0 and b is
+      the log odds of the share with one row of each kind added.
+    Raises: ImportError if scikit-learn is missing.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(
+            f"calibrate: scikit-learn must be installed: pip install 'lraee[calibrate]' ({error})"
+        ) from error
+    finite = features.isfinite().all(1)
+    x, y = features[finite].double(), is_right[finite]
+    right, count = int(y.sum()), len(y)
+    if right in (0, count):
+        odds = torch.tensor((right + 1) / (count - right + 1), dtype=torch.float64)
+        return x.new_zeros(features.shape[1]), float(odds.log())
+    mean, spread = x.mean(0), x.std(0, correction=0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    model = LogisticRegression(C=1e4, max_iter=1000)
+    model.fit(((x - mean) / spread).numpy(), y.numpy())
+    w = torch.from_numpy(model.coef_[0]) / spread
+    return w, float(model.intercept_[0] - (w * mean).sum())

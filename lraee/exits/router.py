@@ -1,0 +1,258 @@
+"""The router: lets each image leave the tower at the first exit whose gate is sure of it.
+
+Survivors are compacted, so that later blocks run on fewer images; results come in input order.
+Everything is row by row: the same image leaves at the same exit with the same bits in any batch.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lraee.backend import Backend
+from lraee.exits.gate import Gate, Memory, score
+from lraee.exits.head import Float32Buffers, HeadWeights, Int8Head
+from lraee.reference import Probe
+from lraee.rowwise import output_dtype
+
+F = TypeVar("F", bound=Callable[..., Any])
+Block = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """When to drop the images that have left: the break-even of copying and computing.
+
+    With `gone` images in the batch and R blocks to go, copying the tokens of the `left` others
+    costs copy_share * left block-images and saves R * gone of them.
+
+    Args:
+      copy_share: time to copy one image's tokens over the time of one block on it, as
+        lraee.calibrate measures it. The default is above all measured so far.
+    """
+
+    copy_share: float = 0.1
+
+    def pays(self, *, gone: int, left: int, blocks: int) -> bool:
+        """Whether to copy, with `blocks` blocks to go."""
+        return gone * blocks > self.copy_share * left
+
+
+@dataclass
+class Record:
+    """What one traced call did; m exits, L blocks.
+
+    Args:
+      exit_block: int64 [B], after how many blocks each image left; L at full depth.
+      scores: float32 [B, m], NaN at exits that were not reached.
+      features: float32 [B, m, 3], confidence, margin, variance; NaN as scores.
+      block_rows, probe_rows: images that each block and each probe ran on.
+      finish_rows: images that the last norm and projection ran on.
+    """
+
+    exit_block: Tensor
+    scores: Tensor
+    features: Tensor
+    block_rows: list[int]
+    probe_rows: list[int]
+    finish_rows: int = 0
+
+    @classmethod
+    def of(cls, B: int, *, exits: int, blocks: int) -> "Record":
+        """B images of which nothing is known yet."""
+        return cls(
+            torch.full((B,), blocks),
+            torch.full((B, exits), math.nan),
+            torch.full((B, exits, 3), math.nan),
+            [0] * blocks,
+            [0] * exits,
+        )
+
+    def note_probe(self, e: int, places: list[int], probe: Probe, scores: Tensor) -> None:
+        """Takes in what exit e found of the images of these places; -1 is no image."""
+        rows = [row for row, place in enumerate(places) if place >= 0]
+        where = torch.tensor([places[row] for row in rows], dtype=torch.int64)
+        self.probe_rows[e] += len(places)
+        self.scores[where, e] = scores[rows].float().cpu()
+        self.features[where, e] = torch.stack(probe[2:5], dim=1)[rows].cpu()
+
+
+_records: ContextVar[Mapping["Router", list[Record]] | None] = ContextVar("records", default=None)
+_switched_off: ContextVar[frozenset["Router"]] = ContextVar("switched_off", default=frozenset())
+
+
+def _eager(function: F) -> F:
+    """Keeps torch.compile out: where images leave depends on their numbers."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class _Flow:
+    """Images on their way: tokens z [R, L, D], the input row of each (-1: it has left)."""
+
+    z: Tensor
+    places: list[int]
+    memory: Memory | None = None
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all other rows."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.z.device)
+        self.z = self.z.index_select(0, index)
+        self.places = [self.places[row] for row in rows]
+        if self.memory is not None:
+            self.memory = self.memory.rows(index)
+
+
+class Router(Float32Buffers):
+    """Heads and gate of the exits of one tower.
+
+    Args:
+      blocks: after how many blocks each exit stands, ascending, below the tower's number.
+      heads: one per exit.
+      gate: of all exits.
+      classes: unit text embeddings float32 [K, E]; any [1, E] where the gate reads no classes.
+      logit_scale: factor of the cosine, exponentiated.
+      compaction: when to drop the images that have left.
+      backend: which implementation of exit_probe to run on.
+    """
+
+    classes: Tensor
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        heads: Sequence[HeadWeights],
+        gate: Gate,
+        *,
+        classes: Tensor,
+        logit_scale: float,
+        compaction: Compaction | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.gate = gate
+        self.logit_scale = logit_scale
+        self.compaction = compaction or Compaction()
+        self.register_buffer("classes", classes.detach().float().clone())
+        self.heads = nn.ModuleList(
+            Int8Head(weights, gate.vector(e), backend=backend) for e, weights in enumerate(heads)
+        )
+        self.training = False
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this thread runs at full depth, inside `switched_off`."""
+        return self in _switched_off.get()
+
+    @_eager
+    def forward(self, blocks: Sequence[Block], z: Tensor, finish: Block) -> Tensor:
+        """Tokens [B, L, D] -> embeddings [B, E], in the type that the full tower gives.
+
+        Args:
+          blocks: of the tower, in order, [R, L, D] -> the same.
+          z: tokens before the first block.
+          finish: what follows the last block, [R, L, D] -> [R, E].
+        """
+        B = z.shape[0]
+        record = self._new_record(B, len(blocks))
+        flow, result = _Flow(z, list(range(B))), None
+        for depth, block in enumerate(blocks, 1):
+            flow.z = block(flow.z)
+            if record is not None:
+                record.block_rows[depth - 1] += len(flow.places)
+            if depth not in self.blocks:
+                continue
+            e = self.blocks.index(depth)
+            embedding, leaving = self._leaving(e, flow, record)
+            if not leaving:
+                continue
+            places = [flow.places[row] for row in leaving]
+            if record is not None:
+                record.exit_block[places] = depth
+            embedding = embedding.to(output_dtype(z))
+            if len(leaving) == B:
+                return embedding
+            if result is None:
+                result = embedding.new_empty(B, embedding.shape[1])
+            result[places] = embedding[leaving]
+            if not self._drop(flow, leaving, len(blocks) - depth):
+                return result
+        return self._finish(flow, result, finish, record)
+
+    def _leaving(self, e: int, flow: _Flow, record: Record | None) -> tuple[Tensor, list[int]]:
+        """Embeddings of all rows at exit e, and the rows that leave there."""
+        probe = cast(Probe, self.heads[e](flow.z, self.classes, self.logit_scale))
+        scores, flow.memory = score(self.gate, e, probe, flow.memory)
+        if record is not None:
+            record.note_probe(e, flow.places, probe, scores)
+        threshold = self.gate.thresholds[e]
+        each = zip(flow.places, scores.tolist(), strict=True)
+        return probe[0], [row for row, (at, s) in enumerate(each) if at >= 0 and s >= threshold]
+
+    def _drop(self, flow: _Flow, leaving: list[int], blocks: int) -> bool:
+        """Marks the rows that left, drops them where that pays; False if none is left."""
+        for row in leaving:
+            flow.places[row] = -1
+        rows = [row for row, place in enumerate(flow.places) if place >= 0]
+        gone = len(flow.places) - len(rows)
+        if rows and self.compaction.pays(gone=gone, left=len(rows), blocks=blocks):
+            flow.keep(rows)
+        return bool(rows)
+
+    def _finish(
+        self, flow: _Flow, result: Tensor | None, finish: Block, record: Record | None
+    ) -> Tensor:
+        """The full-depth embeddings of those that stayed, put among the others."""
+        if result is not None:
+            flow.keep([row for row, place in enumerate(flow.places) if place >= 0])
+        y = finish(flow.z)
+        if record is not None:
+            record.finish_rows += len(flow.places)
+        if result is None:
+            return y
+        result[flow.places] = y.to(result.dtype)
+        return result
+
+    # Tracing
+
+    def _new_record(self, B: int, blocks: int) -> Record | None:
+        """A record for this call, if this thread traces this router."""
+        records = (_records.get() or {}).get(self)
+        if records is None:
+            return None
+        records.append(Record.of(B, exits=len(self.blocks), blocks=blocks))
+        return records[-1]
+
+    def note_full_depth(self, B: int, blocks: int) -> None:
+        """Records a call that ran without exits."""
+        record = self._new_record(B, blocks)
+        if record is not None:
+            record.block_rows, record.finish_rows = [B] * blocks, B
+
+
+@contextmanager
+def recording(router: Router) -> Iterator[list[Record]]:
+    """Collects a Record of each call of this router by this thread."""
+    records: list[Record] = []
+    token = _records.set({**(_records.get() or {}), router: records})
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+@contextmanager
+def switched_off(router: Router) -> Iterator[None]:
+    """Lets this thread's calls run to full depth."""
+    token = _switched_off.set(_switched_off.get() | {router})
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)

@@ -1,0 +1,152 @@
+"""The image tower around its blocks: fixed sums in its float layers, and early exits."""
+
+import copy
+from typing import Any, cast
+
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lraee.backend import Backend
+from lraee.exits.head import Int8Head
+from lraee.exits.router import Block, Router
+from lraee.rowwise import RowwiseAttention, RowwiseConv2d, rowwise_linear
+from lraee.towers import blocks_of
+
+
+class RowwiseTower(VisionTransformer):  # type: ignore[misc]
+    """open_clip's VisionTransformer whose last projection has the same bits in any batch.
+
+    With a submodule `exits` each image may leave between two blocks (see attach_exits).
+    """
+
+    rowwise_backend: Backend
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images [B, 3, H, W] -> pooled [B, E], or (pooled, tokens) with `output_tokens`."""
+        z = self._embeds(x)
+        router = exits_of(self)
+        if router is not None and not router.is_off:
+            require_no_tokens(self)
+            return cast(Tensor, router(self._blocks(), z, self._finish))
+        if router is not None:
+            router.note_full_depth(z.shape[0], len(blocks_of(self)))
+        pooled, tokens = self._pool(self.transformer(z))
+        y = self._project(pooled)
+        return (y, tokens) if self.output_tokens else y
+
+    def _blocks(self) -> list[Block]:
+        """The blocks on [B, L, D], whichever order the transformer runs them in."""
+        blocks = blocks_of(self)
+        if self.transformer.batch_first:
+            return list(blocks)
+        return [_batch_first(block) for block in blocks]
+
+    def _finish(self, z: Tensor) -> Tensor:
+        return self._project(self._pool(z)[0])
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> dict[str, Any]:
+        """As open_clip's; `image_features` are those of forward."""
+        unprojected = copy.copy(self)  # shares all modules; only its own proj is absent
+        unprojected._parameters = {**self._parameters, "proj": None}
+        output = VisionTransformer.forward_intermediates(unprojected, x, *args, **options)
+        features = output.get("image_features")
+        return output if features is None else {**output, "image_features": self._project(features)}
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        w = None if self.proj is None else self.proj.t()
+        return pooled if w is None else rowwise_linear(pooled, w, None, self.rowwise_backend)
+
+
+def _poolers(tower: nn.Module) -> list[nn.Module]:
+    """The attentional poolers of the tower: none, one, or two."""
+    found = (tower._modules.get(name) for name in ("attn_pool", "attn_pool_contrastive"))
+    return [pooler for pooler in found if pooler is not None]
+
+
+def make_rowwise(tower: nn.Module, backend: Backend) -> None:
+    """Gives the float layers around the blocks one fixed order of summation (see lraee.rowwise)."""
+    RowwiseConv2d.adopt(tower.get_submodule("conv1"), backend)
+    for pooler in _poolers(tower):
+        RowwiseAttention.adopt(pooler.get_submodule("attn"), backend)
+    if type(tower) is VisionTransformer:
+        tower.__class__ = RowwiseTower
+        cast(RowwiseTower, tower).rowwise_backend = backend
+
+
+def unmake_rowwise(tower: nn.Module) -> None:
+    """The way back from make_rowwise."""
+    RowwiseConv2d.release(tower.get_submodule("conv1"))
+    for pooler in _poolers(tower):
+        RowwiseAttention.release(pooler.get_submodule("attn"))
+    if isinstance(tower, RowwiseTower):
+        tower.__class__ = VisionTransformer
+        del tower.rowwise_backend
+
+
+# Exits
+
+
+def _batch_first(block: nn.Module) -> Block:
+    return lambda z: cast(Tensor, block(z.transpose(0, 1).contiguous()).transpose(0, 1))
+
+
+def exits_of(tower: nn.Module) -> Router | None:
+    """The router of a tower with early exits, or None."""
+    return cast(Router | None, tower._modules.get("exits"))
+
+
+def attach_exits(tower: nn.Module, router: Router) -> None:
+    """Lets images leave the accelerated tower where the router says; it joins its state_dict.
+
+    Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
+    """
+    if not isinstance(tower, RowwiseTower):
+        raise NotImplementedError(
+            "accelerate: exits need open_clip's own VisionTransformer, got"
+            f" {type(tower).__name__}; leave exits out"
+        )
+    if tower.proj is None or tower.pool_type == "none":
+        raise NotImplementedError(
+            "accelerate: exits need a tower with one projected vector per image, got pool_type"
+            f" {tower.pool_type!r}{' without proj' if tower.proj is None else ''}; leave exits out"
+        )
+    require_no_tokens(tower)
+    require_exits_fit(tower, router)
+    tower.exits = router
+
+
+def detach_exits(tower: nn.Module) -> None:
+    """The way back from attach_exits; nothing where there are none."""
+    tower._modules.pop("exits", None)
+
+
+def require_no_tokens(tower: RowwiseTower) -> None:
+    """Raises NotImplementedError where images that leave early could not give what is asked."""
+    if tower.output_tokens:
+        raise NotImplementedError(
+            "exits: output_tokens must be False, got True: an image that leaves early has no"
+            " tokens of the last block; use lraee.full_depth"
+        )
+    transformer = tower.get_submodule("transformer")
+    if transformer._forward_hooks or transformer._forward_pre_hooks:
+        raise NotImplementedError(
+            "exits: visual.transformer must have no hooks, got some: images pass its blocks at"
+            " different depths; hook the blocks, or use lraee.full_depth"
+        )
+
+
+def require_exits_fit(tower: RowwiseTower, router: Router) -> None:
+    """Raises ValueError unless the heads stand inside the tower and have its widths."""
+    L, D, E = len(blocks_of(tower)), tower.conv1.out_channels, tower.proj.shape[1]
+    if router.blocks[-1] >= L:
+        raise ValueError(
+            f"accelerate: exits must stand before the last of {L} blocks, got {router.blocks[-1]}"
+        )
+    for block, module in zip(router.blocks, router.heads, strict=True):
+        head = cast(Int8Head, module)
+        found = head.gamma.shape[0], head.embedding_size
+        if found not in ((D, E), (2 * D, E)):
+            raise ValueError(
+                f"accelerate: exits must have heads [{D} or {2 * D}] -> [{E}], got"
+                f" [{found[0]}] -> [{found[1]}] after block {block}"
+            )
