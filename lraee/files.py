@@ -5,13 +5,16 @@ import os
 import reprlib
 import secrets
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+_MAX_MESSAGE = 300
 
 
 class CheckpointError(ValueError):
@@ -114,3 +117,35 @@ def require_keys(path: Path, where: str, value: object, keys: Iterable[str]) -> 
 def is_sha256(value: object) -> bool:
     """64 hexadecimal digits in lower case, which is also safe in a file name."""
     return type(value) is str and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def parse_options(path: Path, where: str, value: object, defaults: T) -> T:
+    """A dataclass of strings, flags and tuples of strings from its JSON object.
+
+    Args:
+      path, where: for messages.
+      value: the object, with exactly the fields of the dataclass.
+      defaults: one such dataclass; its values show the types.
+    """
+    raw = dict(require_keys(path, where, value, vars(defaults)))
+    for name, default in vars(defaults).items():
+        wanted = list if type(default) is tuple else type(default)
+        if type(raw[name]) is not wanted:
+            refuse(path, f"{where}.{name} must be of type {wanted.__name__}", raw[name])
+        if wanted is list:
+            if not all(type(element) is str for element in raw[name]):
+                refuse(path, f"{where}.{name} must hold strings", raw[name])
+            raw[name] = tuple(raw[name])
+    with refusing(path):
+        return type(defaults)(**raw)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Refuses the file where the constructor of what it holds raises ValueError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"load: {path}: {str(error)[:_MAX_MESSAGE]}") from error

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,12 @@ from torch import nn
 
 import lraee
 from lraee import towers
-from lraee.checkpoint import CONFIG_NAME
+from lraee.checkpoint import FORMAT
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
+from tests.sealed_files import cuts
 from tests.support import assert_same
+
+CONFIG_NAME = FORMAT.config_name
 
 KEPT = lraee.Scheme(keep_float=("resblocks.0.mlp.c_fc", "resblocks.0.attn.in_proj"))
 SCHEMES = {
@@ -163,10 +165,6 @@ def test_saving_again_replaces_the_old_and_leaves_other_files(tmp_path: Path) ->
         assert_same_model(lraee.load(tmp_path, model), fast)
 
 
-class Cut(Exception):
-    """The power went out."""
-
-
 def test_save_cut_off_anywhere_leaves_the_old_one_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,36 +172,12 @@ def test_save_cut_off_anywhere_leaves_the_old_one_whole(
     old, new = lraee.accelerate(model), lraee.accelerate(model, scheme="paper")
     lraee.save(old, tmp_path)
     before = (tmp_path / CONFIG_NAME).read_bytes()
-    calls = {"left": 0}
-
-    def cutting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            calls["left"] -= 1
-            if calls["left"] == 0:
-                raise Cut
-            return function(*arguments)
-
-        return call
-
     outcomes = []
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "replace", "unlink"):
-            patch.setattr(os, name, cutting(getattr(os, name)))
-        for calls_before_cut in range(1, 20):
-            calls["left"] = calls_before_cut
-            try:
-                lraee.save(new, tmp_path)
-            except Cut:
-                is_old = (tmp_path / CONFIG_NAME).read_bytes() == before
-                expected = old if is_old else new
-                assert_same_model(lraee.load(tmp_path, model), expected)
-                outcomes.append(is_old)
-                calls["left"] = 0
-                lraee.save(old, tmp_path)
-            else:
-                break
-        else:
-            raise AssertionError("never finished")
+    for _ in cuts(monkeypatch, lambda: lraee.save(new, tmp_path)):
+        is_old = (tmp_path / CONFIG_NAME).read_bytes() == before
+        assert_same_model(lraee.load(tmp_path, model), old if is_old else new)
+        outcomes.append(is_old)
+        lraee.save(old, tmp_path)
     assert outcomes[:4] == [True] * 4 and False in outcomes, outcomes
 
 

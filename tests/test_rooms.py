@@ -17,7 +17,7 @@ MAX_LINES = 400
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("reference", "kernels", "files", "sources", "timing", "fidelity", "zoo"),
-    ("registry", "classes"),
+    ("registry", "classes", "sealed"),
     ("ops", "backend", "machine", "data", "models"),
     ("quantize", "doctor"),
     ("linear",),
