@@ -15,6 +15,7 @@ T = TypeVar("T")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _MAX_MESSAGE = 300
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 class CheckpointError(ValueError):
@@ -43,8 +44,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def short(value: object) -> str:
-    """repr(value) in one line of bounded length."""
-    return _SHORT.repr(value)
+    """repr(value) in one line of at most 300 characters."""
+    return _SHORT.repr(value)[:_MAX_MESSAGE]
 
 
 def refuse(path: Path, rule: str, value: object) -> NoReturn:
@@ -111,6 +112,27 @@ def require_keys(path: Path, where: str, value: object, keys: Iterable[str]) -> 
         refuse(path, f"{where} must have the key {missing[0]}", sorted(value))
     if unknown:
         refuse(path, f"{where} must have no key but its own", unknown)
+    return value
+
+
+def require_list(path: Path, where: str, value: object, least: int, most: int) -> list[Any]:
+    """The value, if it is a list of that many."""
+    if type(value) is not list or not least <= len(value) <= most:
+        refuse(path, f"{where} must be a list of {least} to {most}", value)
+    return value
+
+
+def require_count(path: Path, where: str, value: object, most: int) -> int:
+    """The value, if it is an integer from 1 on, no bool and no float."""
+    if type(value) is not int or not 1 <= value <= most:
+        refuse(path, f"{where} must be an integer from 1 to {most}", value)
+    return value
+
+
+def require_number(path: Path, where: str, value: object) -> float:
+    """The value, if it is a float, no integer, and finite in float32 too."""
+    if type(value) is not float or not abs(value) <= _FLOAT32_MAX:
+        refuse(path, f"{where} must be a finite float32 number", value)
     return value
 
 

@@ -1,6 +1,7 @@
 """Exits: all that early exits of one tower need, as one saved object."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +92,27 @@ class Exits:
         Raises: ValueError if there is none of this name.
         """
         return replace(self, chosen=name)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `exits.json` and a file of tensors; `Exits.load` gives the same exits again.
+
+        Args:
+          directory: made if it is not there; exits in it are replaced in one step.
+        Raises: ValueError on what load would refuse.
+        """
+        from lraee.exits import files
+
+        files.save(self, directory)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> "Exits":
+        """The exits that were saved, bit for bit, on the CPU. Nothing is unpickled.
+
+        Raises: CheckpointError on files that are not those that were saved.
+        """
+        from lraee.exits import files
+
+        return files.load(directory)
 
     def router(self, *, backend: Backend = "auto", device: torch.device | None = None) -> Router:
         """The module that runs the chosen plan.
