@@ -1,9 +1,9 @@
 """Saves the int8 weights of an accelerated model, and builds the same model from them again.
 
 A checkpoint is a directory with two files: `int8-<hash>.safetensors`, w_q and w_scale of each
-quantized linear, and `lraee.json`, which says how to read it. All that stays float comes from the
-float model; its hash is in the file. `lraee.json` names the weights by their hash and is replaced
-last, in one step, so that a save that is cut off leaves the checkpoint that was there before.
+quantized linear and the tensors of the early exits, if there are some, and `lraee.json`, which says
+how to read it. All that stays float comes from the float model; its hash is in the file. A save
+that is cut off leaves the checkpoint that was there before, see lraee.sealed.
 """
 
 import os
@@ -15,10 +15,12 @@ from typing import Any, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lraee import sealed, towers
-from lraee.accelerate import acceleration_of, assemble, checked_tower
+from lraee import sealed, towers, vision
+from lraee.accelerate import Acceleration, acceleration_of, add_exits, assemble, checked_tower
 from lraee.backend import Backend
-from lraee.files import is_sha256, parse_options, refuse, require_keys
+from lraee.exits.exits import Exits, one_class
+from lraee.exits.files import from_parts, tensor_shapes, to_parts
+from lraee.files import is_sha256, parse_options, refuse, refusing, require_keys
 from lraee.linear import Int8Linear
 from lraee.quantize import Scheme
 from lraee.sealed import Format, Shapes
@@ -27,13 +29,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 FORMAT = Format(
     name="lraee int8 checkpoint",
-    version=1,
+    version=2,
     config_name="lraee.json",
     prefix="int8",
     saver="lraee.save",
-    fields=frozenset({"versions", "scheme", "backend", "base_sha256", "state_sha256"}),
+    fields=frozenset({"versions", "scheme", "backend", "base_sha256", "state_sha256", "exits"}),
 )
 
+_EXITS = "exits."  # before the names of the exits' tensors
 _VERSIONS = ("lraee", "torch", "open_clip_torch")
 
 
@@ -44,24 +47,29 @@ class _Fields:
     Args:
       base_sha256: towers.tower_hash of the float tower.
       state_sha256: the same hash of the whole accelerated model.
+      exits: None, or the fields of its early exits, not checked yet.
     """
 
     scheme: Scheme
     backend: Backend
     base_sha256: str
     state_sha256: str
+    exits: Any
 
 
 # Saving
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes the int8 weights of an accelerated model; load builds the same model from them.
+    """Writes int8 weights and exits of an accelerated model; load builds the same model from them.
+
+    The classes that its exits look for now are saved, those of set_classes if it was called.
 
     Args:
       model: from lraee.accelerate or lraee.load, in the float type it was accelerated in.
       directory: made if it is not there; a checkpoint in it is replaced in one step.
-    Raises: ValueError if the model is not accelerated, was cast, or has scales that load refuses.
+    Raises: ValueError if the model is not accelerated, was cast, or has numbers that load
+      refuses.
     """
     made = acceleration_of(model)
     if made is None:
@@ -78,12 +86,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     wrong = _wrong_scale(tensors)
     if wrong is not None:
         raise ValueError(f"save: {wrong[0]} must be finite and above 0, got {wrong[1]}")
+    exits = _current_exits(tower, made)
+    exits_fields, exits_tensors = (None, {}) if exits is None else to_parts(exits)
+    tensors |= {_EXITS + name: tensor for name, tensor in exits_tensors.items()}
     fields = {
         "versions": {name: version(name) for name in _VERSIONS},
         "scheme": asdict(made.scheme),
         "backend": made.backend,
         "base_sha256": made.base_hash,
         "state_sha256": towers.tower_hash(model.state_dict()),
+        "exits": exits_fields,
     }
     sealed.write(Path(directory), FORMAT, fields, tensors)
 
@@ -95,6 +107,18 @@ def _tensors_of(tower: nn.Module) -> dict[str, Tensor]:
             tensors[f"{name}.w_q"] = module.w_q.cpu().contiguous()
             tensors[f"{name}.w_scale"] = module.w_scale.cpu().contiguous()
     return tensors
+
+
+def _current_exits(tower: nn.Module, made: Acceleration) -> Exits | None:
+    """The exits with the classes that they look for now."""
+    exits, router = made.exits, vision.exits_of(tower)
+    if exits is None or router is None:
+        return None
+    classes = router.classes.cpu()
+    had_none = one_class(next(iter(exits.heads.values())))
+    if exits.classes is None and torch.equal(classes, had_none):
+        return exits
+    return replace(exits, classes=classes)
 
 
 def _wrong_scale(tensors: dict[str, Tensor]) -> tuple[str, float] | None:
@@ -132,11 +156,12 @@ def load(
     base_hash = towers.tower_hash(tower.state_dict())
     if base_hash != fields.base_sha256:
         refuse(path, "base_sha256 must be that of the image tower of the given model", base_hash)
-    shapes = _expected_shapes(path, tower, fields.scheme)
+    shapes = _expected_shapes(path, tower, fields)
     tensors = sealed.read_tensors(config, shapes, source="the model and the scheme")
     wrong = _wrong_scale(tensors)
     if wrong is not None:
         refuse(config.weights_path, f"{wrong[0]} must be finite and above 0", wrong[1])
+    exits = _parse_exits(path, fields, tensors)
 
     def saved(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         w_q, w_scale = tensors[f"{name}.w_q"], tensors[f"{name}.w_scale"]
@@ -145,6 +170,9 @@ def load(
     fast = assemble(
         model, scheme=fields.scheme, backend=backend, base_hash=base_hash, quantize=saved
     )
+    if exits is not None:
+        with refusing(path):
+            add_exits(fast, exits)
     state_hash = towers.tower_hash(fast.state_dict())
     if state_hash != fields.state_sha256:
         rule = "state_sha256 must be that of the given model with these int8 weights"
@@ -162,12 +190,13 @@ def _parse_fields(path: Path, raw: dict[str, Any]) -> _Fields:
     if raw["backend"] not in get_args(Backend):
         refuse(path, f"backend must be one of {', '.join(get_args(Backend))}", raw["backend"])
     scheme = parse_options(path, "scheme", raw["scheme"], Scheme())
-    return _Fields(scheme, raw["backend"], raw["base_sha256"], raw["state_sha256"])
+    hashes = raw["base_sha256"], raw["state_sha256"]
+    return _Fields(scheme, raw["backend"], *hashes, raw["exits"])
 
 
-def _expected_shapes(path: Path, tower: nn.Module, scheme: Scheme) -> Shapes:
-    """Type and shape of each tensor that the scheme makes of this tower."""
-    linears = towers.linear_shapes(tower)
+def _expected_shapes(path: Path, tower: nn.Module, fields: _Fields) -> Shapes:
+    """Type and shape of each tensor that the scheme makes of this tower, and of its exits."""
+    linears, scheme = towers.linear_shapes(tower), fields.scheme
     unknown = set(scheme.keep_float) - set(linears)
     if unknown:
         refuse(path, "scheme.keep_float must name linears of the model", sorted(unknown))
@@ -176,4 +205,20 @@ def _expected_shapes(path: Path, tower: nn.Module, scheme: Scheme) -> Shapes:
         if name not in scheme.keep_float:
             shapes[f"{name}.w_q"] = (torch.int8, (N, K))
             shapes[f"{name}.w_scale"] = (torch.float32, (N,))
-    return shapes
+    own = {} if fields.exits is None else tensor_shapes(path, fields.exits)
+    return shapes | {_EXITS + name: shape for name, shape in own.items()}
+
+
+def _parse_exits(path: Path, fields: _Fields, tensors: dict[str, Tensor]) -> Exits | None:
+    """The exits of this checkpoint, made for its own tower and scheme."""
+    if fields.exits is None:
+        return None
+    own = {name for name in tensors if name.startswith(_EXITS)}
+    exits = from_parts(
+        path, fields.exits, {name.removeprefix(_EXITS): tensors[name] for name in own}
+    )
+    if exits.base_hash != fields.base_sha256:
+        refuse(path, "exits.base_hash must be base_sha256", exits.base_hash)
+    if exits.scheme != fields.scheme:
+        refuse(path, "exits.scheme must be scheme", exits.scheme)
+    return exits
