@@ -34,6 +34,8 @@ SM_GB_S = 80.0
 """What one SM reads from L2: 64 bytes a cycle at some 1.4 GHz, not quite reached."""
 BATCHES = (1, 8, 32, 128)
 CLASSES = 1000
+HIDDEN = 512
+"""Hidden values of a head that sees the class token beside the patch mean."""
 FP16_LAUNCHES_PER_BLOCK = 9
 """2 LayerNorm, 4 GEMM (bias inside), attention, GELU, and one residual that is not fused."""
 
@@ -106,13 +108,14 @@ def block_launches(
     return launches_of(block)
 
 
-def probe_launches(tower: Tower, batch: int) -> list[Launch]:
-    """The launches of one exit probe with a two-layer head."""
+def probe_launches(tower: Tower, batch: int, *, has_class_token: bool = False) -> list[Launch]:
+    """The launches of one exit probe: the paper's head D -> D -> E, or 2 D -> 512 -> E."""
     D, E = tower.D, tower.E
-    z, gamma, beta = meta(batch, tower.L, D, dtype=torch.float16), meta(D), meta(D)
+    P, H = (2 * D, HIDDEN) if has_class_token else (D, D)
+    z, gamma, beta = meta(batch, tower.L, D, dtype=torch.float16), meta(P), meta(P)
     return launches_of(
         lambda: exit_probe(
-            z, gamma, beta, 1e-5, *_weight(D, D), *_weight(E, D), meta(CLASSES, E), 100.0, meta(4)
+            z, gamma, beta, 1e-5, *_weight(H, P), *_weight(E, H), meta(CLASSES, E), 100.0, meta(4)
         )
     )
 
@@ -199,12 +202,15 @@ def fp16_block_us(tower: Tower, batch: int, part: Part, mode: str) -> float:
 
 
 def rows(towers: tuple[Tower, ...] = (B32, B16, L14)) -> Iterator[dict[str, object]]:
-    """One PREDICTION per GPU, tower, batch and way of launching."""
+    """One PREDICTION per GPU, tower, batch and way of launching.
+
+    probe_share: one probe that sees the class token, of the whole INT8 tower.
+    """
     for part in PARTS:
         for tower in towers:
             for batch in BATCHES:
                 block = block_launches(tower, batch, part.arch)
-                probe = probe_launches(tower, batch)
+                probe = probe_launches(tower, batch, has_class_token=True)
                 for mode in LAUNCH_US:
                     int8 = tower.layers * int8_us(block, part, tower, mode)
                     fp16 = tower.layers * fp16_block_us(tower, batch, part, mode)

@@ -9,8 +9,11 @@
      for the spread about the mean does not change when a constant is taken off every z_i. Without
      the shift, s2 - s1^2/N would cancel: residual streams carry channels whose mean is a hundred
      times their spread, and float32 has 24 bits.
-     The last program of an image to finish has the whole row at hand (6 KB, in L2): it normalises
-     and quantizes it, and adds up the variance, so that neither needs a launch.
+     A head may also see the class token z_0, which is the LayerNorm's row beside the mean:
+     pooled = (mean, z_0), of P = 2 D values instead of D. Its channels are read by the program
+     that pools them, so z is still read once; the variance is one of patches in both cases.
+     The last program of an image to finish has the whole row at hand (6 or 9 KB, in L2): it
+     normalises and quantizes it, and adds up the variance, so that neither needs a launch.
   2. head. hidden = gelu(W1 x + b1) is int8_linear as it stands.
   3. score. cos_k = <e, t_k> / |e| needs the whole embedding e, so each program, which owns some
      classes, computes all of e (0.4 MB of int8 weights from L2) instead of waiting for another
@@ -39,16 +42,12 @@ from lraee.kernels.common import (
     INFINITY,
     LANES,
     fold_lanes,
-    lane_sum,
     last_to_arrive,
-    load_row,
-    normalise_row,
     quantize_tile,
-    quantizer,
-    row_range,
     sum_16,
 )
 from lraee.kernels.configs import ProbeConfig, probe_config
+from lraee.kernels.exit_probe_pool import pool_tokens
 from lraee.kernels.int8_linear import int8_linear, row_quantizer
 from lraee.kernels.workspace import Workspace
 
@@ -59,54 +58,6 @@ TILE_B = tl.constexpr(16)
 
 BLOCK_C = tl.constexpr(16)
 """Classes taken in at once. Part of the order of sums: the same for every batch size."""
-
-
-@triton.jit(do_not_specialize=["B"])
-def _pool_kernel(
-    z_ptr, gamma_ptr, beta_ptr, eps, pooled_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, variance_ptr,
-    ticket_ptr, B, N, D, stride_b, stride_l,
-    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Mean and variance of BLOCK_D channels of one image; in its last program also
-    variance = sum over channels and x_q = quantize(LayerNorm(mean)).
-    """
-    image = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = offs_d < D
-    patches = z_ptr + image * stride_b + stride_l + offs_d
-    shift = tl.load(patches, mask=mask, other=0.0).to(tl.float32)
-    s1 = tl.zeros((BLOCK_D,), tl.float32)
-    s2 = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, N, UNROLL):
-        for u in tl.static_range(UNROLL):
-            is_token = first + u < N
-            z = tl.load(patches + (first + u) * stride_l, mask=mask & is_token, other=0.0)
-            difference = tl.where(is_token, z.to(tl.float32) - shift, 0.0)
-            s1 += difference
-            s2 += difference * difference
-    count = tl.cast(N, tl.float32)
-    variance = tl.div_rn(s2 - tl.div_rn(s1 * s1, count), count)
-    variance = tl.where(variance < 0.0, 0.0, variance)  # keeps NaN, as maximum would not
-    mean_row = pooled_ptr + image * D
-    variance_row = mean_row + B.to(tl.int64) * D
-    tl.store(mean_row + offs_d, shift + tl.div_rn(s1, count), mask=mask, cache_modifier=".cg")
-    tl.store(variance_row + offs_d, variance, mask=mask, cache_modifier=".cg")
-    if last_to_arrive(ticket_ptr + image, tl.num_programs(1)):
-        rows = image + tl.arange(0, 1)
-        everything = tl.full((1,), True, tl.int1)
-        offs_row = tl.zeros((1,), tl.int64)
-        per_channel = load_row(variance_row, offs_row, everything, D, CHUNKS)
-        tl.store(variance_ptr + rows, lane_sum(per_channel))
-        mean = load_row(mean_row, offs_row, everything, D, CHUNKS)
-        x = normalise_row(mean, gamma_ptr, beta_ptr, eps, D)
-        lo, hi, is_bad = row_range(x)
-        scale, zero, is_valid = quantizer(lo, hi, is_bad, False)
-        tl.store(x_scale_ptr + rows, scale)
-        tl.store(x_zero_ptr + rows, zero.to(tl.int32))
-        for c in tl.static_range(CHUNKS):
-            cols = c * LANES + tl.arange(0, LANES)[None, :]
-            x_q = quantize_tile(x[c], scale, zero, is_valid, False)
-            tl.store(x_q_ptr + image * D + cols, x_q, mask=cols < D)
 
 
 @triton.jit
@@ -337,14 +288,14 @@ def exit_probe(
     """Exit head and gate of one depth in three launches; see lraee.reference.exit_probe.
 
     Args:
-      z, …, gate: as in lraee.reference.exit_probe; w1 int8 [H, D], w2 int8 [E, H] or None.
+      z, …, gate: as in lraee.reference.exit_probe; w1 int8 [H, P], w2 int8 [E, H] or None.
       config: tiles and warps; chosen by shape when None.
       space: where the programs of an image meet; that of the current stream when None.
     Returns: embedding, top1, confidence, margin, variance, score.
     """
-    (B, L, D), E = z.shape, classes.shape[1]
-    H = w1_scale.shape[0]
-    assert w1.shape == (H, D), f"exit_probe: w1 must have the CUDA layout [{H}, {D}]"
+    (B, _, D), E = z.shape, classes.shape[1]
+    H, P = w1_scale.shape[0], gamma.shape[0]
+    assert w1.shape == (H, P), f"exit_probe: w1 must have the CUDA layout [{H}, {P}]"
     assert w2 is None or w2.shape == (E, H), f"exit_probe: w2 must have the layout [{E}, {H}]"
     z = z if D <= 1 or z.stride(2) == 1 else z.contiguous()
     confidence, margin, variance, score = _floats((4, B), z).unbind()
@@ -354,19 +305,10 @@ def exit_probe(
     config = config or probe_config(B)
     space = space or workspace.of_current_stream(z.device)
     assert space.tickets.numel() >= B, f"exit_probe: at most {space.tickets.numel()} images"
-    x_q = torch.empty((B, D), dtype=torch.int8, device=z.device)
-    x_scale = torch.empty(B, dtype=torch.float32, device=z.device)
-    x_zero = torch.empty(B, dtype=torch.int32, device=z.device)
-    launch.start(
-        _pool_kernel, (B, triton.cdiv(D, config.block_d)),
-        z, gamma.contiguous(), beta.contiguous(), eps, _floats((2, B, D), z),
-        x_q, x_scale, x_zero, variance, space.tickets, B, L - 1, D, z.stride(0), z.stride(1),
-        BLOCK_D=config.block_d, UNROLL=config.unroll, CHUNKS=triton.cdiv(D, 64), num_warps=1,
-    )  # fmt: skip
+    x = pool_tokens(z, gamma, beta, eps, variance, config=config, space=space)
     hidden = int8_linear(
-        x_q, x_scale, x_zero, w1, w1_scale, w1_sum, b1,
-        activation="none" if w2 is None else "gelu", space=space,
-    )  # fmt: skip
+        *x, w1, w1_scale, w1_sum, b1, activation="none" if w2 is None else "gelu", space=space
+    )
     embedding = hidden if w2 is None else _floats((B, E), z)
     _launch_score(
         hidden, w2, w2_scale, w2_sum, b2, classes, logit_scale, gate,

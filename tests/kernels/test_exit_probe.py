@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lraee import reference
 from lraee.kernels import exit_probe as module
-from lraee.kernels import int8_linear, launch
+from lraee.kernels import exit_probe_pool, int8_linear, launch
 from lraee.kernels.configs import ProbeConfig
 from lraee.kernels.exit_probe import classes_per_program, exit_probe
 from tests.kernels.guard import guarded_outputs, poisoned, poisoned_all
@@ -19,9 +19,12 @@ Arguments = list[Any]
 NAMES = ("embedding", "top1", "confidence", "margin", "variance", "score")
 
 
-def arguments(B: int, L: int, D: int, H: int | None, E: int, K: int, seed: int) -> Arguments:
+def arguments(
+    B: int, L: int, D: int, H: int | None, E: int, K: int, seed: int, has_class_token: bool = False
+) -> Arguments:
     """Arguments of exit_probe; H None: a head of one layer. Each bias in half of the seeds."""
     source = generator(seed)
+    P = 2 * D if has_class_token else D
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=source)
@@ -32,11 +35,11 @@ def arguments(B: int, L: int, D: int, H: int | None, E: int, K: int, seed: int) 
         return [w, scale, w.sum(1, dtype=torch.int32), normal(N) if has_bias else None]
 
     z = (normal(B, L, D) * 3 + 10 * normal(D)).to((torch.float32, torch.float16, torch.bfloat16)[seed % 3])  # fmt: skip  # noqa: E501
-    first = layer(E if H is None else H, D, seed % 2 == 0)
+    first = layer(E if H is None else H, P, seed % 2 == 0)
     second: Arguments = [None] * 4 if H is None else layer(E, H, seed % 4 < 2)
     classes = F.normalize(normal(K, E), dim=1)
     gate = torch.tensor([2.0, 1.5, 1e-3, -1.0])
-    return [z, normal(D), normal(D), 1e-5, *first, *second, classes, 20.0, gate]
+    return [z, normal(P), normal(P), 1e-5, *first, *second, classes, 20.0, gate]
 
 
 def embedding_bound(given: Arguments) -> Tensor | float:
@@ -49,7 +52,8 @@ def embedding_bound(given: Arguments) -> Tensor | float:
     if given[8] is None:
         return 0.0
     z, gamma, beta, eps, w1, w1_scale, w1_sum, b1, w2, w2_scale, w2_sum, b2 = given[:12]
-    x = reference.layer_norm_quantize(reference._pool_patches(z)[0], gamma, beta, eps, False)
+    pooled, _ = reference._pool(z, gamma.shape[0])
+    x = reference.layer_norm_quantize(pooled, gamma, beta, eps, False)
     hidden = reference.int8_linear(*x, w1, w1_scale, w1_sum, b1, activation="gelu")
     flips = 2 * 128 * reference.quantize_rows(hidden, False)[1][:, None] * w2_scale
     size = hidden.abs() @ (w2.float().abs() * w2_scale[:, None]).t()
@@ -104,17 +108,22 @@ SHAPES = [
 ]
 
 
-def test_exit_probe() -> None:
+both_inputs = pytest.mark.parametrize("has_class_token", [False, True])
+
+
+@both_inputs
+def test_exit_probe(has_class_token: bool) -> None:
     assert len(SHAPES) >= 200
-    for seed, (B, L, D, H, E, K) in enumerate(SHAPES):
+    for seed, shape in enumerate(SHAPES):
         if seed % 10 == 0 or seed >= len(SHAPES) - 4:
-            check_probe(arguments(B, L, D, H, E, K, seed), seed, shape=(B, L, D, H, E, K))
+            check_probe(arguments(*shape, seed, has_class_token), seed, shape=shape)
 
 
 @pytest.mark.slow
-def test_exit_probe_every_shape() -> None:
-    for seed, (B, L, D, H, E, K) in enumerate(SHAPES):
-        check_probe(arguments(B, L, D, H, E, K, seed + 1), seed + 1, shape=(B, L, D, H, E, K))
+@both_inputs
+def test_exit_probe_every_shape(has_class_token: bool) -> None:
+    for seed, shape in enumerate(SHAPES, start=1):
+        check_probe(arguments(*shape, seed, has_class_token), seed, shape=shape)
 
 
 def test_classes_of_many_programs() -> None:
@@ -138,22 +147,35 @@ def test_lowest_index_of_a_tie_wins() -> None:
     assert_within(confidence, torch.full((2,), 1 / 200), 200 * EPS32)
 
 
-def test_a_broken_image_spoils_no_other() -> None:
-    given = arguments(5, 6, 64, 48, 32, 20, 0)
+@pytest.mark.parametrize(("has_class_token", "token"), [(False, 3), (True, 3), (True, 0)])
+def test_a_broken_image_spoils_no_other(has_class_token: bool, token: int) -> None:
+    """And not its variance where the class token alone is broken."""
+    given = arguments(5, 6, 64, 48, 32, 20, 0, has_class_token)
     whole = exit_probe(*given)
-    given[0][2, 3, 5] = float("nan")
+    given[0][2, token, 5] = float("nan")
     broken = exit_probe(*given)
     for name, before, after in zip(NAMES, whole, broken, strict=True):
         others = [0, 1, 3, 4]
         assert_same(after[others], before[others], name=name)
         if name == "top1":
             assert after[2] == 0
+        elif name == "variance" and token == 0:
+            assert_same(after, before)
         else:
             assert after[2].isnan().all(), name
 
 
-def test_an_image_has_the_same_bits_in_any_batch() -> None:
-    given = arguments(18, 5, 64, 48, 32, 80, 0)
+def test_a_head_of_the_mean_does_not_read_the_class_token() -> None:
+    given = arguments(2, 6, 64, None, 32, 20, 0)
+    expected = exit_probe(*given)
+    given[0][:, 0] = float("nan")
+    for name, value, wanted in zip(NAMES, exit_probe(*given), expected, strict=True):
+        assert_same(value, wanted, name=name)
+
+
+@both_inputs
+def test_an_image_has_the_same_bits_in_any_batch(has_class_token: bool) -> None:
+    given = arguments(18, 5, 64, 48, 32, 80, 0, has_class_token)
     whole = exit_probe(*given)
     for first, last in ((0, 1), (17, 18), (3, 9)):
         part = exit_probe(given[0][first:last], *given[1:])
@@ -171,7 +193,8 @@ def test_variance_survives_a_large_mean() -> None:
     assert_within(variance.double(), exact, 1e-4 * exact)
 
 
-def test_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_inputs
+def test_three_launches(monkeypatch: pytest.MonkeyPatch, has_class_token: bool) -> None:
     started = []
     start = launch.start
 
@@ -180,20 +203,24 @@ def test_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         start(kernel, *arguments, **constants)
 
     monkeypatch.setattr(launch, "start", count)
-    exit_probe(*arguments(2, 5, 64, 48, 32, 20, 0))
-    assert started == [module._pool_kernel, int8_linear._int8_linear_kernel, module._score_kernel]
+    exit_probe(*arguments(2, 5, 64, 48, 32, 20, 0, has_class_token))
+    assert started == [
+        exit_probe_pool._pool_kernel, int8_linear._int8_linear_kernel, module._score_kernel,
+    ]  # fmt: skip
 
 
-def test_no_images() -> None:
-    given = arguments(2, 5, 64, 48, 32, 20, 0)
+@both_inputs
+def test_no_images(has_class_token: bool) -> None:
+    given = arguments(2, 5, 64, 48, 32, 20, 0, has_class_token)
     given[0] = given[0][:0]
     embedding, *rest = exit_probe(*given)
     assert embedding.shape == (0, 32)
     assert all(value.shape == (0,) for value in rest)
 
 
-def test_config_is_obeyed() -> None:
-    given = arguments(3, 40, 96, 70, 32, 20, 0)
+@both_inputs
+def test_config_is_obeyed(has_class_token: bool) -> None:
+    given = arguments(3, 40, 96, 70, 32, 20, 0, has_class_token)
     expected = exit_probe(*given)
     config = ProbeConfig(rows=1, block_d=32, unroll=4, block_h=64)
     for name, value, wanted in zip(NAMES, exit_probe(*given, config=config), expected, strict=True):

@@ -10,6 +10,7 @@ from lraee.kernels.archs import ARCHS
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 
 LINEAR = "int8_linear"
+both_inputs = pytest.mark.parametrize("has_class_token", [False, True])
 
 
 def test_a_block_takes_nine_launches_or_seven() -> None:
@@ -23,8 +24,10 @@ def test_a_block_takes_nine_launches_or_seven() -> None:
         assert [launch.name for launch in fused] == [n for n in names if n != "quantize_rows"]
 
 
-def test_an_exit_takes_three_launches() -> None:
-    assert [launch.name for launch in probe_launches(B32, 32)] == ["pool", LINEAR, "score"]
+@both_inputs
+def test_an_exit_takes_three_launches(has_class_token: bool) -> None:
+    launches = probe_launches(B32, 32, has_class_token=has_class_token)
+    assert [launch.name for launch in launches] == ["pool", LINEAR, "score"]
 
 
 @pytest.mark.parametrize("tower", [B32, L14], ids=lambda tower: tower.name)
@@ -48,15 +51,17 @@ def test_bytes_of_a_block(tower: Tower) -> None:
     assert [bytes_of(one) for one in block_launches(tower, batch, ARCHS[90])] == expected
 
 
-def test_tokens_are_read_once_by_an_exit() -> None:
+@both_inputs
+def test_tokens_are_read_once_by_an_exit(has_class_token: bool) -> None:
     """Of all launches of the probe only the first is given z."""
     batch, D = 4, B32.D
-    launches = probe_launches(B32, batch)
+    P = 2 * D if has_class_token else D
+    launches = probe_launches(B32, batch, has_class_token=has_class_token)
     assert [any(name == "z_ptr" for name in one.arguments) for one in launches] == [
         True, False, False,
     ]  # fmt: skip
-    z, pooled = 2 * batch * B32.L * D, 2 * 4 * batch * D
-    assert bytes_of(launches[0]) == z + pooled + 8 * D + batch * (D + 8) + 4 * batch
+    z, pooled = 2 * batch * B32.L * D, 4 * batch * (P + D)
+    assert bytes_of(launches[0]) == z + pooled + 8 * P + batch * (P + 8) + 4 * batch
 
 
 def test_no_logits_in_memory() -> None:
