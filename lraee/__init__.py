@@ -1,6 +1,7 @@
 """CLIP image encoders in INT8, with learned early exits."""
 
 from lraee.accelerate import accelerate, restore
+from lraee.calibrate import calibrate
 from lraee.checkpoint import load, save
 from lraee.exits.exits import Exits
 from lraee.fidelity import FidelityError
@@ -10,5 +11,5 @@ from lraee.trace import full_depth, trace
 
 __all__ = [
     "CheckpointError", "Exits", "FidelityError", "Scheme",
-    "accelerate", "full_depth", "load", "restore", "save", "trace",
+    "accelerate", "calibrate", "full_depth", "load", "restore", "save", "trace",
 ]  # fmt: skip

@@ -66,7 +66,8 @@ def unit_classes(caller: str, classes: Tensor, E: int) -> Tensor:
     length = rows.norm(dim=1, keepdim=True)
     if not (torch.isfinite(length) & (length > 0)).all():
         raise ValueError(f"{caller}: classes must be finite and no row zero, got one that is not")
-    return rows / length
+    unit: Tensor = rows / length
+    return unit
 
 
 def _encode_texts(
@@ -84,5 +85,5 @@ def _encode_texts(
         )
     tokens = tokenizer(list(texts)).to(next(model.parameters()).device)
     with torch.no_grad():
-        encoded = cast(Tensor, cast(Any, model).encode_text(tokens, normalize=True))
+        encoded: Tensor = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
     return encoded

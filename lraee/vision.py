@@ -100,16 +100,8 @@ def attach_exits(tower: nn.Module, router: Router) -> None:
 
     Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
     """
-    if not isinstance(tower, RowwiseTower):
-        raise NotImplementedError(
-            "accelerate: exits need open_clip's own VisionTransformer, got"
-            f" {type(tower).__name__}; leave exits out"
-        )
-    if tower.proj is None or tower.pool_type == "none":
-        raise NotImplementedError(
-            "accelerate: exits need a tower with one projected vector per image, got pool_type"
-            f" {tower.pool_type!r}{' without proj' if tower.proj is None else ''}; leave exits out"
-        )
+    embedding_size(tower)
+    tower = cast(RowwiseTower, tower)
     require_no_tokens(tower)
     require_exits_fit(tower, router)
     tower.exits = router
@@ -135,10 +127,24 @@ def require_no_tokens(tower: RowwiseTower) -> None:
         )
 
 
+def embedding_size(tower: nn.Module) -> int:
+    """E of a tower that projects one vector per image.
+
+    Raises: NotImplementedError on another one.
+    """
+    if not isinstance(tower, RowwiseTower) or tower.proj is None or tower.pool_type == "none":
+        raise NotImplementedError(
+            "exits: the tower must be open_clip's own VisionTransformer with one projected vector"
+            f" per image, got {type(tower).__name__} with pool_type"
+            f" {getattr(tower, 'pool_type', None)!r}"
+        )
+    return int(tower.proj.shape[1])
+
+
 def require_exits_fit(tower: RowwiseTower, router: Router) -> None:
     """Raises ValueError unless the heads stand inside the tower and have its widths."""
-    L, D, E = len(blocks_of(tower)), tower.conv1.out_channels, tower.proj.shape[1]
-    if router.blocks[-1] >= L:
+    L, D, E = len(blocks_of(tower)), tower.conv1.out_channels, embedding_size(tower)
+    if router.blocks and router.blocks[-1] >= L:
         raise ValueError(
             f"accelerate: exits must stand before the last of {L} blocks, got {router.blocks[-1]}"
         )

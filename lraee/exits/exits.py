@@ -21,7 +21,8 @@ class Plan:
     """Which exits are open, and the gate that stands at them.
 
     Args:
-      blocks: after how many blocks each exit stands, ascending.
+      blocks: after how many blocks each exit stands, ascending; none: every image runs to full
+        depth.
       gate: one row per exit.
     Raises: ValueError where these do not fit each other.
     """
@@ -31,7 +32,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Raises ValueError, see the class."""
-        if list(self.blocks) != sorted(set(self.blocks)) or min(self.blocks, default=0) < 1:
+        if list(self.blocks) != sorted(set(self.blocks)) or min(self.blocks, default=1) < 1:
             raise ValueError(f"Plan: blocks must ascend from 1 on, got {list(self.blocks)}")
         if len(self.blocks) != len(self.gate.thresholds):
             raise ValueError(
@@ -69,6 +70,8 @@ class Exits:
 
     def __post_init__(self) -> None:
         """Raises ValueError, see the class."""
+        if not self.heads:
+            raise ValueError("Exits: heads must hold one at least, got none")
         if self.chosen not in self.plans:
             names = ", ".join(self.plans) or "none"
             raise ValueError(f"Exits: chosen must be one of {names}, got {self.chosen!r}")
@@ -126,7 +129,9 @@ class Exits:
                 " calibrate with classes=…, or use the agreement gate"
             )
         heads = [self.heads[block] for block in plan.blocks]
-        classes = one_class(heads[0]) if self.classes is None else self.classes
+        classes = (
+            one_class(next(iter(self.heads.values()))) if self.classes is None else self.classes
+        )
         router = Router(
             plan.blocks,
             heads,

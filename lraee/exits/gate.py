@@ -9,6 +9,7 @@
 | static | 0: every image leaves at the one exit there is | no |
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -44,14 +45,14 @@ class Gate:
             kinds = ", ".join(get_args(GateKind))
             raise ValueError(f"Gate: kind must be one of {kinds}, got {self.kind!r}")
         count = len(self.thresholds)
-        if not count or len(self.weights) != count:
+        if len(self.weights) != count:
             raise ValueError(
                 f"Gate: weights and thresholds must have one row per exit, got {len(self.weights)}"
                 f" and {count}"
             )
-        if self.kind == "static" and count != 1:
-            raise ValueError(f"Gate: a static gate must have one exit, got {count}")
-        finite = torch.tensor(self.weights, dtype=torch.float64).isfinite().all()
+        if self.kind == "static" and count > 1:
+            raise ValueError(f"Gate: a static gate must have one exit at most, got {count}")
+        finite = all(math.isfinite(number) for row in self.weights for number in row)
         if not finite or any(threshold != threshold for threshold in self.thresholds):
             raise ValueError("Gate: weights must be finite and thresholds no NaN, got others")
 
@@ -83,7 +84,8 @@ def score(
 ) -> tuple[Tensor, Memory | None]:
     """Scores float32 [B] at one exit, and what the next one has to know.
 
-    Each row depends on its own row alone, in one fixed order of sums.
+    Each row depends on its own row alone, in one fixed order of sums. NaN never leaves: an image
+    that is not finite, and the first exit of a gate that compares two.
 
     Args:
       gate: the gate.
@@ -107,7 +109,7 @@ def score(
         return steady, Memory(top1, streak, embedding[:, :0])
     direction = unit(embedding)
     if before is None:
-        return torch.full_like(confidence, -torch.inf), Memory(top1, top1, direction)
+        return torch.full_like(confidence, torch.nan), Memory(top1, top1, direction)
     cosine = lane_sum(direction * before.direction)
     w1, _, w3, constant = gate.weights[exit_index]
     return torch.sigmoid(w1 * cosine + w3 * variance + constant), Memory(top1, top1, direction)

@@ -1,0 +1,92 @@
+"""How long a probe and a copy of survivors take beside the tower, on this machine."""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lraee import towers
+from lraee.exits.head import HeadWeights, Int8Head
+from lraee.timing import interleaved
+from lraee.trace import full_depth
+
+BATCHES = (1, 32)
+OVERHEAD = 0.02
+"""Probes together may take this share of the full-depth tower's time: what a batch in which no
+image leaves can lose."""
+
+
+@dataclass(frozen=True)
+class ProbeTime:
+    """Times in microseconds, medians; one figure for each batch of BATCHES.
+
+    Args:
+      tower_us: a call at full depth.
+      block_us: one block.
+      probe_us: one probe and the gate's decision.
+      copy_share: copying one image's tokens over one block on it, in the larger batch.
+    """
+
+    tower_us: tuple[float, ...]
+    block_us: tuple[float, ...]
+    probe_us: tuple[float, ...]
+    copy_share: float
+
+    @property
+    def probe_share(self) -> float:
+        """Time of a probe over that of the tower, the worst of the batch sizes."""
+        pairs = zip(self.probe_us, self.tower_us, strict=True)
+        return max(probe / tower for probe, tower in pairs)
+
+    @property
+    def most_exits(self) -> int:
+        """How many probes stay within OVERHEAD; one at least."""
+        return max(1, int(OVERHEAD / self.probe_share))
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    block: int,
+    head: HeadWeights,
+    classes: Tensor,
+    logit_scale: float,
+    *,
+    budget_s: float = 2.0,
+) -> ProbeTime:
+    """Times an accelerated model at full depth, and a probe after one of its blocks, in turn.
+
+    Args:
+      model: from lraee.accelerate.
+      block: depth of the probe.
+      head, classes, logit_scale: of the probe.
+      budget_s: for each batch size.
+    """
+    tower = towers.find_tower(model)
+    like = next(tower.parameters())
+    probe = Int8Head(head, torch.zeros(4)).to(like.device)
+    classes = classes.to(like.device)
+    run_block = towers.blocks_of(tower)[block - 1]
+    size = cast(tuple[int, int], tower.image_size)
+    rows: dict[str, list[float]] = {"tower": [], "block": [], "probe": [], "copy": []}
+    for B in BATCHES:
+        images = torch.randn(B, 3, *size, generator=torch.Generator().manual_seed(0)).to(like)
+        L, D = cast(Tensor, tower.positional_embedding).shape
+        z = torch.randn(B, L, D, generator=torch.Generator().manual_seed(1)).to(like)
+        half = torch.arange(0, B, 2, device=like.device)
+        calls: dict[str, Any] = {
+            "tower": lambda images=images: tower(images),
+            "block": lambda z=z: run_block(z),
+            "probe": lambda z=z: [s >= 0.5 for s in probe(z, classes, logit_scale)[5].tolist()],
+            "copy": lambda z=z, half=half: z.index_select(0, half),
+        }
+        with full_depth(model):
+            seconds = interleaved(calls, budget_s=budget_s)
+        for name, each in seconds.items():
+            rows[name].append(1e6 * median(each))
+    last = BATCHES[-1]
+    copied = len(range(0, last, 2))
+    copy_share = (rows["copy"][-1] / copied) / (rows["block"][-1] / last)
+    return ProbeTime(tuple(rows["tower"]), tuple(rows["block"]), tuple(rows["probe"]), copy_share)
