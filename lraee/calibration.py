@@ -116,8 +116,6 @@ class Calibration:
         """`teacher` and `full`, [n, E]."""
         found = self._stages.get("embeddings", self._pair.embeddings)
         n, labels = len(found["full"]), self._task.labels
-        if n < MIN_IMAGES:
-            raise ValueError(f"calibrate: images must be at least {MIN_IMAGES}, got {n}")
         if labels is not None and labels.shape != (n,):
             raise ValueError(
                 f"calibrate: labels must have shape [n] = [{n}], got {list(labels.shape)}"
@@ -126,13 +124,20 @@ class Calibration:
 
     @cached_property
     def splits(self) -> dict[str, Tensor]:
-        """Name -> which images, bool [n]."""
-        n = len(self.embeddings["full"])
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self._task.seed))
+        """Name -> which images, bool [n]; images that are not finite are in none."""
+        whole = torch.cat([self.embeddings["teacher"], self.embeddings["full"]], dim=1)
+        usable = whole.isfinite().all(1).nonzero()[:, 0]
+        n = len(usable)
+        if n < len(whole):
+            _log.warning("calibrate: %d of %d images are not finite", len(whole) - n, len(whole))
+        if n < MIN_IMAGES:
+            raise ValueError(f"calibrate: images must be at least {MIN_IMAGES}, got {n}")
+        source = torch.Generator().manual_seed(self._task.seed)
+        order = usable[torch.randperm(n, generator=source)]
         masks, start = {}, 0
         for name, share in SPLITS.items():
             stop = n if name == "thresholds" else start + round(share * n)
-            masks[name] = torch.zeros(n, dtype=torch.bool)
+            masks[name] = torch.zeros(len(whole), dtype=torch.bool)
             masks[name][order[start:stop]] = True
             start = stop
         return masks
@@ -253,13 +258,18 @@ class Calibration:
                 _log.info("calibrate: no plan for the rival %s: %s", kind, error)
         return plans, figures
 
+    @property
+    def _held_out(self) -> Tensor:
+        """Images that heads did not see, bool [n]."""
+        return self.splits["gate"] | self.splits["thresholds"]
+
     @cached_property
     def _probes(self) -> dict[str, Tensor]:
-        """What probes find on all images that heads did not see."""
+        """What probes find on the held-out images."""
         return self._stages.get(
             "probes",
             lambda: self._pair.probed(
-                self.heads, ~self.splits["heads"],
+                self.heads, self._held_out,
                 classes=self._classes_or_any(self.heads), logit_scale=self._task.logit_scale,
             ),
         )  # fmt: skip
@@ -268,7 +278,7 @@ class Calibration:
         """The probes of one split, shuffled: a test that bets on one image after another needs
         an order that says nothing of them.
         """
-        held_out = (~self.splits["heads"]).nonzero()[:, 0]
+        held_out = self._held_out.nonzero()[:, 0]
         inside = self.splits[split][held_out].nonzero()[:, 0]
         source = torch.Generator().manual_seed(self._task.seed + 1)
         inside = inside[torch.randperm(len(inside), generator=source)]

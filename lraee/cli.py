@@ -1,4 +1,4 @@
-"""The command `lraee`: doctor, demo, evaluate, bench.
+"""The command `lraee`: doctor, demo, calibrate, evaluate, bench.
 
 Exit codes: 0 it worked, 1 it could not be done (one line says why), 2 wrong usage.
 """
@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+
+from lraee import tables
+from lraee.exits.gate import GateKind
 
 P = ParamSpec("P")
 Show = Annotated[bool, typer.Option(help="Show progress bars.")]
@@ -22,6 +25,12 @@ Model = Annotated[str, typer.Option(help="A model of the zoo, or of open_clip.")
 Pretrained = Annotated[
     str | None, typer.Option(help="Tag or weights file of an open_clip model; the zoo needs none.")
 ]
+Data = Annotated[Path, typer.Option(exists=True, help="Folder or ZIP, one folder per class.")]
+ClassFile = Annotated[
+    Path | None,
+    typer.Option(exists=True, help='JSON with "wnids" (folder names) and "names" (words).'),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most this many photos, evenly spread.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 app = typer.Typer(
@@ -44,17 +53,21 @@ def main() -> None:
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Turn what a user can mend into one line and exit code 1; bugs keep their traceback."""
+    from lraee.files import CheckpointError
     from lraee.models import ModelError
     from lraee.sources import DataError
 
     try:
         yield
-    except (DataError, ModelError, NotImplementedError, OSError) as error:
+    except (
+        CheckpointError, DataError, ImportError, ModelError, NotImplementedError, OSError,
+    ) as error:  # fmt: skip
         text = (str(error).splitlines() or [type(error).__name__])[0]
         _err.print(f"lraee: error: {text}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     except ValueError as error:
-        if not str(error).startswith("LRAEE_"):
+        # The door's own lines: the environment's, and those of the functions behind a command
+        if not str(error).startswith(("LRAEE_", "calibrate: ", "accelerate: ", "retrieval: ")):
             raise
         _err.print(f"lraee: error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
@@ -127,39 +140,116 @@ def demo(
         int8_name = same + row["int8_name"]
         table.add_row(row["photo"], row["float_name"], float_share, int8_name, int8_share)
     _out.print(table)
-    _out.print(_row_table(found["rows"]))
+    _out.print(tables.of_forms(found["rows"]))
+    _line("written", str(out))
+
+
+@_command
+def calibrate(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the exits; a run cut off goes on there.")],
+    classes: ClassFile = None,
+    model: Model = "lraee-tiny",
+    pretrained: Pretrained = None,
+    scheme: Annotated[
+        str, typer.Option(help="int8 or paper: how the tower is quantized.")
+    ] = "int8",
+    recipe: Annotated[str, typer.Option(help="best, or paper: LRA-EE as published.")] = "best",
+    gate: Annotated[
+        GateKind | None,
+        typer.Option(help="What decides; agreement and static need no classes. [default: learned]"),
+    ] = None,
+    class_free: Annotated[
+        bool, typer.Option("--class-free", help="For retrieval: gates see no class texts.")
+    ] = False,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Learn from the folders' classes too.")
+    ] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Mean FLOPs over full depth's, at most. [default: 0.8]")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Instead of --budget: loss against full depth, at most.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="How often --epsilon may fail.")] = 0.05,
+    limit: Limit = None,
+    batch: Annotated[int, typer.Option(min=1, help="Photos per call.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of splits, crops and heads.")] = 0,
+    timed: Annotated[
+        bool, typer.Option(help="Measure here how many probes are worth their time.")
+    ] = True,
+    progress: Show = True,
+) -> None:
+    """Learn early exits from photos: heads, gates and thresholds, for `accelerate(exits=…)`.
+
+    Example: `lraee calibrate --data train.zip --classes classes.json --out exits`
+    """
+    from lraee.accelerate import accelerate
+    from lraee.calibrate import calibrate
+    from lraee.classes import class_features, read_classes
+    from lraee.data import Photos
+    from lraee.models import open_model
+    from lraee.photo_images import PhotoImages
+
+    known = read_classes(classes) if classes else None
+    if labels and known is None:
+        raise typer.BadParameter("--labels needs --classes, which names the folders")
+    photos = Photos(data, classes=known, limit=limit)
+    opened = open_model(model, pretrained)
+    images = PhotoImages(photos, opened.with_margin, batch=batch, progress=progress)
+    names = known.names if known else opened.class_names
+    texts = None
+    if not class_free:
+        texts = class_features(opened.model, opened.tokenizer, names, progress=progress)
+    exits = calibrate(
+        accelerate(opened.model, scheme=scheme), images, classes=texts,
+        labels=images.labels if labels else None, gate=gate, recipe=recipe,
+        training="both" if labels and recipe == "best" else None,
+        budget=budget, epsilon=epsilon, delta=delta, seed=seed, is_timed=timed,
+        folder=out / "unfinished", progress=progress,
+    )  # fmt: skip
+    exits.save(out)
+    _line("model", f"{opened.title}, {scheme}, {'no' if texts is None else len(texts)} classes")
+    _line("photos", f"{len(images)}; {photos.report()}")
+    for key, text in tables.card_lines(exits.card):
+        _line(key, text)
+    _out.print(tables.of_plans(exits))
     _line("written", str(out))
 
 
 @_command
 def evaluate(
-    data: Annotated[Path, typer.Option(exists=True, help="Folder or ZIP, one folder per class.")],
-    classes: Annotated[
-        Path | None,
-        typer.Option(exists=True, help='JSON with "wnids" (folder names) and "names" (words).'),
-    ] = None,
+    data: Data,
+    classes: ClassFile = None,
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
     scheme: Annotated[
         list[str] | None, typer.Option(help="int8 or paper; again for more. Both by default.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many photos, evenly spread.")
+    exits: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="From `lraee calibrate`: adds its gate and the rivals."),
     ] = None,
+    retrieval: Annotated[
+        bool, typer.Option("--retrieval", help="Recall of image search at mixed depths.")
+    ] = False,
+    limit: Limit = None,
     batch: Annotated[int, typer.Option(min=1, help="Photos per call.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
     progress: Show = True,
 ) -> None:
-    """Measure what quantization costs on labelled photos, beside the float model.
+    """Measure what quantization and early exits cost on photos, beside the float model.
 
-    Example: `lraee evaluate --data val.zip --classes classes.json --out results/evaluate.json`
+    Example: `lraee evaluate --data val.zip --classes classes.json --exits exits --retrieval`
     """
     from lraee import evaluate
     from lraee.accelerate import accelerate
     from lraee.classes import TEMPLATES, class_features, read_classes
     from lraee.data import Photos
+    from lraee.exits.exits import Exits
     from lraee.models import open_model
     from lraee.quantize import find_scheme
+    from lraee.retrieval import search_all
 
     schemes = scheme or ["int8", "paper"]
     try:
@@ -172,6 +262,14 @@ def evaluate(
     opened = open_model(model, pretrained)
     models = {evaluate.FLOAT: opened.model}
     models |= {name: accelerate(opened.model, scheme=name) for name in schemes}
+    learned = None if exits is None else Exits.load(exits)
+    if learned is not None:
+        models |= {
+            f"exits {gate}": accelerate(
+                opened.model, scheme=learned.scheme, exits=learned.using(gate)
+            )
+            for gate in learned.names
+        }
     names = known.names if known else opened.class_names
     embedded = evaluate.embed(models, photos, opened.preprocess, batch=batch, progress=progress)
     class_rows = class_features(opened.model, opened.tokenizer, names, progress=progress).cpu()
@@ -183,12 +281,18 @@ def evaluate(
     settings = {"batch": batch, "limit": limit, "classes": len(names), "templates": len(TEMPLATES)}
     title = opened.title
     found = evaluate.report(rows, photos, embedded, model=title, data=data.name, **settings)
+    if learned is not None:
+        found["card"] = dict(learned.card)
+    if retrieval:
+        found["retrieval"] = [asdict(row) for row in search_all(embedded)]
     if out is not None:
         evaluate.write_json(found, out)
     _line("model", f"{title}, {len(names)} class names, {len(TEMPLATES)} templates")
     _line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
     _line("photos", f"{found['photos']}, {found['labelled']} labelled; {photos.report()}")
-    _out.print(_row_table(found["rows"]))
+    _out.print(tables.of_forms(found["rows"]))
+    if retrieval:
+        _out.print(tables.of_retrieval(found["retrieval"]))
     if out is not None:
         _line("written", str(out))
 
@@ -230,26 +334,6 @@ def bench(
         found = {"schema": timing.SCHEMA, **header, "model": opened.title}
         evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
         _line("written", str(out))
-
-
-def _row_table(rows: list[dict[str, Any]]) -> Table:
-    """Forms of the model as columns, so that it fits a narrow terminal."""
-    figures = {
-        "top1": ("top-1 %", 1.0, 2),
-        "top5": ("top-5 %", 1.0, 2),
-        "agreement": ("top-1 as float's %", 1.0, 2),
-        "neighbours": ("nearest photo as float's %", 1.0, 2),
-        "cosine_mean": ("cosine with float's, mean", 1.0, 5),
-        "cosine_p01": ("cosine, 1st percentile", 1.0, 5),
-        "time_ms": ("ms per photo", 1.0, 2),
-        "weight_bytes": ("image tower, MB", 1e-6, 2),
-        "not_finite": ("photos not finite", 1.0, 0),
-    }
-    table = Table("", *(row["scheme"] for row in rows))
-    for key, (title, factor, digits) in figures.items():
-        if all(row[key] is not None for row in rows):
-            table.add_row(title, *(f"{factor * row[key]:.{digits}f}" for row in rows))
-    return table
 
 
 def _line(key: str, text: str) -> None:

@@ -4,6 +4,7 @@ Every file is hostile until checked: sizes before bytes, pixel counts before pix
 list. A file that cannot be used is skipped, kept in `Photos.skipped` with its reason, and reported.
 """
 
+import copy
 import logging
 import os
 import struct
@@ -86,6 +87,16 @@ class Photos:
         self.names = names if limit is None else _spread(names, limit)
         by_wnid = {wnid: i for i, wnid in enumerate(classes.wnids)} if classes else {}
         self.labels = [_label(name, by_wnid) for name in self.names]
+
+    def only(self, names: Collection[str]) -> "Photos":
+        """Return the photos of these names alone, with nothing skipped so far."""
+        part = copy.copy(self)
+        kept = set(names)
+        pairs = zip(self.names, self.labels, strict=True)
+        chosen = [(name, label) for name, label in pairs if name in kept]
+        part.names, part.labels = [n for n, _ in chosen], [label for _, label in chosen]
+        part.skipped = []
+        return part
 
     def __len__(self) -> int:
         """Return how many photos there are, bad ones included until they are read."""

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,9 @@ from lraee.data import Photos
 from lraee.files import replace_file
 from lraee.sources import DataError
 from lraee.timing import ImageEncoder
+from lraee.trace import ExitStats, Trace, has_exits, trace
 
-SCHEMA = "lraee.evaluate/1"
+SCHEMA = "lraee.evaluate/2"
 FLOAT = "float"
 
 
@@ -28,13 +30,14 @@ class Row:
     """One form of the model over all photos; shares are in percent.
 
     Args:
-      scheme: "float" or the quantization scheme.
+      scheme: "float", the quantization scheme, or "exits" and the kind of gate.
       top1: zero-shot answers that are the label; None without labels, as top5.
       agreement: zero-shot answers equal to float's; None without class texts.
       neighbours: photos whose nearest other photo by cosine is float's; None below 3 photos.
       cosine_mean: of the embedding with float's, and its 1st percentile over photos.
       time_ms: per photo, median over batches, all forms taking turns on each batch.
       weight_bytes: of the image tower.
+      flops_saved: of the tower's FLOPs, heads and probes charged; None without exits.
       not_finite: photos whose embedding holds NaN or infinity; they agree with nothing.
     """
 
@@ -47,17 +50,28 @@ class Row:
     cosine_p01: float
     time_ms: float
     weight_bytes: int
+    flops_saved: float | None
     not_finite: int
 
 
 @dataclass
 class Embedded:
-    """Unit embeddings float32 [n, E] of the same photos by each form of a model."""
+    """Unit embeddings float32 [n, E] of the same photos by each form of a model.
+
+    Of forms with early exits also where photos left: `exits`, and per photo `exit_blocks`.
+    """
 
     embeddings: dict[str, Tensor]
     seconds_per_photo: dict[str, list[float]]
     labels: list[int | None] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    exits: dict[str, ExitStats] = field(default_factory=dict)
+    exit_blocks: dict[str, list[int]] = field(default_factory=dict)
+
+    def note_exits(self, name: str, t: Trace) -> None:
+        """Adds what one call of this form did."""
+        self.exits[name] = self.exits[name] + t.stats if name in self.exits else t.stats
+        self.exit_blocks.setdefault(name, []).extend(t.exit_block.tolist())
 
 
 @torch.inference_mode()
@@ -77,14 +91,18 @@ def embed(
     parts: dict[str, list[Tensor]] = {name: [] for name in models}
     result = Embedded({}, {name: [] for name in models})
     order = list(models)
+    with_exits = {name for name, model in models.items() if has_exits(model)}
     for each in photos.batches(preprocess, size=batch, progress=progress, description="embed"):
         if not result.names:
             for name in order:  # Warm up: the first call allocates and packs
                 _encode(models[name], each.images)
         for name in order:
-            start = time.perf_counter()
-            part = _encode(models[name], each.images)
-            seconds = time.perf_counter() - start
+            with trace(models[name]) if name in with_exits else nullcontext() as t:
+                start = time.perf_counter()
+                part = _encode(models[name], each.images)
+                seconds = time.perf_counter() - start
+            if t is not None:
+                result.note_exits(name, t)
             parts[name].append(part)
             result.seconds_per_photo[name].append(seconds / len(each.names))
         order.append(order.pop(0))
@@ -137,6 +155,7 @@ def compare(
                 cosine.quantile(0.01).item() if len(cosine) < 1 << 24 else cosine.min().item(),
                 1e3 * statistics.median(embedded.seconds_per_photo[name]),
                 tower_bytes(model),
+                100 * embedded.exits[name].flops_saved if name in embedded.exits else None,
                 int((~finite).sum()),
             )
         )
@@ -178,6 +197,7 @@ def report(
         "skipped_first": [asdict(row) for row in photos.skipped[:10]],
         "settings": settings,
         "rows": [asdict(row) for row in rows],
+        "exits": {name: asdict(stats) for name, stats in embedded.exits.items()},
     }
 
 

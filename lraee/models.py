@@ -19,11 +19,15 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with what feeds it; `class_names` are the words it was made to know."""
+    """A model with what feeds it; `class_names` are the words it was made to know.
+
+    `with_margin` is `preprocess` with what its centre crop cuts off, where there is such a thing.
+    """
 
     title: str
     model: nn.Module
     preprocess: Callable[[Image], Tensor]
+    with_margin: Callable[[Image], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     class_names: tuple[str, ...]
 
@@ -42,7 +46,8 @@ def open_model(name: str, pretrained: str | None = None, *, may_be_random: bool 
             model, preprocess, tokenizer = zoo.load(name)
         except RuntimeError as error:
             raise ModelError(str(error)) from error
-        return Opened(name, model, preprocess, tokenizer, zoo.class_names(name))
+        with_margin = zoo.preprocess_with_margin(name)
+        return Opened(name, model, preprocess, with_margin, tokenizer, zoo.class_names(name))
     _check_name(name, pretrained, may_be_random)
     try:
         with _quiet():
@@ -55,7 +60,7 @@ def open_model(name: str, pretrained: str | None = None, *, may_be_random: bool 
         ) from error
     title = f"{name} {pretrained or 'random weights'}"
     names = tuple(open_clip.IMAGENET_CLASSNAMES)
-    return Opened(title, made[0].eval(), made[2], tokenizer, names)
+    return Opened(title, made[0].eval(), made[2], made[2], tokenizer, names)
 
 
 def _check_name(name: str, pretrained: str | None, may_be_random: bool) -> None:

@@ -12,6 +12,11 @@ from lraee.exits.router import Record, Router, recording, switched_off
 from lraee.flops import PartFlops, probe_flops
 
 
+def has_exits(model: nn.Module) -> bool:
+    """Whether images may leave this model's tower early."""
+    return vision.exits_of(towers.find_tower(model)) is not None
+
+
 @contextmanager
 def full_depth(model: nn.Module) -> Iterator[None]:
     """Lets this thread's calls of an accelerated model run to full depth: plain int8, bit for bit.
@@ -54,6 +59,18 @@ class ExitStats:
         """1 - run_flops / full_flops; 0 without images."""
         return 1.0 - self.run_flops / self.full_flops if self.images else 0.0
 
+    def __add__(self, other: "ExitStats") -> "ExitStats":
+        """Both sets of images, through the same exits."""
+        images = self.images + other.images
+        pairs = zip(self.share, other.share, strict=True)
+        return ExitStats(
+            images=images,
+            share=tuple((a * self.images + b * other.images) / max(images, 1) for a, b in pairs),
+            full_flops=self.full_flops + other.full_flops,
+            expected_flops=self.expected_flops + other.expected_flops,
+            run_flops=self.run_flops + other.run_flops,
+        )
+
 
 class Trace:
     """Every image that one thread ran through a model with exits, in the order of the calls.
@@ -74,21 +91,20 @@ class Trace:
     @property
     def exit_block(self) -> Tensor:
         """After how many blocks each image left, int64 [n]; the number of blocks at full depth."""
-        return torch.cat(
-            [torch.empty(0, dtype=torch.int64), *(r.exit_block for r in self._records)]
-        )
+        depths = [depth for record in self._records for depth in record.exit_block]
+        return torch.tensor(depths, dtype=torch.int64)
 
     @property
     def scores(self) -> Tensor:
         """Gate scores float32 [n, m] at the m exits; NaN where an image did not come."""
         empty = torch.empty(0, len(self._exits))
-        return torch.cat([empty, *(record.scores for record in self._records)])
+        return torch.cat([empty, *(record.scores() for record in self._records)])
 
     @property
     def features(self) -> Tensor:
         """Confidence, margin and variance float32 [n, m, 3]; NaN where an image did not come."""
         empty = torch.empty(0, len(self._exits), 3)
-        return torch.cat([empty, *(record.features for record in self._records)])
+        return torch.cat([empty, *(record.features() for record in self._records)])
 
     @property
     def flops_saved(self) -> float:

@@ -151,7 +151,7 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     evaluate.write_json(found, path)
     read = json.loads(path.read_text())
-    assert read["schema"] == "lraee.evaluate/1" and read["settings"] == {"batch": 32}
+    assert read["schema"] == "lraee.evaluate/2" and read["settings"] == {"batch": 32}
     assert (read["photos"], read["labelled"], read["skipped"]) == (6, 0, 1)
     assert read["skipped_first"][0]["name"] == "bad.jpg"
     assert [row["scheme"] for row in read["rows"]] == ["float", "int8"]

@@ -89,6 +89,11 @@ class Exits:
         """The chosen plan."""
         return self.plans[self.chosen]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the plans, the chosen one first."""
+        return (self.chosen, *(name for name in self.plans if name != self.chosen))
+
     def using(self, name: str) -> "Exits":
         """The same exits with another plan chosen.
 

@@ -9,7 +9,6 @@
 | static | 0: every image leaves at the one exit there is | no |
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -52,9 +51,12 @@ class Gate:
             )
         if self.kind == "static" and count > 1:
             raise ValueError(f"Gate: a static gate must have one exit at most, got {count}")
-        finite = all(math.isfinite(number) for row in self.weights for number in row)
-        if not finite or any(threshold != threshold for threshold in self.thresholds):
-            raise ValueError("Gate: weights must be finite and thresholds no NaN, got others")
+        if not torch.tensor(self.weights, dtype=torch.float32).isfinite().all():
+            raise ValueError(f"Gate: weights must be finite in float32, got {self.weights}")
+        for threshold in self.thresholds:
+            # Scores are float32: a threshold between two of them would mean different things
+            if float(torch.tensor(threshold, dtype=torch.float32)) != threshold:
+                raise ValueError(f"Gate: thresholds must be exact in float32, got {threshold}")
 
     @property
     def remembers(self) -> bool:

@@ -39,12 +39,18 @@ class NoiseMeter:
         self._images = 0
 
     def add(self, before: Tensor, in_float: Sequence[Tensor], in_int8: Sequence[Tensor]) -> None:
-        """Takes in a batch.
+        """Takes in a batch; images that are not finite are left out.
 
         Args:
           before: float tokens [B, L, D] before the first block.
           in_float, in_int8: tokens [B, L, D] after each block, of the same images.
         """
+        is_finite = (in_float[-1] + in_int8[-1]).flatten(1).isfinite().all(1)
+        if not is_finite.all():  # one broken image would spoil every figure
+            before = before[is_finite]
+            in_float, in_int8 = [z[is_finite] for z in in_float], [z[is_finite] for z in in_int8]
+        if not len(before):
+            return
         previous = before.double()
         for sums, z, noisy in zip(self._sums, in_float, in_int8, strict=True):
             z = z.double()

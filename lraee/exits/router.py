@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -45,41 +45,48 @@ class Compaction:
 
 @dataclass
 class Record:
-    """What one traced call did; m exits, L blocks.
+    """What one traced call of B images did; m exits, L blocks.
 
     Args:
-      exit_block: int64 [B], after how many blocks each image left; L at full depth.
-      scores: float32 [B, m], NaN at exits that were not reached.
-      features: float32 [B, m, 3], confidence, margin, variance; NaN as scores.
+      exit_block: len B, after how many blocks each image left; L at full depth.
       block_rows, probe_rows: images that each block and each probe ran on.
       finish_rows: images that the last norm and projection ran on.
     """
 
-    exit_block: Tensor
-    scores: Tensor
-    features: Tensor
+    exit_block: list[int]
     block_rows: list[int]
     probe_rows: list[int]
     finish_rows: int = 0
+    _seen: list[tuple[int, list[int], Tensor, Probe]] = field(default_factory=list)
 
     @classmethod
     def of(cls, B: int, *, exits: int, blocks: int) -> "Record":
         """B images of which nothing is known yet."""
-        return cls(
-            torch.full((B,), blocks),
-            torch.full((B, exits), math.nan),
-            torch.full((B, exits, 3), math.nan),
-            [0] * blocks,
-            [0] * exits,
-        )
+        return cls([blocks] * B, [0] * blocks, [0] * exits)
 
     def note_probe(self, e: int, places: list[int], probe: Probe, scores: Tensor) -> None:
-        """Takes in what exit e found of the images of these places; -1 is no image."""
-        rows = [row for row, place in enumerate(places) if place >= 0]
-        where = torch.tensor([places[row] for row in rows], dtype=torch.int64)
+        """Takes in what exit e found of the images of these places; -1 is no image.
+
+        It only keeps references: a traced call takes as long as another.
+        """
         self.probe_rows[e] += len(places)
-        self.scores[where, e] = scores[rows].float().cpu()
-        self.features[where, e] = torch.stack(probe[2:5], dim=1)[rows].cpu()
+        self._seen.append((e, list(places), scores, probe))
+
+    def scores(self) -> Tensor:
+        """Float32 [B, m], NaN at exits that were not reached."""
+        return self._table([])
+
+    def features(self) -> Tensor:
+        """Float32 [B, m, 3], confidence, margin, variance; NaN as scores."""
+        return self._table([3])
+
+    def _table(self, width: list[int]) -> Tensor:
+        table = torch.full((len(self.exit_block), len(self.probe_rows), *width), math.nan)
+        for e, places, scores, probe in self._seen:
+            rows = [row for row, place in enumerate(places) if place >= 0]
+            found = torch.stack(probe[2:5], dim=1) if width else scores
+            table[[places[row] for row in rows], e] = found[rows].float().cpu()
+        return table
 
 
 _records: ContextVar[Mapping["Router", list[Record]] | None] = ContextVar("records", default=None)
@@ -175,7 +182,8 @@ class Router(Float32Buffers):
                 continue
             places = [flow.places[row] for row in leaving]
             if record is not None:
-                record.exit_block[places] = depth
+                for place in places:
+                    record.exit_block[place] = depth
             embedding = embedding.to(output_dtype(z))
             if len(leaving) == B:
                 return embedding

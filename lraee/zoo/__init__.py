@@ -39,12 +39,17 @@ class Entry:
     resize: int
     crop: int
 
-    def preprocess(self) -> Preprocess:
-        """Photo -> float32 [3, crop, crop]: resize (bicubic), centre crop, CLIP's mean and std."""
+    def preprocess(self, *, has_margin: bool = False) -> Preprocess:
+        """Photo -> float32 [3, crop, crop]: resize (bicubic), centre crop, CLIP's mean and std.
+
+        With `has_margin` the square of the resized photo, [3, resize, resize]: the same pixels with
+        what lies around them.
+        """
+        side = self.resize if has_margin else self.crop
         steps: Preprocess = transforms.Compose(
             [
                 transforms.Resize(self.resize, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.CenterCrop(self.crop),
+                transforms.CenterCrop(side),
                 _to_rgb,
                 transforms.ToTensor(),
                 transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
@@ -102,6 +107,11 @@ def load(name: str) -> tuple[nn.Module, Preprocess, Tokenizer]:
     weights = register(name)
     model: nn.Module = open_clip.create_model(name, pretrained=weights)
     return model.eval(), _ENTRIES[name].preprocess(), open_clip.get_tokenizer(name)
+
+
+def preprocess_with_margin(name: str) -> Preprocess:
+    """As `load`'s preprocessing, with the margin that its centre crop cuts off."""
+    return _entry(name).preprocess(has_margin=True)
 
 
 def _entry(name: str) -> Entry:
