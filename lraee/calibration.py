@@ -93,12 +93,10 @@ class Calibration:
 
     def run(self) -> Exits:
         """Everything, in order."""
-        heads = self.heads
-        classes = self._classes_or_any(heads)
-        plans, figures = self._plans(heads)
+        plans, figures = self.plans(self._task.goal)
         time = self.probe_time
         return Exits(
-            heads=heads,
+            heads=self.heads,
             plans=plans,
             chosen=self._task.gate,
             classes=self._task.classes,
@@ -106,7 +104,7 @@ class Calibration:
             compaction=Compaction() if time is None else Compaction(time.copy_share),
             scheme=self._made.scheme,
             base_hash=self._made.base_hash,
-            card=self._card(figures, len(classes)),
+            card=self._card(figures),
         )
 
     # Images
@@ -204,9 +202,11 @@ class Calibration:
             views.append(self._stages.get(f"view {view}", look))
         return views
 
-    def _classes_or_any(self, heads: Mapping[int, HeadWeights]) -> Tensor:
+    @property
+    def _classes(self) -> Tensor:
+        """What probes compare with; a stand-in where there are no classes."""
         classes = self._task.classes
-        return one_class(next(iter(heads.values()))) if classes is None else classes
+        return one_class(next(iter(self.heads.values()))) if classes is None else classes
 
     # Plans
 
@@ -216,8 +216,7 @@ class Calibration:
         if not self._task.is_timed:
             return None
         block, head = next(iter(self.heads.items()))
-        classes = self._classes_or_any(self.heads)
-        return measure(self._pair.fast, block, head, classes, self._task.logit_scale)
+        return measure(self._pair.fast, block, head, self._classes, self._task.logit_scale)
 
     def _rules(self) -> Rules:
         """The recipe's, with no more exits than their probes may cost time."""
@@ -226,10 +225,11 @@ class Calibration:
             return rules
         return replace(rules, max_exits=min(rules.max_exits, time.most_exits))
 
-    def _costs(self, heads: Mapping[int, HeadWeights]) -> Costs:
-        classes = self._classes_or_any(heads).numel()
-        blocks = list(heads)
-        probes = [2 * (head.macs + classes) for head in heads.values()]
+    @property
+    def costs(self) -> Costs:
+        """FLOPs, probes charged."""
+        blocks = list(self.heads)
+        probes = [2 * (head.macs + self._classes.numel()) for head in self.heads.values()]
 
         def when_leaving(subset: Sequence[int]) -> list[int]:
             return self._parts.when_leaving(
@@ -238,19 +238,17 @@ class Calibration:
 
         return Costs(when_leaving, self._parts.total)
 
-    def _plans(
-        self, heads: dict[int, HeadWeights]
-    ) -> tuple[dict[str, Plan], dict[str, dict[str, Any]]]:
+    def plans(self, goal: Goal) -> tuple[dict[str, Plan], dict[str, dict[str, Any]]]:
         """The plan asked for and its rivals, with what they did on the threshold split."""
         task = self._task
         kinds: tuple[GateKind, ...] = CLASS_FREE if task.classes is None else get_args(GateKind)
-        found = {name: self._found(heads, name) for name in ("gate", "thresholds")}
+        found = {name: self._found(name, goal) for name in ("gate", "thresholds")}
         plans, figures = {}, {}
         for kind in dict.fromkeys((task.gate, *kinds)):
             try:
                 plans[str(kind)], figures[str(kind)] = make_plan(
-                    kind, list(heads), found["gate"], found["thresholds"],
-                    costs=self._costs(heads), goal=task.goal, rules=self._rules(),
+                    kind, list(self.heads), found["gate"], found["thresholds"],
+                    costs=self.costs, goal=goal, rules=self._rules(),
                 )  # fmt: skip
             except ValueError as error:
                 if kind == task.gate:
@@ -270,11 +268,11 @@ class Calibration:
             "probes",
             lambda: self._pair.probed(
                 self.heads, self._held_out,
-                classes=self._classes_or_any(self.heads), logit_scale=self._task.logit_scale,
+                classes=self._classes, logit_scale=self._task.logit_scale,
             ),
         )  # fmt: skip
 
-    def _found(self, heads: Mapping[int, HeadWeights], split: str) -> Found:
+    def _found(self, split: str, goal: Goal) -> Found:
         """The probes of one split, shuffled: a test that bets on one image after another needs
         an order that says nothing of them.
         """
@@ -285,27 +283,20 @@ class Calibration:
         labels = None if self._task.labels is None else self._task.labels[held_out[inside]]
         if labels is not None:
             inside, labels = inside[labels >= 0], labels[labels >= 0]
+            if not len(labels):
+                raise ValueError(f"calibrate: labels must be known in the {split} split, got none")
         rows = held_out[inside]
-        embedding = self._probes["embedding"][inside]
-        top1 = self._probes["top1"][inside]
-        teacher, full = (self.embeddings[name][rows] for name in ("teacher", "full"))
-        if not len(rows):
-            raise ValueError(f"calibrate: labels must be known in the {split} split, got none")
-        right, same = _judge(embedding, top1, teacher, full, self._task.classes, labels)
-        is_proof = self._task.goal.epsilon is not None
-        if labels is None:
-            gain, loss = (same if is_proof else right).double(), 1.0 - same.double()
-        else:
-            gain = right.double()
-            loss = torch.from_numpy(signed_loss((gain[:, -1:] - gain).numpy()))
-        return Found(
-            embedding, top1, self._probes["features"][inside], right[:, :-1],
-            gain.numpy(), loss.numpy(), is_signed=labels is not None,
-        )  # fmt: skip
+        return judge(
+            {name: each[inside] for name, each in self._probes.items()},
+            {name: each[rows] for name, each in self.embeddings.items()},
+            classes=self._task.classes,
+            labels=labels,
+            is_proof=goal.epsilon is not None,
+        )
 
     # The card
 
-    def _card(self, figures: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    def _card(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         task, time = self._task, self.probe_time
         return {
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -313,7 +304,7 @@ class Calibration:
             "seed": task.seed,
             "recipe": asdict(task.recipe),
             "goal": asdict(task.goal),
-            "classes": 0 if task.classes is None else num_classes,
+            "classes": 0 if task.classes is None else len(task.classes),
             "labels": task.labels is not None,
             "images": {name: int(mask.sum()) for name, mask in self.splits.items()},
             "teacher_sha256": digest(self.embeddings["teacher"]),
@@ -325,28 +316,45 @@ class Calibration:
         }
 
 
-def _judge(
-    embedding: Tensor,
-    top1: Tensor,
-    teacher: Tensor,
-    full: Tensor,
+def judge(
+    probes: Mapping[str, Tensor],
+    embeddings: Mapping[str, Tensor],
+    *,
     classes: Tensor | None,
     labels: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Bool [n, m + 1] twice: is the answer right, and is it that of int8 at full depth.
+    is_proof: bool = False,
+) -> Found:
+    """Which probes were right, by the labels or else by the float model's answer.
 
-    Right is the label, else the float model's answer. Without classes an answer is an image: the
-    one among these whose full-depth embedding is nearest, and the right one is the image itself.
+    Without classes an answer is an image: the one among these whose full-depth embedding is
+    nearest, and the right one is the image itself.
+
+    Args:
+      probes: from Pair.probed.
+      embeddings: from Pair.embeddings, of the same images.
+      classes: unit rows [K, E], or None.
+      labels: int64 [n], all known, or None.
+      is_proof: gain is what the loss counts: the answer is that of int8 at full depth.
     """
+    teacher, full = embeddings["teacher"], embeddings["full"]
     if classes is not None:
-        answers = torch.cat([top1, _nearest(full, classes)[:, None]], dim=1)
-        right = _nearest(teacher, classes) if labels is None else labels
-        return answers == right[:, None], answers == answers[:, -1:]
-    itself = torch.arange(len(full))[:, None]
-    columns = [*embedding.unbind(1), full]
-    in_float = torch.stack([_nearest(each, teacher) for each in columns], dim=1)
-    in_int8 = torch.stack([_nearest(each, full) for each in columns], dim=1)
-    return in_float == itself, in_int8 == itself
+        answers = torch.cat([probes["top1"], _nearest(full, classes)[:, None]], dim=1)
+        truth = _nearest(teacher, classes) if labels is None else labels
+        right, same = answers == truth[:, None], answers == answers[:, -1:]
+    else:
+        itself = torch.arange(len(full))[:, None]
+        columns = [*probes["embedding"].unbind(1), full]
+        right = torch.stack([_nearest(each, teacher) for each in columns], dim=1) == itself
+        same = torch.stack([_nearest(each, full) for each in columns], dim=1) == itself
+    if labels is None:
+        gain, loss = (same if is_proof else right).double(), (~same).double()
+    else:
+        gain = right.double()
+        loss = torch.from_numpy(signed_loss((gain[:, -1:] - gain).numpy()))
+    return Found(
+        probes["embedding"], probes["top1"], probes["features"], right[:, :-1],
+        gain.numpy(), loss.numpy(), is_signed=labels is not None,
+    )  # fmt: skip
 
 
 def _nearest(queries: Tensor, rows: Tensor, chunk: int = 1024) -> Tensor:

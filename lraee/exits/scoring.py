@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lraee.exits.exits import Plan
 from lraee.exits.gate import Gate, GateKind, Memory, fit_logistic, score, unit
 from lraee.exits.thresholds import NEVER, ScoreTable, leave_at
 from lraee.reference import Probe, lane_sum
@@ -87,6 +88,34 @@ def fit_weights(kind: GateKind, split: Found, subset: Subset) -> tuple[Weights, 
         else:
             rows.append(NO_WEIGHTS)
     return tuple(rows)
+
+
+def run_plan(plan: Plan, blocks: Sequence[int], found: Found, costs: Costs) -> "Ran":
+    """What a plan does to images whose probes are known; `blocks` are the candidates' depths."""
+    subset = tuple(blocks.index(block) for block in plan.blocks)
+    if not subset:
+        at = np.full(len(found.gain), found.gain.shape[1] - 1)
+        return Ran(at, float(found.gain[:, -1].mean()), 0.0)
+    table = score_table(plan.gate.kind, found, subset, plan.gate.weights, costs)
+    exits = leave_at(table.scores, plan.gate.thresholds)
+    gain = table.gains[np.arange(len(exits)), exits].mean()
+    at = np.asarray([*subset, found.gain.shape[1] - 1])[exits]
+    return Ran(at, float(gain), 1.0 - float(table.costs[exits].mean()) / costs.full)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A plan on a split.
+
+    Args:
+      at: the candidate where each image left, m at full depth; int64 [n].
+      gain: mean over images.
+      flops_saved: of the full tower's, probes charged.
+    """
+
+    at: NDArray[np.int64]
+    gain: float
+    flops_saved: float
 
 
 def exit_scores(

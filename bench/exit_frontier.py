@@ -1,0 +1,193 @@
+"""Accuracy against FLOPs saved: LRA-EE as published, our recipe, and the rivals, over three seeds.
+
+    python -m bench.exit_frontier TRAIN.zip REPORT.zip --classes CLASSES.json
+
+Heads, gates and thresholds see the photos of TRAIN alone; REPORT is looked at once, at the end.
+Features of TRAIN are computed once and kept in --work; each seed draws its own splits and heads.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from lraee import accelerate, machine
+from lraee.accelerate import acceleration_of
+from lraee.calibration import BEST, PAPER, Calibration, Recipe, Task, judge
+from lraee.class_setter import unit_classes
+from lraee.classes import class_features, read_classes
+from lraee.collect import Pair
+from lraee.data import Photos
+from lraee.exits.plans import Goal
+from lraee.exits.scoring import Found, run_plan
+from lraee.models import open_model
+from lraee.photo_images import PhotoImages
+from lraee.stages import Stages
+
+SAVED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
+PAPER_LABELS_ONLY = replace(PAPER, head=replace(PAPER.head, training="labels"))
+PAPER_DISTILLED = replace(PAPER, head=replace(PAPER.head, training="distill"))
+BOTH = replace(BEST, head=replace(BEST.head, training="both"))
+
+
+class CachedPair(Pair):
+    """A Pair whose features of all images are made once; calibrations of other seeds select."""
+
+    def __init__(self, *args: Any, cache: Stages, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._cache = cache
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """See Pair."""
+        return self._cache.get("embeddings", super().embeddings)
+
+    def pooled(self, blocks: Any, rows: Tensor, *, view_seed: int | None) -> dict[str, Tensor]:
+        """See Pair; the crops of a view are the same for every seed."""
+        view = 0 if view_seed is None else view_seed % 1000
+        depths = list(range(5, 12))
+        make = super().pooled
+        everything = self._cache.get(
+            f"view {view}",
+            lambda: make(depths, torch.ones_like(rows), view_seed=view or None),
+        )
+        chosen = [depths.index(block) for block in blocks]
+        return {
+            "pooled": everything["pooled"][rows][:, chosen],
+            "teacher": everything["teacher"][rows],
+        }
+
+
+def frontier_of(
+    name: str, calibration: Calibration, report: Pair, answers: dict[str, Tensor], task: Task,
+    labels: Tensor,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Rows of one recipe and seed: each plan at each budget, on the report split."""
+    rows = torch.ones(len(labels), dtype=torch.bool)
+    assert task.classes is not None
+    probes = report.probed(
+        calibration.heads, rows, classes=task.classes, logit_scale=task.logit_scale
+    )
+    found: dict[str, Found] = {
+        "top1": judge(probes, answers, classes=task.classes, labels=labels),
+        "agreement": judge(probes, answers, classes=task.classes, labels=None),
+    }
+    blocks = list(calibration.heads)
+    for saved in SAVED:
+        try:
+            plans, _ = calibration.plans(Goal(budget=1.0 - saved))
+        except ValueError as error:
+            typer.echo(f"{name}: {error}", err=True)
+            continue
+        for gate, plan in plans.items():
+            ran = run_plan(plan, blocks, found["top1"], calibration.costs)
+            agreement = run_plan(plan, blocks, found["agreement"], calibration.costs).gain
+            yield {
+                "recipe": name, "gate": gate, "budget": 1.0 - saved, "exits": list(plan.blocks),
+                "top1": 100 * ran.gain, "agreement": 100 * agreement,
+                "flops_saved": 100 * ran.flops_saved,
+                "share": [float((ran.at == e).mean()) for e in range(len(blocks) + 1)],
+            }  # fmt: skip
+    for e, block in enumerate(blocks):
+        gains = [100 * float(found[key].gain[:, e].mean()) for key in ("top1", "agreement")]
+        yield {"recipe": name, "head": block, "top1": gains[0], "agreement": gains[1]}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of each recipe, gate and budget (or head)."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in ("recipe", "gate", "budget", "head"))
+        groups.setdefault(key, []).append(row)
+    result = []
+    for (recipe, gate, budget, head), group in groups.items():
+        keys = ("top1", "agreement") if head else ("top1", "agreement", "flops_saved")
+        figures = {key: [row[key] for row in group] for key in keys}
+        result.append(
+            {
+                "recipe": recipe, "gate": gate, "budget": budget, "head": head,
+                "seeds": len(group),
+                **{key: mean(each) for key, each in figures.items()},
+                **{f"{key}_std": stdev(e) if len(e) > 1 else 0.0 for key, e in figures.items()},
+            }
+        )  # fmt: skip
+    return result
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The summary as Markdown."""
+    typer.echo("| recipe | gate | FLOPs saved, % | top-1, % | as float, % |\n|---|---|---|---|---|")
+    for row in rows:
+        cells = [f"{row[k]:.2f} ± {row[f'{k}_std']:.2f}" for k in ("top1", "agreement")]
+        if row["head"]:
+            typer.echo(
+                f"| {row['recipe']} | head after block {row['head']} | | {' | '.join(cells)} |"
+            )
+        else:
+            saved = f"{row['flops_saved']:.1f} ± {row['flops_saved_std']:.1f}"
+            typer.echo(f"| {row['recipe']} | {row['gate']} | {saved} | {' | '.join(cells)} |")
+
+
+def main(
+    train: Path,
+    report: Path,
+    classes: Annotated[Path, typer.Option(exists=True)],
+    out: Path = Path("results/exit_frontier.json"),
+    work: Path = Path("results/exit_frontier_work"),
+    seeds: int = 3,
+    limit: int | None = None,
+    with_variants: Annotated[bool, typer.Option(help="Also the factorial's trainings.")] = True,
+) -> None:
+    """Run every recipe and seed, and print the table."""
+    known = read_classes(classes)
+    opened = open_model("lraee-tiny")
+    fast = accelerate(opened.model)
+    texts = class_features(opened.model, opened.tokenizer, known.names)
+    texts = unit_classes("exit_frontier", texts, texts.shape[1])
+    learn = PhotoImages(Photos(train, classes=known, limit=limit), opened.with_margin)
+    check = PhotoImages(Photos(report, classes=known, limit=limit), opened.with_margin)
+    stages = Stages(work, {"train": train.name, "limit": limit, "photos": len(learn)})
+    pair = CachedPair(opened.model, fast, learn, batch=64, progress=True, cache=stages)
+    unseen = Pair(opened.model, fast, check, batch=64, progress=True)
+    answers = unseen.embeddings()
+    recipes: dict[str, tuple[Recipe, bool]] = {"best": (BEST, False), "paper": (PAPER, True)}
+    if with_variants:
+        recipes |= {
+            "best, labels too": (BOTH, True),
+            "paper, labels only": (PAPER_LABELS_ONLY, True),
+            "paper, distilled": (PAPER_DISTILLED, False),
+        }
+    made = acceleration_of(fast)
+    assert made is not None
+    scale = float(opened.model.get_parameter("logit_scale").detach().exp())
+    rows: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for name, (recipe, has_labels) in recipes.items():
+            labels = learn.labels if has_labels else None
+            task = Task(recipe, Goal(0.8), "learned", texts, labels, scale, seed, False)
+            calibration = Calibration(pair, made, task, Stages(None, None))
+            found = frontier_of(name, calibration, unseen, answers, task, check.labels)
+            rows += [{"seed": seed, **row} for row in found]
+            typer.echo(f"seed {seed}: {name} done", err=True)
+    nothing = torch.zeros(len(check), 0)
+    full = judge(
+        {"top1": nothing.long(), "embedding": nothing[..., None], "features": nothing[..., None]},
+        answers, classes=texts, labels=check.labels,
+    )  # fmt: skip
+    table = summary(rows)
+    typer.echo(f"int8 at full depth: top-1 {100 * float(full.gain[:, -1].mean()):.2f} %")
+    print_table(table)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    header = {**machine.describe(), "photos": len(learn), "report_photos": len(check)}
+    full_top1 = 100 * float(full.gain[:, -1].mean())
+    content = {**header, "full_depth_top1": full_top1, "summary": table, "rows": rows}
+    out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
