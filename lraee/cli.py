@@ -14,7 +14,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from lraee import tables
 from lraee.exits.gate import GateKind
@@ -119,7 +119,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("results/demo.json"),
     progress: Show = True,
 ) -> None:
-    """Run a real CLIP on real photos: float against int8, and each photo's zero-shot answer.
+    """Run a real CLIP on real photos: float, int8 and early exits, with zero-shot answers.
+
+    The exits are learned on the spot from crops of the photos.
 
     Example: `lraee demo --data ~/photos`, or `lraee demo --model ViT-B-32 --pretrained openai`
     """
@@ -132,14 +134,11 @@ def demo(
     _line("model", f"{found['model']}, {found['classes']} class names")
     _line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
     _line("photos", f"{found['photos']}; {photos.report()}")
-    table = Table(Column("photo", overflow="fold"), "float", "", "int8", "")
-    for row in found["answers"]:
-        same = "" if row["float_name"] == row["int8_name"] else "[red]"
-        shares = (f"{100 * row[f'{form}_share']:.0f} %" for form in ("float", "int8"))
-        float_share, int8_share = shares
-        int8_name = same + row["int8_name"]
-        table.add_row(row["photo"], row["float_name"], float_share, int8_name, int8_share)
-    _out.print(table)
+    plan = found["plan"]
+    _line(
+        "exits", f"after blocks {plan['exits']}, learned from {found['crops']} crops of the photos"
+    )
+    _out.print(tables.of_answers(found["answers"]))
     _out.print(tables.of_forms(found["rows"]))
     _line("written", str(out))
 

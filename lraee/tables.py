@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from lraee.exits.exits import Exits
 
@@ -49,6 +49,19 @@ def _by_form(rows: Sequence[Mapping[str, Any]], figures: Figures) -> Table:
 
 def _number(value: float | None, factor: float, digits: int) -> str:
     return "" if value is None else f"{factor * value:.{digits}f}"
+
+
+def of_answers(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What each photo is taken for by each form; red where it is not float's answer."""
+    table = Table(Column("photo", overflow="fold"), "float", "int8", "with exits", "left after")
+    for row in rows:
+        cells = []
+        for form in ("float", "int8", "exits"):
+            is_same = row[f"{form}_name"] == row["float_name"]
+            text = f"{row[f'{form}_name']} {100 * row[f'{form}_share']:.0f} %"
+            cells.append(text if is_same else f"[red]{text}")
+        table.add_row(row["photo"], *cells, f"block {row['exit_block']}")
+    return table
 
 
 def of_plans(exits: Exits) -> Table:

@@ -34,7 +34,7 @@ def test_answers_are_those_of_a_plain_loop(tiny: Opened) -> None:
     photos.names, photos.labels = photos.names[:5], photos.labels[:5]
     found = demo.run(tiny, photos, names=("espresso", "obelisk", "tabby cat"), progress=False)
     rows = class_features(tiny.model, tiny.tokenizer, ("espresso", "obelisk", "tabby cat"))
-    assert found["schema"] == "lraee.demo/1" and found["photos"] == 5 and found["classes"] == 3
+    assert found["schema"] == "lraee.demo/2" and found["photos"] == 5 and found["classes"] == 3
     for i, answer in enumerate(found["answers"]):
         image = tiny.preprocess(photos.image(i))[None]
         with torch.inference_mode():
