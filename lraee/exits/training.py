@@ -67,7 +67,7 @@ class HeadOptions:
     batch: int = 256
     learning_rate: float = 4e-3
     schedule: Schedule = "cosine"
-    weight_decay: float = 0.3
+    weight_decay: float = 1.0
     distribution_weight: float = 0.0
     views: int = 0
 
@@ -102,7 +102,7 @@ PAPER_HEAD = HeadOptions(
 )
 """arXiv 2605.26415: patch mean alone, MLP D -> D -> E, Adam, cross-entropy + cosine embedding."""
 
-BEST_HEAD = HeadOptions(hidden=512, steps=3000, views=3)
+BEST_HEAD = HeadOptions(hidden=1024, steps=3000, views=3)
 """What did best on lraee-tiny without labels; see bench/NOTES.md."""
 
 
