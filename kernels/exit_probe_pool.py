@@ -24,8 +24,12 @@ from lraee.kernels.workspace import Workspace
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
-WIDEST_OF_ONE_WARP = 2048
-"""Values of a row that one warp holds in registers (197 of 255 on sm_86); beyond, two share it."""
+WIDEST_OF_ONE_WARP = 1536
+"""Values of a row that one warp holds; two share a longer one.
+
+On sm_120 1,536 values take 184 registers of each thread of one warp, 2,048 take all 255, and in two
+warps 168 (Triton 3.8, bench/gpu_matrix).
+"""
 
 
 @triton.jit(do_not_specialize=["B"])
