@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lraee.exits.exits import Plan
-from lraee.exits.gate import Gate, GateKind, Memory, fit_logistic, score, unit
+from lraee.exits.gate import (
+    Gate,
+    GateKind,
+    Memory,
+    fit_logistic,
+    score,
+    steady_sigmoid,
+    unit,
+)
 from lraee.exits.thresholds import NEVER, ScoreTable, leave_at
 from lraee.reference import Probe, lane_sum
 
@@ -43,10 +51,14 @@ class Found:
     is_signed: bool
 
     def probe(self, e: int, weights: Weights) -> Probe:
-        """What exit_probe gives at candidate e with this gate."""
+        """What exit_probe gives at candidate e with this gate.
+
+        All but the score of a learned gate has the same bits: exit_probe has a sigmoid of its own,
+        and differs in the last of them. Thresholds lie between scores, so decisions are the same.
+        """
         confidence, margin, variance = self.features[:, e].unbind(1)
         g0, g1, g2, g3 = torch.tensor(weights, dtype=torch.float32).unbind()
-        learned = torch.sigmoid(((g0 * confidence + g1 * margin) + g2 * variance) + g3)
+        learned = steady_sigmoid(((g0 * confidence + g1 * margin) + g2 * variance) + g3)
         return self.embedding[:, e], self.top1[:, e], confidence, margin, variance, learned
 
     def losses(
@@ -121,7 +133,7 @@ class Ran:
 def exit_scores(
     kind: GateKind, split: Found, subset: Subset, weights: tuple[Weights, ...]
 ) -> NDArray[np.float32]:
-    """Scores [n, len(subset)], as the router computes them."""
+    """Scores [n, len(subset)], as the router computes them; see Found.probe."""
     gate = Gate(kind, weights, (NEVER,) * len(subset))
     columns: list[Tensor] = []
     memory: Memory | None = None
