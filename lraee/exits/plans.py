@@ -66,7 +66,7 @@ class Rules:
     """Which exits and thresholds a plan may have.
 
     Args:
-      max_exits: at most so many.
+      max_exits: at most so many; agreement, which compares two, has two at least.
       grid: thresholds to try: quantiles of the scores, or the paper's 25 points.
       is_subset_chosen: pick the best exits among the candidates; else all of them are open.
     """
@@ -125,10 +125,15 @@ def make_plan(
 
 
 def _kept(kind: GateKind, thresholds: Sequence[float]) -> list[int]:
-    """Exits worth a probe: at a closed one no image leaves, but some gates look back at it."""
-    if kind in ("patience", "agreement") and min(thresholds) < NEVER:
-        return list(range(len(thresholds)))
-    return [e for e, threshold in enumerate(thresholds) if threshold < NEVER]
+    """Exits worth a probe: no image leaves at a closed one, but patience counts from the first on,
+    and agreement compares with the one before.
+    """
+    opened = [e for e, threshold in enumerate(thresholds) if threshold < NEVER]
+    if kind == "patience":
+        return list(range(opened[-1] + 1)) if opened else []
+    if kind == "agreement":
+        return sorted({*opened, *(e - 1 for e in opened if e)})
+    return opened
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class _Planner:
         if best is None:
             wish = f"budget of {self.goal.budget}" if is_budget else f"loss of {self.goal.epsilon}"
             raise ValueError(
-                f"calibrate: a {self.kind} gate must reach the {wish}, got no exits that do; ask"
+                f"calibrate: the {self.kind} gate must reach the {wish}, got no exits that do; ask"
                 " for less, or give other candidates"
             )
         return best[1], best[2]
@@ -176,7 +181,7 @@ class _Planner:
             yield tuple(range(m))
         else:
             least = 2 if self.kind == "agreement" else 1
-            for size in range(least, min(self.rules.max_exits, m) + 1):
+            for size in range(least, max(least, min(self.rules.max_exits, m)) + 1):
                 yield from combinations(range(m), size)
 
     # Thresholds
