@@ -72,8 +72,13 @@ class NoiseMeter:
         self._images += len(before)
 
     def result(self) -> list[BlockNoise]:
-        """One row per block."""
+        """One row per block.
+
+        Raises: ValueError if there was no finite image.
+        """
         n, rows = self._images, []
+        if not n:
+            raise ValueError("calibrate: images must be finite, got none among those for the noise")
         for sums in self._sums:
             mean_noise = sums["noise"] / n
             variance = (sums["noise_squared"] / n - mean_noise.square()).clamp(min=0).sum()
