@@ -13,8 +13,9 @@ from lraee.flops import PartFlops, probe_flops
 
 
 def has_exits(model: nn.Module) -> bool:
-    """Whether images may leave this model's tower early."""
-    return vision.exits_of(towers.find_tower(model)) is not None
+    """Whether images may leave this model's tower early; False where it cannot have exits."""
+    tower = getattr(model, "visual", model)
+    return isinstance(tower, nn.Module) and vision.exits_of(tower) is not None
 
 
 @contextmanager
