@@ -18,6 +18,8 @@ Images = Tensor | Iterable[Tensor]
 """Preprocessed images [n, 3, H, W], or their batches: any iterable that starts anew each time and
 gives the same images in the same order. They may be larger than what the tower takes."""
 
+_KINDS = "float [n, 3, H, W], or an iterable of such batches that starts anew each time"
+
 
 class Pair:
     """A float model, the int8 model made of it, and the images to run both on.
@@ -28,6 +30,8 @@ class Pair:
       images: see Images.
       batch: images per call where `images` is one tensor.
       progress: show a bar per pass.
+    Raises: TypeError on images of another kind; so does each pass over them, and ValueError where
+      it does not meet the images of the pass before.
     """
 
     def __init__(
@@ -37,12 +41,38 @@ class Pair:
         self.teacher, self.fast = teacher, fast
         self.size = cast(tuple[int, int], towers.find_tower(fast).image_size)
         self._images, self._batch, self.progress = images, batch, progress
+        self._first: Tensor | None = None
+        if not isinstance(images, Iterable) or isinstance(images, Iterator):
+            raise TypeError(
+                f"calibrate: images must be {_KINDS}; each pass goes through them from the start,"
+                f" got {type(images).__name__}"
+            )
 
     def batches(self, description: str) -> Iterator[Tensor]:
         """The images [B, 3, H, W], in order."""
         images = self._images
         parts = torch.split(images, self._batch) if isinstance(images, Tensor) else images
-        yield from tqdm(parts, desc=description, disable=not self.progress, leave=False)
+        bar = tqdm(parts, desc=description, disable=not self.progress, leave=False)
+        is_first = True
+        for part in bar:
+            _require_images(part)
+            if not len(part):
+                continue
+            if is_first:
+                self._require_same(part[:1])
+            is_first = False
+            yield part
+
+    def _require_same(self, first: Tensor) -> None:
+        """Raises ValueError if this pass starts with another image than the one before."""
+        before, self._first = self._first, first.clone()
+        if before is None:
+            return
+        if before.shape != first.shape or not before.allclose(first, 0.0, 0.0, equal_nan=True):
+            raise ValueError(
+                "calibrate: images must come in the same order in each pass, got another one first;"
+                " does their loader shuffle?"
+            )
 
     @torch.inference_mode()
     def embeddings(self) -> dict[str, Tensor]:
@@ -53,6 +83,8 @@ class Pair:
                 x = centred(images, self.size)
                 teacher.append(_encode(self.teacher, x))
                 full.append(_encode(self.fast, x))
+        if not teacher:
+            raise ValueError("calibrate: images must be one at least, got none")
         return {"teacher": torch.cat(teacher), "full": torch.cat(full)}
 
     @torch.inference_mode()
@@ -135,6 +167,10 @@ class Pair:
             start += len(images)
             if len(chosen):
                 yield chosen
+        if start != len(rows):
+            raise ValueError(
+                f"calibrate: images must be the same in each pass, got {start} after {len(rows)}"
+            )
 
 
 @contextmanager
@@ -155,6 +191,15 @@ def tapped(tower: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _require_images(part: object) -> None:
+    """Raises TypeError on anything but a batch of images."""
+    if not isinstance(part, Tensor):
+        raise TypeError(f"calibrate: images must be {_KINDS}, got {type(part).__name__}")
+    if part.dim() != 4 or not part.is_floating_point():
+        got = f"{part.dtype} {list(part.shape)}"
+        raise TypeError(f"calibrate: images must be {_KINDS}, got {got}")
 
 
 def _encode(model: nn.Module, images: Tensor) -> Tensor:
