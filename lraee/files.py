@@ -70,7 +70,7 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
         if info.st_size > limit_bytes:
             refuse(path, f"must be of at most {limit_bytes} bytes", info.st_size)
         with os.fdopen(os.dup(handle), "rb") as file:
-            data = file.read(limit_bytes + 1)
+            data = file.read(min(limit_bytes, info.st_size) + 1)
     finally:
         os.close(handle)
     if len(data) > limit_bytes:
