@@ -1,0 +1,183 @@
+"""Wall-clock time that early exits save, beside the FLOPs they save, and what they can cost.
+
+    python -m bench.exit_time PHOTOS.zip --exits EXITS     # lraee-tiny, exits from lraee calibrate
+    python -m bench.exit_time --tower ViT-B-32             # random weights and heads
+
+Per batch size, in turn on the same photos: full depth; the exits as they are; and the same probes
+with thresholds that nobody reaches, which is the most that exits can cost. Without exits of its own
+a tower gets three random heads (2 D -> 512 -> E, 1,000 classes) whose thresholds let about a
+tenth, a quarter and a third of the photos leave after blocks 8, 10 and 11 of 12, as the paper has
+it: time does not depend on what heads know.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, cast
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import lraee
+from bench.environment import describe
+from lraee import towers, vision
+from lraee.accelerate import acceleration_of
+from lraee.data import Photos
+from lraee.exits.exits import Exits, Plan
+from lraee.exits.gate import Gate
+from lraee.exits.head import HeadWeights
+from lraee.exits.router import Compaction
+from lraee.models import open_model
+from lraee.photo_images import PhotoImages
+from lraee.probe_time import measure
+from lraee.timing import ImageEncoder, interleaved
+
+HIDDEN, NUM_CLASSES = 512, 1000
+SHARES = {8: 0.101, 10: 0.253, 11: 0.321}
+PHOTOS = 256
+
+
+def random_exits(fast: nn.Module) -> Exits:
+    """Heads that know nothing, after blocks 8, 10 and 11 of 12; nobody leaves yet."""
+    tower, made = towers.find_tower(fast), acceleration_of(fast)
+    assert made is not None
+    D, E = cast(nn.Conv2d, tower.conv1).out_channels, vision.embedding_size(tower)
+    source = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source) / math.sqrt(shape[-1])
+
+    def head() -> HeadWeights:
+        w1, b1, w2, b2 = normal(HIDDEN, 2 * D), normal(HIDDEN), normal(E, HIDDEN), normal(E)
+        return HeadWeights(torch.ones(2 * D), torch.zeros(2 * D), w1, b1, w2, b2)
+
+    depths = tuple(block * len(towers.blocks_of(tower)) // 12 for block in SHARES)
+    gate = Gate("confidence", ((0.0,) * 4,) * len(depths), (math.inf,) * len(depths))
+    return Exits(
+        heads={depth: head() for depth in depths},
+        plans={"confidence": Plan(depths, gate)},
+        chosen="confidence",
+        classes=torch.nn.functional.normalize(normal(NUM_CLASSES, E), dim=1),
+        logit_scale=100.0,
+        compaction=Compaction(),
+        scheme=made.scheme,
+        base_hash=made.base_hash,
+        card={"made": "random heads"},
+    )
+
+
+def with_thresholds(exits: Exits, thresholds: tuple[float, ...]) -> Exits:
+    """The chosen plan with other thresholds."""
+    gate = replace(exits.plan.gate, thresholds=thresholds)
+    return replace(exits, plans={exits.chosen: replace(exits.plan, gate=gate)})
+
+
+@torch.inference_mode()
+def spread(model: nn.Module, exits: Exits, images: Tensor) -> Exits:
+    """Thresholds by which the images leave in the shares of SHARES."""
+    fast = lraee.accelerate(model, exits=exits)
+    with lraee.trace(fast) as t:
+        run(fast, images, 32)
+    thresholds, stays = [], torch.ones(len(images), dtype=torch.bool)
+    for column, share in zip(t.scores.T, SHARES.values(), strict=True):
+        ranked = column[stays].sort(descending=True).values
+        thresholds.append(float(ranked[min(round(share * len(images)), len(ranked) - 1)]))
+        stays &= column < thresholds[-1]
+    return with_thresholds(exits, tuple(thresholds))
+
+
+def run(fast: nn.Module, images: Tensor, batch: int) -> None:
+    """Encodes all images."""
+    for part in torch.split(images, batch):
+        cast(ImageEncoder, fast).encode_image(part)
+
+
+def table(fast: nn.Module, images: Tensor, batch: int, budget_s: float) -> list[str]:
+    """One row of the Markdown table; checks first that exits off is the same computation."""
+    router = vision.exits_of(towers.find_tower(fast))
+    assert router is not None
+    opened = router.gate
+    closed = replace(opened, thresholds=(math.inf,) * len(opened.thresholds))
+
+    def at_full_depth() -> None:
+        with lraee.full_depth(fast):
+            run(fast, images, batch)
+
+    def with_gate(gate: Gate) -> Callable[[], None]:
+        def call() -> None:
+            router.gate = gate
+            run(fast, images, batch)
+
+        return call
+
+    variants = {
+        "full": at_full_depth, "exits": with_gate(opened), "closed": with_gate(closed),
+        "full again": at_full_depth,
+    }  # fmt: skip
+    seconds = interleaved(variants, budget_s=budget_s)
+    router.gate = opened
+    with lraee.trace(fast) as t:
+        run(fast, images, batch)
+
+    def ratio(name: str) -> float:
+        return median(a / b for a, b in zip(seconds[name], seconds["full"], strict=True))
+
+    saved, flops = 1.0 - ratio("exits"), t.flops_saved
+    ms = 1e3 * median(seconds["full"]) / math.ceil(len(images) / batch)
+    return [
+        str(batch), f"{ms:.2f}", f"{100 * flops:.1f}", f"{100 * saved:.1f}",
+        f"{100 * saved / flops:.0f}" if flops else "", f"{100 * (ratio('closed') - 1):+.1f}",
+        f"{100 * (ratio('full again') - 1):+.1f}",
+    ]  # fmt: skip
+
+
+def main(
+    photos: Annotated[Path | None, typer.Argument()] = None,
+    exits: Path | None = None,
+    tower: str = "lraee-tiny",
+    batch: list[int] = [1, 8, 32],  # noqa: B006 (typer's way to give a list)
+    count: int = PHOTOS,
+    budget_s: float = 60.0,
+) -> None:
+    """Print the table."""
+    opened = open_model(tower, may_be_random=True)
+    plain = lraee.accelerate(opened.model)
+    size = cast(tuple[int, int], towers.find_tower(plain).image_size)
+    if photos is None:
+        images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    else:
+        images = torch.cat(list(PhotoImages(Photos(photos, limit=count), opened.preprocess)))
+    if exits is None:
+        made = spread(opened.model, random_exits(plain), images)
+    else:
+        made = Exits.load(exits)
+    fast = lraee.accelerate(opened.model, exits=made)
+    for key, value in describe().items():
+        typer.echo(f"{key:<10} {value}")
+    gate = made.plan.gate.kind
+    typer.echo(
+        f"{'plan':<10} {gate} gate after blocks {list(made.plan.blocks)}; {len(images)} photos"
+    )
+    block, classes = made.plan.blocks[0], made.classes
+    assert classes is not None
+    time = measure(plain, block, made.heads[block], classes, made.logit_scale)
+    shares = [p / t for p, t in zip(time.probe_us, time.tower_us, strict=True)]
+    typer.echo(
+        f"{'probe':<10} {', '.join(f'{100 * share:.2f} %' for share in shares)} of the tower at"
+        f" batch 1, 32; copying an image takes {time.copy_share:.3f} of a block on it"
+    )
+    typer.echo(
+        "| batch | full depth, ms | FLOPs saved, % | time saved, % | of FLOPs saved, % |"
+        " nobody leaves, % | full depth again, % |\n|---|---|---|---|---|---|---|"
+    )
+    with torch.inference_mode():
+        for size_of_batch in batch:
+            cells = table(fast, images[: max(size_of_batch, 64)], size_of_batch, budget_s)
+            typer.echo(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    typer.run(main)
