@@ -162,7 +162,7 @@ def main(
     texts = unit_classes("exit_frontier", texts, texts.shape[1])
     learn = PhotoImages(Photos(train, classes=known, limit=limit), opened.with_margin)
     check = PhotoImages(Photos(report, classes=known, limit=limit), opened.with_margin)
-    stages = Stages(work, {"train": train.name, "limit": limit, "photos": len(learn)})
+    stages = Stages(work, {"train": train.name, "limit": limit, "photos": len(learn.names)})
     pair = CachedPair(opened.model, fast, learn, batch=64, progress=True, cache=stages)
     unseen = Pair(opened.model, fast, check, batch=64, progress=True)
     answers = unseen.embeddings()
@@ -186,7 +186,7 @@ def main(
             if seed == 0 and name == "best":
                 calibration.run().save(out.parent / "exits")
             typer.echo(f"seed {seed}: {name} done", err=True)
-    nothing = torch.zeros(len(check), 0)
+    nothing = torch.zeros(len(check.names), 0)
     full = judge(
         {"top1": nothing.long(), "embedding": nothing[..., None], "features": nothing[..., None]},
         answers, classes=texts, labels=check.labels,
@@ -195,7 +195,7 @@ def main(
     typer.echo(f"int8 at full depth: top-1 {100 * float(full.gain[:, -1].mean()):.2f} %")
     print_table(table)
     out.parent.mkdir(parents=True, exist_ok=True)
-    header = {**machine.describe(), "photos": len(learn), "report_photos": len(check)}
+    header = {**machine.describe(), "photos": len(learn.names), "report_photos": len(check.names)}
     full_top1 = 100 * float(full.gain[:, -1].mean())
     content = {**header, "full_depth_top1": full_top1, "summary": table, "rows": rows}
     out.write_text(json.dumps(content, indent=1) + "\n")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from lraee import tables
 from lraee.exits.gate import GateKind
+from lraee.exits.training import Training
 
 P = ParamSpec("P")
 Show = Annotated[bool, typer.Option(help="Show progress bars.")]
@@ -162,8 +163,12 @@ def calibrate(
         bool, typer.Option("--class-free", help="For retrieval: gates see no class texts.")
     ] = False,
     labels: Annotated[
-        bool, typer.Option("--labels", help="Learn from the folders' classes too.")
+        bool, typer.Option("--labels", help="Gates and thresholds count what the folders say.")
     ] = False,
+    training: Annotated[
+        Training | None,
+        typer.Option(help="Of the heads; labels and both need --labels. [default: the recipe's]"),
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Mean FLOPs over full depth's, at most. [default: 0.8]")
     ] = None,
@@ -203,13 +208,12 @@ def calibrate(
     exits = calibrate(
         accelerate(opened.model, scheme=scheme), images, classes=texts,
         labels=images.labels if labels else None, gate=gate, recipe=recipe,
-        training="both" if labels and recipe == "best" else None,
-        budget=budget, epsilon=epsilon, delta=delta, seed=seed, is_timed=timed,
+        training=training, budget=budget, epsilon=epsilon, delta=delta, seed=seed, is_timed=timed,
         folder=out / "unfinished", progress=progress,
     )  # fmt: skip
     exits.save(out)
     _line("model", f"{opened.title}, {scheme}, {'no' if texts is None else len(texts)} classes")
-    _line("photos", f"{len(images)}; {photos.report()}")
+    _line("photos", f"{len(images.names)}; {photos.report()}")
     for key, text in tables.card_lines(exits.card):
         _line(key, text)
     _out.print(tables.of_plans(exits))

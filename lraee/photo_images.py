@@ -49,8 +49,8 @@ class PhotoImages:
         self.labels = torch.tensor([-1 if label is None else label for label in labels])
 
     def __len__(self) -> int:
-        """Photos that could be used."""
-        return len(self.names)
+        """Batches of a pass."""
+        return -(-len(self.names) // self._batch)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Images float32 [B, 3, H, W]."""

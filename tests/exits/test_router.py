@@ -130,7 +130,7 @@ def test_same_bits_and_same_exit_in_any_batch(fast: nn.Module) -> None:
         depth.append(int(t.exit_block))
     assert len(set(depth)) >= 2, "images must leave at different depths for this to be a test"
     source, pairs = random.Random(0), 0
-    for B in (2, 3, 5, 8, 13, 32, 33, 64, 100, 128, 128):
+    for B in (2, 3, 5, 8, 13, 32, 33, 64, 100, 128, 128, 128):
         torch.set_num_threads(source.choice([1, 2]))
         picks = [source.randrange(len(images)) for _ in range(B)]
         batch = images[picks]
@@ -146,7 +146,7 @@ def test_same_bits_and_same_exit_in_any_batch(fast: nn.Module) -> None:
             assert_same(found[row], alone[pick], batch=B, row=row, image=pick)
             assert int(t.exit_block[row]) == depth[pick], (B, row, pick)
             pairs += 1
-    assert pairs >= 450, pairs
+    assert pairs >= 500, pairs
 
 
 @torch.no_grad()
