@@ -33,6 +33,7 @@ from lraee.stages import Stages
 
 EPSILONS = (0.01, 0.02, 0.05)
 SAVED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
+WIDE = replace(BEST, head=replace(BEST.head, hidden=1024))
 PAPER_LABELS_ONLY = replace(PAPER, head=replace(PAPER.head, training="labels"))
 PAPER_DISTILLED = replace(PAPER, head=replace(PAPER.head, training="distill"))
 
@@ -169,6 +170,7 @@ def main(
     recipes: dict[str, tuple[Recipe, bool]] = {"best": (BEST, False), "paper": (PAPER, True)}
     if with_variants:
         recipes |= {
+            "best, hidden 1,024": (WIDE, False),
             "paper, labels only": (PAPER_LABELS_ONLY, True),
             "paper, distilled": (PAPER_DISTILLED, False),
         }
