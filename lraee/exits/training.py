@@ -103,9 +103,10 @@ PAPER_HEAD = HeadOptions(
 """arXiv 2605.26415: patch mean alone, MLP D -> D -> E, Adam, cross-entropy + cosine embedding."""
 
 BEST_HEAD = HeadOptions(hidden=512, steps=3000, views=3)
-"""What did best on lraee-tiny without labels; see bench/NOTES.md. Twice the hidden values add 0.1 to
-1 point of agreement, and 0.5 to 1 % of the tower's time at batch 1 per probe: a second exit instead
-adds more.
+"""What did best on lraee-tiny without labels; see bench/NOTES.md.
+
+Twice the hidden values add 0.1 to 1 point of agreement, and twice the weights that a probe reads at
+batch 1; there a second exit, which adds more, is the better use of time.
 """
 
 
