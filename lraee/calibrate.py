@@ -1,10 +1,9 @@
 """calibrate: early exits for an accelerated model, learned from images."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,18 +80,23 @@ def calibrate(
     goal = Goal(0.8 if budget is None and epsilon is None else budget, epsilon, delta)
     fast = model if acceleration_of(model) is not None else accelerate(model)
     made = cast(Acceleration, acceleration_of(fast))
+    tower = cast(vision.RowwiseTower, towers.find_tower(fast))
+    E = vision.embedding_size(tower)
+    vision.require_no_tokens(tower)
     if classes is not None:
-        E = vision.embedding_size(towers.find_tower(fast))
         classes = unit_classes("calibrate", classes, E).cpu()
     kind: GateKind = gate or ("agreement" if classes is None else "learned")
-    labels = _checked_labels(labels, classes)
+    if kind not in get_args(GateKind):
+        kinds = ", ".join(get_args(GateKind))
+        raise ValueError(f"calibrate: gate must be one of {kinds}, got {kind!r}")
+    labels = _checked_labels(labels, classes, images)
     _require_enough(kind, recipe, classes, labels)
     task = Task(recipe, goal, kind, classes, labels, _logit_scale(fast), seed, is_timed)
     pair = Pair(_find_teacher(made, model, teacher), fast, images, batch=batch, progress=progress)
     settings = {
         "recipe": asdict(recipe), "seed": seed, "base": made.base_hash,
         "scheme": asdict(made.scheme), "classes": digest(classes), "labels": digest(labels),
-        "logit_scale": task.logit_scale, "images": _digest_images(images),
+        "logit_scale": task.logit_scale, "images": _digest_images(images, pair),
     }  # fmt: skip
     stages = Stages(None if folder is None else Path(folder), settings)
     exits = Calibration(pair, made, task, stages).run()
@@ -113,7 +117,7 @@ def _find_recipe(recipe: str | Recipe, training: Training | None) -> Recipe:
     return replace(recipe, head=replace(recipe.head, training=training))
 
 
-def _checked_labels(labels: Tensor | None, classes: Tensor | None) -> Tensor | None:
+def _checked_labels(labels: Tensor | None, classes: Tensor | None, images: Images) -> Tensor | None:
     """Labels as int64 on the CPU.
 
     Raises: ValueError, TypeError.
@@ -122,10 +126,13 @@ def _checked_labels(labels: Tensor | None, classes: Tensor | None) -> Tensor | N
         return None
     if classes is None:
         raise ValueError("calibrate: classes must be given with labels, got None")
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
-        raise TypeError(
-            f"calibrate: labels must be int64 [n], got {labels.dtype} {list(labels.shape)}"
-        )
+    is_tensor = isinstance(labels, Tensor)
+    if not is_tensor or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if is_tensor else type(labels).__name__
+        raise TypeError(f"calibrate: labels must be an int64 tensor [n], got {got}")
+    n = len(images) if isinstance(images, Tensor) else labels.numel()
+    if labels.shape != (n,):
+        raise ValueError(f"calibrate: labels must have shape [n] = [{n}], got {list(labels.shape)}")
     labels, K = labels.long().cpu(), len(classes)
     if len(labels) and not (-1 <= int(labels.min()) and int(labels.max()) < K):
         worst = int(labels.max()) if int(labels.max()) >= K else int(labels.min())
@@ -176,9 +183,6 @@ def _logit_scale(model: nn.Module) -> float:
     return 100.0 if log_scale is None else float(cast(Tensor, log_scale).detach().exp())
 
 
-def _digest_images(images: Images) -> str:
+def _digest_images(images: Images, pair: Pair) -> str:
     """Of one tensor all of it; of an iterable its first batch."""
-    if isinstance(images, Tensor):
-        return digest(images)
-    first = next(iter(cast(Iterable[Any], images)), None)
-    return digest(first)
+    return digest(images if isinstance(images, Tensor) else next(pair.batches("images"), None))

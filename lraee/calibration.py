@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,7 +164,13 @@ class Calibration:
     @property
     def candidates(self) -> list[int]:
         """Depths that get a head."""
-        return [depth for depth in self._asked if depth not in self.dropped]
+        kept = [depth for depth in self._asked if depth not in self.dropped]
+        if not kept:
+            raise ValueError(
+                "calibrate: candidates must be one at least, got none: the tower has"
+                f" {len(self._parts.blocks)} blocks, and noise drops {self.dropped}"
+            )
+        return kept
 
     @cached_property
     def heads(self) -> dict[int, HeadWeights]:
@@ -327,7 +332,7 @@ def judge(
     """Which probes were right, by the labels or else by the float model's answer.
 
     Without classes an answer is an image: the one among these whose full-depth embedding is
-    nearest, and the right one is the image itself.
+    nearest, and the right one is the image itself (of equal images, the first).
 
     Args:
       probes: from Pair.probed.
@@ -342,10 +347,11 @@ def judge(
         truth = _nearest(teacher, classes) if labels is None else labels
         right, same = answers == truth[:, None], answers == answers[:, -1:]
     else:
-        itself = torch.arange(len(full))[:, None]
         columns = [*probes["embedding"].unbind(1), full]
-        right = torch.stack([_nearest(each, teacher) for each in columns], dim=1) == itself
-        same = torch.stack([_nearest(each, full) for each in columns], dim=1) == itself
+        found = torch.stack([_nearest(each, teacher) for each in columns], dim=1)
+        right = found == _nearest(teacher, teacher)[:, None]
+        found = torch.stack([_nearest(each, full) for each in columns], dim=1)
+        same = found == found[:, -1:]
     if labels is None:
         gain, loss = (same if is_proof else right).double(), (~same).double()
     else:
@@ -368,5 +374,5 @@ def digest(tensor: Tensor | None) -> str:
     """sha256 of a tensor's bytes; empty for None."""
     if tensor is None:
         return ""
-    content: np.ndarray[Any, Any] = tensor.detach().cpu().contiguous().view(-1).numpy()
-    return hashlib.sha256(content.tobytes()).hexdigest()
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)  # numpy has no bfloat16
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -55,7 +55,7 @@ class Pair:
         bar = tqdm(parts, desc=description, disable=not self.progress, leave=False)
         is_first = True
         for part in bar:
-            _require_images(part)
+            _require_images(part, self.size)
             if not len(part):
                 continue
             if is_first:
@@ -193,13 +193,16 @@ def tapped(tower: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _require_images(part: object) -> None:
-    """Raises TypeError on anything but a batch of images."""
+def _require_images(part: object, size: tuple[int, int]) -> None:
+    """Raises TypeError on anything but a batch of images, ValueError on images that are smaller."""
     if not isinstance(part, Tensor):
         raise TypeError(f"calibrate: images must be {_KINDS}, got {type(part).__name__}")
     if part.dim() != 4 or not part.is_floating_point():
         got = f"{part.dtype} {list(part.shape)}"
         raise TypeError(f"calibrate: images must be {_KINDS}, got {got}")
+    H, W = part.shape[2:]
+    if H < size[0] or W < size[1]:
+        raise ValueError(f"calibrate: images must be at least {size[0]} x {size[1]}, got {H} x {W}")
 
 
 def _encode(model: nn.Module, images: Tensor) -> Tensor:
