@@ -76,8 +76,11 @@ def _encode_texts(
     tokenizer: Callable[[list[str]], Tensor] | None,
 ) -> Tensor:
     """Text embeddings [K, E] by the model's own text tower."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not is_list or not all(isinstance(text, str) for text in texts):
         raise TypeError("set_classes: classes must be a float tensor [K, E] or a list of texts")
+    if not texts:
+        raise ValueError("set_classes: classes must be one text at least, got none")
     if tokenizer is None or not hasattr(model, "encode_text"):
         raise ValueError(
             "set_classes: tokenizer must be given with texts, and the model have encode_text; or"
