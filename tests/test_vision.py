@@ -1,0 +1,218 @@
+"""The tower around its blocks: exits go in and out of it without a trace, or are refused."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lraee
+from lraee import towers, vision
+from lraee.accelerate import acceleration_of
+from lraee.exits.exits import Exits, Plan
+from lraee.exits.gate import Gate
+from tests.clip_models import VARIANTS, make_images, make_model, make_texts
+from tests.exits.made_exits import make_exits, make_head
+from tests.support import assert_same
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return make_model()
+
+
+def assert_float_again(restored: nn.Module, original: nn.Module) -> None:
+    """Bit for bit, and nothing of the exits is left on it."""
+    assert [n for n, _ in restored.named_modules()] == [n for n, _ in original.named_modules()]
+    states = restored.state_dict(), original.state_dict()
+    assert list(states[0]) == list(states[1])
+    for name, tensor in states[1].items():
+        assert_same(states[0][name], tensor, name=name)
+    for module in (restored, restored.visual):
+        assert not hasattr(module, "set_classes")
+    assert not hasattr(restored.visual, "exits") and acceleration_of(restored) is None
+    assert type(restored.visual) is type(original.visual)
+    images, texts = make_images(4), make_texts()
+    with torch.no_grad():
+        assert_same(restored.encode_image(images), original.encode_image(images))
+        assert_same(restored.encode_text(texts), original.encode_text(texts))
+    restored.train()
+
+
+@pytest.mark.parametrize("variant", ["plain", "custom_text", "pool_avg", "final_ln_after_pool"])
+def test_restore_of_a_model_with_exits(variant: str) -> None:
+    model = make_model(**VARIANTS[variant])
+    exits = make_exits(model, kind="learned")
+    fast = lraee.accelerate(model, exits=exits)
+    fast.set_classes(torch.eye(3, 24))
+    with torch.no_grad():
+        expected = fast.encode_image(make_images(3))
+        assert_float_again(lraee.restore(fast), model)
+        assert_float_again(lraee.restore(copy.deepcopy(fast)), model)
+        assert fast.encode_image(make_images(3)).shape == expected.shape
+    again = lraee.accelerate(lraee.restore(fast), exits=exits)
+    images = make_images(9)
+    with torch.no_grad(), lraee.trace(again) as t:
+        assert_same(
+            again.encode_image(images), lraee.accelerate(model, exits=exits).encode_image(images)
+        )
+    assert t.stats.images == 9
+
+
+def test_a_tower_alone(model: nn.Module) -> None:
+    tower, exits = model.visual, make_exits(model, kind="confidence")
+    fast = lraee.accelerate(tower, exits=exits)
+    images = make_images(9)
+    with torch.no_grad():
+        expected = lraee.accelerate(model, exits=exits).encode_image(images)
+        assert_same(fast(images), expected)
+        restored = lraee.restore(fast)
+        assert_same(restored(images), tower(images))
+    assert not hasattr(restored, "set_classes") and not hasattr(restored, "exits")
+
+
+@torch.no_grad()
+def test_in_place(model: nn.Module) -> None:
+    exits = make_exits(model, kind="confidence")
+    base, images = copy.deepcopy(model), make_images(9)
+    expected = lraee.accelerate(model, exits=exits).encode_image(images)
+    fast = lraee.accelerate(model, exits=exits, inplace=True)
+    assert fast is model
+    assert_same(fast.encode_image(images), expected)
+    with lraee.full_depth(fast):
+        assert_same(fast.encode_image(images), lraee.accelerate(base).encode_image(images))
+    assert_float_again(lraee.restore(fast, base), base)
+
+
+@torch.no_grad()
+def test_check_is_at_full_depth(model: nn.Module) -> None:
+    """Heads that are far from the float model would fail it."""
+    exits = make_exits(model, kind="static")
+    images = make_images(8)
+    for inplace in (False, True):
+        each = copy.deepcopy(model)
+        fast = lraee.accelerate(each, exits=exits, check=images, inplace=inplace)
+        early = F.cosine_similarity(fast.encode_image(images), model.encode_image(images))
+        assert early.mean() < 0.9, "the check would have failed on these"
+        with lraee.full_depth(fast):
+            assert_same(fast.encode_image(images), lraee.accelerate(model).encode_image(images))
+
+
+@torch.no_grad()
+def test_exits_are_in_the_state_and_move_with_the_model(model: nn.Module) -> None:
+    exits = make_exits(model, kind="learned")
+    fast = lraee.accelerate(model, exits=exits)
+    names = {name for name in fast.state_dict() if name.startswith("visual.exits.")}
+    assert {"visual.exits.classes", "visual.exits.heads.0.gamma"} <= names
+    other = lraee.accelerate(model, exits=replace(exits, classes=torch.eye(7, 24)))
+    images = make_images(9)
+    assert not torch.equal(other.encode_image(images), fast.encode_image(images))
+    other.load_state_dict(fast.state_dict())
+    assert_same(other.encode_image(images), fast.encode_image(images))
+    moved = copy.deepcopy(fast).to("meta")
+    assert {p.device.type for p in moved.visual.exits.buffers()} == {"meta"}
+    half = copy.deepcopy(fast).half()
+    assert half.visual.exits.classes.dtype == torch.float32
+    assert half.encode_image(images.half()).dtype == torch.float16
+
+
+@torch.no_grad()
+def test_forward_and_intermediates_know_of_exits(model: nn.Module) -> None:
+    fast = lraee.accelerate(model, exits=make_exits(model, kind="learned"))
+    images, texts = make_images(6), make_texts(2)
+    features = fast.encode_image(images, normalize=True)
+    assert_same(fast(images, texts)[0], features)
+    assert_same(fast.encode_text(texts), model.encode_text(texts))
+    plain = lraee.accelerate(model)
+    with lraee.full_depth(fast):
+        found = fast.forward_intermediates(images, texts)
+    expected = plain.forward_intermediates(images, texts)
+    for name in ("image_features", "text_features"):
+        assert_same(found[name], expected[name], name=name)
+
+
+# What does not go together
+
+
+def wider(exits: Exits, D: int, E: int) -> Exits:
+    heads = {
+        block: make_head(D, E, hidden=None, has_class_token=False, seed=block)
+        for block in exits.heads
+    }
+    return replace(exits, heads=heads)
+
+
+def deeper(exits: Exits) -> Exits:
+    """An exit after the last block: nothing is left to save there."""
+    plan = Plan((3,), Gate("learned", ((0.0,) * 4,), (0.5,)))
+    return replace(exits, heads={3: exits.heads[1]}, plans={"learned": plan})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: wider(e, 32, 24), r"heads \[64 or 128\] -> \[24\], got \[32\] -> \[24\] after"),
+        (lambda e: wider(e, 64, 20), r"heads \[64 or 128\] -> \[24\], got \[64\] -> \[20\] after"),
+        (deeper, "exits must stand before the last of 3 blocks, got 3"),
+        (lambda e: replace(e, base_hash="0" * 64), "must be made for this tower's weights .*00000"),
+        (lambda e: replace(e, scheme=lraee.Scheme(symmetric=("c_fc",))), "made for this scheme"),
+        (lambda e: replace(e, classes=None), "must hold class texts for a learned gate, got none"),
+    ],
+)
+def test_exits_of_another_tower(model: nn.Module, change: Any, message: str) -> None:
+    exits = change(make_exits(model, kind="learned"))
+    with pytest.raises(ValueError, match=f"^accelerate: .*{message}"):
+        lraee.accelerate(model, exits=exits)
+
+
+def test_a_model_in_place_is_as_it_was_where_exits_are_refused(model: nn.Module) -> None:
+    base, exits = copy.deepcopy(model), make_exits(model, kind="learned")
+    for wrong in (
+        replace(exits, base_hash="0" * 64),
+        replace(exits, scheme=lraee.Scheme(clip_weights=True)),
+    ):
+        with pytest.raises(ValueError, match="^accelerate: exits must be made for this"):
+            lraee.accelerate(model, exits=wrong, inplace=True)
+    assert_float_again(model, base)
+
+
+@pytest.mark.parametrize("variant", ["pool_none", "parallel_pool"])
+def test_towers_that_give_more_than_one_vector(variant: str) -> None:
+    tower = towers.find_tower(lraee.accelerate(make_model(**VARIANTS[variant])))
+    with pytest.raises(NotImplementedError, match="^exits: the tower must be open_clip's own"):
+        vision.embedding_size(tower)
+
+
+@torch.no_grad()
+def test_a_tower_with_a_pooler() -> None:
+    model = make_model(**VARIANTS["attentional_pool"])
+    fast = lraee.accelerate(model, exits=make_exits(model, kind="agreement"))
+    images = make_images(12)
+    with lraee.trace(fast) as t:
+        y = fast.encode_image(images)
+    plain = lraee.accelerate(model).encode_image(images)
+    stayed = t.exit_block == 3
+    assert 0 < int(stayed.sum()) < 12
+    assert_same(y[stayed], plain[stayed])
+
+
+def test_output_tokens_are_refused_at_once() -> None:
+    model = make_model(vision={"output_tokens": True})
+    exits = make_exits(make_model(), kind="learned")
+    exits = replace(exits, base_hash=towers.tower_hash(model.visual.state_dict()))
+    with pytest.raises(NotImplementedError, match="^exits: output_tokens must be False, got True"):
+        lraee.accelerate(model, exits=exits)
+
+
+def test_detaching_twice_is_once(model: nn.Module) -> None:
+    fast = lraee.accelerate(model, exits=make_exits(model, kind="learned"))
+    assert vision.exits_of(fast.visual) is not None
+    for _ in range(2):
+        vision.detach_exits(fast.visual)
+        assert vision.exits_of(fast.visual) is None
+    images: Tensor = make_images(5)
+    with torch.no_grad():
+        assert_same(fast.encode_image(images), lraee.accelerate(model).encode_image(images))
