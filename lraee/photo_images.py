@@ -46,7 +46,8 @@ class PhotoImages:
                 self._kept = None
             if self._kept is not None:
                 self._kept.append(each.images)
-        self.labels = torch.tensor([-1 if label is None else label for label in labels])
+        known = [-1 if label is None else label for label in labels]
+        self.labels = torch.tensor(known, dtype=torch.int64)
 
     def __len__(self) -> int:
         """Batches of a pass."""

@@ -41,7 +41,7 @@ def search_all(embedded: Embedded) -> list[Retrieval]:
     n = len(embedded.labels)
     if n <= DEPTHS[-1]:
         raise ValueError(f"retrieval: photos must be more than {DEPTHS[-1]}, got {n}")
-    wanted = ranked(embedded.embeddings[FLOAT], 1)
+    wanted = ranked(embedded.embeddings[FLOAT].nan_to_num(0.0, 0.0, 0.0), 1)
     labels = torch.tensor([-1 if label is None else label for label in embedded.labels])
     known = labels >= 0
     rows = []
