@@ -1,9 +1,13 @@
-"""What the command line shows: reports as tables, for a narrow terminal."""
+"""What the command line shows: reports as tables, for a narrow terminal.
+
+Names come from files: they are Text, in which rich sees no markup.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from lraee.exits.exits import Exits
 
@@ -39,7 +43,7 @@ def of_retrieval(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _by_form(rows: Sequence[Mapping[str, Any]], figures: Figures) -> Table:
-    table = Table("", *(row["scheme"] for row in rows))
+    table = Table("", *(Column(Text(row["scheme"])) for row in rows))
     for key, (title, factor, digits) in figures.items():
         cells = [_number(row[key], factor, digits) for row in rows]
         if any(cells):
@@ -59,8 +63,8 @@ def of_answers(rows: Sequence[Mapping[str, Any]]) -> Table:
         for form in ("float", "int8", "exits"):
             is_same = row[f"{form}_name"] == row["float_name"]
             text = f"{row[f'{form}_name']} {100 * row[f'{form}_share']:.0f} %"
-            cells.append(text if is_same else f"[red]{text}")
-        table.add_row(row["photo"], *cells, f"block {row['exit_block']}")
+            cells.append(Text(text, style="" if is_same else "red"))
+        table.add_row(Text(row["photo"]), *cells, f"block {row['exit_block']}")
     return table
 
 
@@ -70,7 +74,7 @@ def of_plans(exits: Exits) -> Table:
     for name, row in exits.card["plans"].items():
         mark = " (chosen)" if name == exits.chosen else ""
         table.add_row(
-            name + mark,
+            Text(name + mark),
             " ".join(map(str, row["exits"])) or "none",
             " ".join(f"{100 * share:.0f}" for share in row["share"][:-1]),
             f"{100 * row['flops_saved']:.1f}",
