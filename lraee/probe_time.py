@@ -1,5 +1,6 @@
 """How long a probe and a copy of survivors take beside the tower, on this machine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, cast
@@ -69,24 +70,39 @@ def measure(
     probe = Int8Head(head, torch.zeros(4)).to(like.device)
     classes = classes.to(like.device)
     run_block = towers.blocks_of(tower)[block - 1]
+    is_batch_first = bool(tower.get_submodule("transformer").batch_first)
     size = cast(tuple[int, int], tower.image_size)
     rows: dict[str, list[float]] = {"tower": [], "block": [], "probe": [], "copy": []}
     for B in BATCHES:
         images = torch.randn(B, 3, *size, generator=torch.Generator().manual_seed(0)).to(like)
         L, D = cast(Tensor, tower.positional_embedding).shape
         z = torch.randn(B, L, D, generator=torch.Generator().manual_seed(1)).to(like)
+        z_block = z if is_batch_first else z.transpose(0, 1).contiguous()
         half = torch.arange(0, B, 2, device=like.device)
         calls: dict[str, Any] = {
             "tower": lambda images=images: tower(images),
-            "block": lambda z=z: run_block(z),
+            "block": lambda z=z_block: run_block(z),
             "probe": lambda z=z: [s >= 0.5 for s in probe(z, classes, logit_scale)[5].tolist()],
             "copy": lambda z=z, half=half: z.index_select(0, half),
         }
+        finished = {name: _finished(call, like.device) for name, call in calls.items()}
         with full_depth(model):
-            seconds = interleaved(calls, budget_s=budget_s)
+            seconds = interleaved(finished, budget_s=budget_s)
         for name, each in seconds.items():
             rows[name].append(1e6 * median(each))
     last = BATCHES[-1]
     copied = len(range(0, last, 2))
     copy_share = (rows["copy"][-1] / copied) / (rows["block"][-1] / last)
     return ProbeTime(tuple(rows["tower"]), tuple(rows["block"]), tuple(rows["probe"]), copy_share)
+
+
+def _finished(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The call, over when its work is: a GPU works on while Python runs ahead."""
+    if device.type != "cuda":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return run
