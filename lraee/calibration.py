@@ -43,7 +43,7 @@ class Recipe:
     Args:
       head: what a head is and how it is trained.
       rules: which exits and thresholds a plan may have.
-      candidates: depths of the heads; None takes every block behind the first third.
+      candidates: depths of the heads; None takes every block from the end of the first third on.
       kappa: drop candidates whose INR is below kappa times their mean; 0 drops none.
     """
 
@@ -155,7 +155,7 @@ class Calibration:
     @property
     def _asked(self) -> list[int]:
         depth = len(self._parts.blocks)
-        asked = self._task.recipe.candidates or range(depth // 3 + 1, depth)
+        asked = self._task.recipe.candidates or range(max(1, depth // 3), depth)
         wrong = [block for block in asked if not 1 <= block < depth]
         if wrong:
             raise ValueError(f"calibrate: candidates must be 1 to {depth - 1}, got {wrong[0]}")
@@ -290,12 +290,13 @@ class Calibration:
             inside, labels = inside[labels >= 0], labels[labels >= 0]
             if not len(labels):
                 raise ValueError(f"calibrate: labels must be known in the {split} split, got none")
-        rows = held_out[inside]
+        rows, everything = held_out[inside], self.embeddings.items()
         return judge(
             {name: each[inside] for name, each in self._probes.items()},
             {name: each[rows] for name, each in self.embeddings.items()},
             classes=self._task.classes,
             labels=labels,
+            index={name: each[self._held_out | self.splits["heads"]] for name, each in everything},
             is_proof=goal.epsilon is not None,
         )
 
@@ -327,16 +328,19 @@ def judge(
     *,
     classes: Tensor | None,
     labels: Tensor | None,
+    index: Mapping[str, Tensor] | None = None,
     is_proof: bool = False,
 ) -> Found:
     """Which probes were right, by the labels or else by the float model's answer.
 
-    Without classes an answer is an image: the one among these whose full-depth embedding is
+    Without classes an answer is an image: the one of the index whose full-depth embedding is
     nearest, and the right one is the image itself (of equal images, the first).
 
     Args:
       probes: from Pair.probed.
       embeddings: from Pair.embeddings, of the same images.
+      index: from Pair.embeddings, of all images that a search without classes may find; None takes
+        these.
       classes: unit rows [K, E], or None.
       labels: int64 [n], all known, or None.
       is_proof: gain is what the loss counts: the answer is that of int8 at full depth.
@@ -347,10 +351,11 @@ def judge(
         truth = _nearest(teacher, classes) if labels is None else labels
         right, same = answers == truth[:, None], answers == answers[:, -1:]
     else:
+        index = index or embeddings
         columns = [*probes["embedding"].unbind(1), full]
-        found = torch.stack([_nearest(each, teacher) for each in columns], dim=1)
-        right = found == _nearest(teacher, teacher)[:, None]
-        found = torch.stack([_nearest(each, full) for each in columns], dim=1)
+        found = torch.stack([_nearest(each, index["teacher"]) for each in columns], dim=1)
+        right = found == _nearest(teacher, index["teacher"])[:, None]
+        found = torch.stack([_nearest(each, index["full"]) for each in columns], dim=1)
         same = found == found[:, -1:]
     if labels is None:
         gain, loss = (same if is_proof else right).double(), (~same).double()

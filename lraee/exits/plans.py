@@ -30,6 +30,9 @@ from lraee.exits.thresholds import (
     search,
 )
 
+QUANTILES = 24
+"""Thresholds to try at each exit, beside "everyone leaves" and "no one does"."""
+
 PATH_STEPS = 60
 """Configurations on the path that Learn-then-Test walks."""
 
@@ -201,7 +204,8 @@ class _Planner:
     def _grids(self, table: ScoreTable) -> list[tuple[float, ...]]:
         if self.rules.grid == "paper":
             return [PAPER_GRID] * table.scores.shape[1]
-        return [quantile_grid(column) for column in table.scores.T]
+        # -inf: everyone leaves, where all scores are alike too
+        return [(-NEVER, *quantile_grid(column, QUANTILES)) for column in table.scores.T]
 
     def _affordable(self, table: ScoreTable) -> Choice | None:
         """The best choice within the budget, or None."""

@@ -21,7 +21,7 @@ BLOCKS = (4, 6, 8, 9)
 M = len(BLOCKS)
 
 
-def coarse(scores: np.ndarray[Any, Any]) -> tuple[float, ...]:
+def coarse(scores: np.ndarray[Any, Any], points: int) -> tuple[float, ...]:
     """Few thresholds, so that brute force over all combinations is quick."""
     return quantile_grid(scores, points=4)
 
@@ -71,7 +71,9 @@ def all_thresholds(kind: GateKind, scores: np.ndarray[Any, Any], grid: str) -> l
         return [(NEVER,), (-NEVER,)]
     if kind == "patience":
         return [(NEVER,) * m, *((float(step),) * m for step in range(1, m))]
-    points = [PAPER_GRID if grid == "paper" else coarse(column) for column in scores.T]
+    points = [
+        PAPER_GRID if grid == "paper" else (-NEVER, *coarse(column, 4)) for column in scores.T
+    ]
     return list(itertools.product(*points))
 
 
@@ -192,7 +194,7 @@ def test_exits_that_are_dropped_change_no_decision(seed: int) -> None:
     scores = exit_scores(kind, found, subset, weights)
     thresholds = [float(step) for step in rng.choice([1, 2, NEVER], M)]
     if kind == "agreement":
-        thresholds = [float(rng.choice([*coarse(column), NEVER])) for column in scores.T]
+        thresholds = [float(rng.choice([*coarse(column, 4), NEVER])) for column in scores.T]
     kept = plans._kept(kind, thresholds)
     expected, _ = naive_run(found, scores, subset, thresholds, costs)
     if kept:
@@ -227,7 +229,7 @@ def test_a_budget_out_of_reach_is_one_line(kind: GateKind) -> None:
 def test_where_chance_left_no_choice_within_the_budget_the_cheapest_is_taken() -> None:
     """Exits fit the budget on one split; on the other nobody is sure enough of them."""
     gate_split = make_found(60, M, 5)
-    test_split = replace(gate_split, features=gate_split.features * 0.0 + 0.5)
+    test_split = replace(gate_split, features=gate_split.features * np.nan)
     plan, figures = planned("confidence", gate_split, test_split, costs=make_costs(M), budget=0.7)
     assert plan.blocks == () and figures["flops_saved"] == 0.0
 
