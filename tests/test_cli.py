@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from lraee import cli, registry
 from tests.image_files import folder
 
-COMMANDS = ("doctor", "demo", "evaluate", "bench")
+COMMANDS = ("doctor", "demo", "calibrate", "evaluate", "bench")
 
 
 def run(*arguments: object) -> Result:
@@ -53,6 +53,7 @@ def test_no_command_lists_the_commands() -> None:
         ("evaluate",),
         ("evaluate", "--data", "/nowhere"),
         ("demo", "--data", "/nowhere"),
+        ("calibrate", "--data", "."),
         ("bench", "--batch", "0"),
         ("demo", "--limit", "many"),
         ("fly",),
