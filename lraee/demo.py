@@ -19,7 +19,7 @@ from lraee.classes import class_features
 from lraee.data import Photos
 from lraee.exits.exits import Exits
 from lraee.models import Opened
-from lraee.sources import DataError
+from lraee.sources import DataError, Skipped
 
 SCHEMA = "lraee.demo/2"
 INT8, EXITS = "int8", "exits"
@@ -84,18 +84,23 @@ def random_crops(opened: Opened, photos: Photos, count: int) -> Tensor:
     """
     source = random.Random(0)
     each, crops = -(-count // len(photos)), []
+    bad: list[Skipped] = []
     for i in range(len(photos)):
         try:
             photo = photos.image(i)
-        except DataError:
-            continue  # skipped and reported when the photos are embedded
+        except DataError as error:  # reported when the photos are embedded, if there are any
+            bad.append(Skipped(photos.names[i], str(error)))
+            continue
         for _ in range(each):
             side = max(1, round(min(photo.size) * source.uniform(0.32, 1.0)))
             x = source.randint(0, photo.width - side)
             y = source.randint(0, photo.height - side)
             crops.append(opened.with_margin(photo.crop((x, y, x + side, y + side))))
     if not crops:
-        raise DataError(f"data: photos must hold one that can be read, got none of {len(photos)}")
+        photos.skipped += bad
+        raise DataError(
+            f"data: photos must hold one that can be read, got none ({photos.report()})"
+        )
     return torch.stack(crops)
 
 
