@@ -46,6 +46,14 @@ def lane_sum(v: Tensor) -> Tensor:
     return lanes[..., 0]
 
 
+def _divide(v: Tensor, divisor: float) -> Tensor:
+    """v / divisor, rounded once: of a Python number torch on CUDA multiplies by the reciprocal.
+
+    Source: aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu, "may lose one bit of precision".
+    """
+    return v / torch.tensor(divisor, dtype=v.dtype, device=v.device)
+
+
 def _square_root(v: Tensor) -> Tensor:
     """IEEE square root of float32: torch's own is one unit off in 16 % of values (MKL, seen here).
 
@@ -76,7 +84,7 @@ def quantize_rows(x: Tensor, symmetric: bool) -> Quantized:
         lo = hi = x.new_zeros(M)
     else:
         lo, hi = x.amin(1).clamp(max=0.0), x.amax(1).clamp(min=0.0)
-    x_scale = torch.maximum(-lo, hi) / 127.0 if symmetric else (hi - lo) / 255.0
+    x_scale = _divide(torch.maximum(-lo, hi), 127) if symmetric else _divide(hi - lo, 255)
     x_scale = torch.where(x_scale < SMALLEST_SCALE, 1.0, x_scale)
     is_finite = torch.isfinite(x_scale)
     steps = torch.round(x / x_scale[:, None])
@@ -94,8 +102,8 @@ def quantize_rows(x: Tensor, symmetric: bool) -> Quantized:
 def _layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
     """LayerNorm of float32 [M, D] in the fixed summation order, two passes."""
     D = x.shape[1]
-    centred = x - (lane_sum(x) / D)[:, None]
-    variance = lane_sum(centred * centred) / D
+    centred = x - _divide(lane_sum(x), D)[:, None]
+    variance = _divide(lane_sum(centred * centred), D)
     rstd = 1.0 / _square_root(variance + torch.tensor(eps, dtype=torch.float32, device=x.device))
     return (centred * rstd[:, None]) * gamma + beta
 
@@ -252,7 +260,7 @@ def int8_attention(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
     total = torch.zeros_like(k[:, :, 0])
     for token in range(L):
         total = total + k[:, :, token]
-    k = k - (total / L)[:, :, None]
+    k = k - _divide(total, L)[:, :, None]
     q_q, q_scale, _ = quantize_rows(q.reshape(-1, d), True)
     k_q, k_scale, _ = quantize_rows(k.reshape(-1, d), True)
     shape = (B, num_heads, L, d)
@@ -281,8 +289,8 @@ def _pool_patches(z: Tensor) -> tuple[Tensor, Tensor]:
         difference = patches[:, token] - shift
         s1 = s1 + difference
         s2 = s2 + difference * difference
-    per_channel = ((s2 - s1 * s1 / N) / N).clamp(min=0.0)
-    return shift + s1 / N, lane_sum(per_channel)
+    per_channel = _divide(s2 - _divide(s1 * s1, N), N).clamp(min=0.0)
+    return shift + _divide(s1, N), lane_sum(per_channel)
 
 
 def _pool(z: Tensor, P: int) -> tuple[Tensor, Tensor]:
