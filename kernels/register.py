@@ -35,6 +35,14 @@ def unavailable_reason() -> str | None:
     return None
 
 
+def is_interpreted() -> bool:
+    """Whether this process has Triton's interpreter, as it was chosen when triton was imported."""
+    import triton.language
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(triton.language.sum, InterpretedFunction)
+
+
 @functools.cache
 def _reason_of(device: torch.device) -> str | None:
     """Why the kernels do not run on this CUDA device, or None."""

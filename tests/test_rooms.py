@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 MAX_LINES = 400
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("reference", "kernels", "files", "sources", "timing", "fidelity", "zoo"),
-    ("registry", "classes", "sealed"),
+    ("reference", "kernels", "files", "sources", "timing", "fidelity", "zoo", "poison"),
+    ("registry", "classes", "sealed", "bounds", "interpreter", "selftest_inputs"),
     ("ops", "backend", "machine", "data", "models"),
     ("quantize", "doctor"),
     ("linear",),
@@ -31,8 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("calibration",),
     ("calibrate",),
     ("checkpoint", "study", "evaluate", "photo_images", "tables"),
-    ("retrieval",),
-    ("demo", "report"),
+    ("retrieval", "selftest_cases", "selftest_time"),
+    ("demo", "report", "selftest"),
     ("cli",),
     ("__init__",),
 )

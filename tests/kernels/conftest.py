@@ -1,11 +1,17 @@
-"""Kernel tests run in Triton's interpreter, which must be chosen before a kernel is imported."""
+"""Kernel tests run in Triton's interpreter, chosen in tests/conftest.py before triton is imported.
+
+TRITON_INTERPRET=0 (make test-gpu) leaves it out, for the tests marked gpu.
+"""
 
 import os
-import sys
 
-INTERPRETED = "lraee.kernels.common"
+import pytest
 
-assert INTERPRETED not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
-    "kernels were imported before tests/kernels/conftest.py could choose the interpreter"
-)
-os.environ["TRITON_INTERPRET"] = "1"
+from lraee.kernels import register
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    is_wanted = os.environ["TRITON_INTERPRET"] == "1"
+    assert register.is_interpreted() == is_wanted, (
+        "triton was imported before tests/conftest.py could choose the interpreter"
+    )

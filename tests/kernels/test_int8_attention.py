@@ -2,44 +2,24 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from lraee import reference
+from lraee import bounds, reference
 from lraee.kernels import int8_attention as module
 from lraee.kernels.configs import AttentionConfig
 from lraee.kernels.int8_attention import int8_attention
-from tests.kernels.guard import guarded_outputs, poisoned
-from tests.support import EPS32, HALF_STEP, assert_within, generator
-
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def bound_of(qkv: Tensor, expected: Tensor, num_heads: int) -> Tensor:
-    """Largest error against the definition, per output.
-
-    Scores are the same bits. p = exp(.) / sum: both implementations err by less than 8 units of
-    float32 and (L + 8) units through the sum; p may then round to the other neighbour in its type,
-    and P @ V adds L terms of size at most max|v| with weights that sum to 1.
-    """
-    B, L, D3 = qkv.shape
-    v = qkv.view(B, L, 3, num_heads, -1)[:, :, 2].double().abs().amax(1)
-    step = HALF_STEP[qkv.dtype]
-    error = (2 * (2 * L + 16) * EPS32 + 2 * step) * v.reshape(B, 1, D3 // 3)
-    return error + 2 * step * expected.double().abs()
+from lraee.poison import guarded_outputs, poisoned
+from lraee.selftest_inputs import attention
+from tests.support import assert_within
 
 
 def check(B: int, L: int, H: int, d: int, *, seed: int, causal: bool, block_i: int = 64) -> None:
-    dtype = TYPES[seed % 3]
-    source = generator(seed)
-    qkv = torch.randn(B, L, 3 * H * d, generator=source)
-    qkv[..., H * d : 2 * H * d] += 4 * torch.randn(H * d, generator=source)  # keys with a mean
-    qkv = qkv.to(dtype)
+    qkv = attention(B, L, H, d, seed)
     expected = reference.int8_attention(qkv, H, causal)
     config = AttentionConfig(block_i, num_warps=4)
     with guarded_outputs():
         actual = int8_attention(poisoned(qkv, row_pad=seed % 3), H, causal, config=config)
-    assert actual.dtype == dtype
-    bound = bound_of(qkv, expected, H)
+    assert actual.dtype == qkv.dtype
+    bound = bounds.of_attention(qkv, expected, H)
     assert_within(actual, expected, bound, B=B, L=L, H=H, d=d, seed=seed, causal=causal)
 
 
@@ -88,4 +68,4 @@ def test_a_value_that_is_not_finite_stays_in_its_image() -> None:
 def test_config_is_chosen() -> None:
     qkv = torch.randn(1, 20, 3 * 16)
     expected = reference.int8_attention(qkv, 2)
-    assert_within(int8_attention(qkv, 2), expected, bound_of(qkv, expected, 2))
+    assert_within(int8_attention(qkv, 2), expected, bounds.of_attention(qkv, expected, 2))

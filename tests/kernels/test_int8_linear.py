@@ -1,17 +1,15 @@
 """int8_linear in the interpreter: bit-equal without activation, bounded with one."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from lraee import reference
+from lraee import bounds, reference
 from lraee.kernels import workspace
 from lraee.kernels.configs import Config
 from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
-from tests.kernels.guard import guarded_outputs, poisoned, poisoned_all
-from tests.support import EPS32, HALF_STEP, assert_same, assert_within, quantized_linear
+from lraee.poison import guarded_outputs, poisoned, poisoned_all
+from lraee.selftest_inputs import float_rows, linear
+from tests.support import assert_same, assert_within
 
 TINY = Config(16, 16, 32, num_warps=4, num_stages=3, group_m=2)
 WIDE = Config(64, 64, 64, num_warps=4, num_stages=3)
@@ -31,38 +29,8 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def arguments(M: int, N: int, K: int, seed: int) -> dict[str, Any]:
-    """Arguments of int8_linear in which each optional one is there in half of the seeds."""
-    given: dict[str, Any] = quantized_linear(M, N, K, seed=seed, extremes=seed % 5 == 0)
-    given["w"] = given.pop("w_q")
-    given["w_sum"] = given["w"].sum(1, dtype=torch.int32)
-    given["out_dtype"] = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
-    given["residual"] = given["residual"].to(given["out_dtype"])
-    for bit, name in enumerate(("x_zero", "bias", "layer_scale", "residual")):
-        if not (seed >> bit) & 1:
-            given[name] = None
-    return given
-
-
-def bound_of(given: dict[str, Any], activation: str) -> Tensor:
-    """Largest error against the definition.
-
-    Both compute y from the same float32 before the activation. exp, erf and the division of the
-    kernel err by less than 16 units in the last place of a value of size max(|y|, 1), the
-    definition by no more; layer_scale multiplies it, and the result is rounded to out_dtype.
-    """
-    if activation == "none":
-        return torch.zeros(())
-    plain = dict(given, layer_scale=None, residual=None, out_dtype=torch.float32)
-    y = reference.int8_linear(**plain).double().abs()
-    scale = 1.0 if given["layer_scale"] is None else given["layer_scale"].double().abs()
-    error = 32 * EPS32 * (y + 1) * scale
-    result = reference.int8_linear(**given, activation=activation).double().abs()
-    return error + 2 * HALF_STEP[given["out_dtype"]] * (result + error) + 2.0**-24
-
-
 def check(M: int, N: int, K: int, seed: int, config: Config | None, activation: str = "none") -> None:  # fmt: skip  # noqa: E501
-    given = arguments(M, N, K, seed)
+    given = linear(M, N, K, seed)
     expected = reference.int8_linear(**given, activation=activation)
     guarded = poisoned_all(given, row_pad=seed % 3) | {"w": poisoned(given["w"])}
     with guarded_outputs():
@@ -72,7 +40,7 @@ def check(M: int, N: int, K: int, seed: int, config: Config | None, activation: 
         assert_same(actual, expected, **parameters)
     else:
         assert actual.dtype == expected.dtype
-        assert_within(actual, expected, bound_of(given, activation), **parameters)
+        assert_within(actual, expected, bounds.of_linear(given, activation), **parameters)
 
 
 def test_int8_linear() -> None:
@@ -105,12 +73,12 @@ def test_tickets_are_zero_after_each_launch() -> None:
 
 def test_no_rows_and_no_columns() -> None:
     for M, N, K in ((0, 5, 8), (5, 0, 8), (5, 3, 0)):
-        given = arguments(M, N, K, 15)
+        given = linear(M, N, K, 15)
         assert_same(int8_linear(**given), reference.int8_linear(**given))
 
 
 def test_w_with_another_layout_is_refused() -> None:
-    given = arguments(4, 8, 16, 0)
+    given = linear(4, 8, 16, 0)
     given["w"] = given["w"].view(16, 8)
     with pytest.raises(AssertionError, match=r"w must have the CUDA layout \[8, 16\]"):
         int8_linear(**given)
@@ -161,11 +129,8 @@ FLOAT_SHAPES = [
 def check_from_float(M: int, N: int, K: int, seed: int, config: Config) -> None:
     """The same bits as quantize_rows followed by int8_linear, a NaN row and a zero row included."""
     symmetric = seed % 2 == 0
-    given = arguments(M, N, K, seed)
-    x = torch.randn(M, K).to((torch.float32, torch.bfloat16, torch.float16)[seed % 3])
-    if M > 2:
-        x[1] = 0.0
-        x[2, K // 2] = float("nan")
+    given = linear(M, N, K, seed)
+    x = float_rows(M, K, seed)
     for name in ("x_q", "x_scale", "x_zero"):
         del given[name]
     expected = reference.int8_linear(*reference.quantize_rows(x, symmetric), **given)

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from lraee import reference
 from lraee.kernels.configs import RowConfig
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.quantize_rows import quantize_rows
-from tests.kernels.guard import guarded_outputs, poisoned
-from tests.support import assert_same, generator
-
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
+from lraee.poison import guarded_outputs, poisoned
+from lraee.selftest_inputs import TYPES, rows_with_extremes
+from tests.support import assert_same
 
 SHAPES = [
     (M, K)
@@ -19,32 +17,6 @@ SHAPES = [
     for K in (1, 2, 3, 15, 16, 31, 33, 63, 64, 65, 77, 96, 127, 128, 129, 191, 200, 255, 257, 320)
 ]
 TALL = [(50, 48), (197, 40), (257, 33), (50, 768), (3, 4096), (2, 4097), (1, 5000)]
-
-
-def rows_with_extremes(M: int, K: int, seed: int) -> Tensor:
-    """Rows of every kind: spread, one outlier, constant, zero, tiny, huge, not finite."""
-    source = generator(seed)
-    x = torch.randn(M, K, generator=source) * torch.rand(M, 1, generator=source) * 4
-    x += torch.randn(M, 1, generator=source)
-    for m in range(M):
-        kind = (m + seed) % 11
-        if kind == 3:
-            x[m, K // 2] = 1000.0
-        elif kind == 4:
-            x[m] = 0.0
-        elif kind == 5:
-            x[m] = -x[m].abs()
-        elif kind == 6:
-            x[m] *= 1e-41
-        elif kind == 7:
-            x[m] *= 1e37
-        elif kind == 8:
-            x[m, -1] = float("nan")
-        elif kind == 9:
-            x[m, 0] = float("-inf")
-        elif kind == 10:
-            x[m, :2] = torch.tensor([-3.3e38, 3.3e38])[: min(K, 2)]
-    return x
 
 
 def check_quantize(M: int, K: int, seed: int, config: RowConfig | None = None) -> None:

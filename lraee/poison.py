@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 PAD = 64
+"""Elements on each side: a multiple of 16 bytes in every type, for Triton looks at alignment."""
+
 POISON = {torch.int8: 93, torch.int32: 1 << 30, torch.int64: 1 << 60}
 """Whole numbers that no result holds by chance; floats are poisoned with NaN."""
 
@@ -21,12 +23,14 @@ def _is_poison(pad: Tensor) -> bool:
     return bool((pad.isnan() if pad.is_floating_point() else pad == _poison(pad.dtype)).all())
 
 
-def poisoned(x: Tensor, row_pad: int = 0) -> Tensor:
+def poisoned(x: Tensor, row_pad: int = 0, device: torch.device | None = None) -> Tensor:
     """A copy of x inside a poisoned buffer; row_pad > 0 leaves poison between rows too."""
     *outer, width = x.shape if x.dim() else (1,)
     rows = x.numel() // max(width, 1)
     stride = width + row_pad
-    buffer = torch.full((2 * PAD + rows * stride,), _poison(x.dtype), dtype=x.dtype)
+    buffer = torch.full(
+        (2 * PAD + rows * stride,), _poison(x.dtype), dtype=x.dtype, device=device or x.device
+    )
     strides = [stride] * len(outer)
     for axis in range(len(outer) - 2, -1, -1):
         strides[axis] = strides[axis + 1] * outer[axis + 1]
@@ -35,13 +39,13 @@ def poisoned(x: Tensor, row_pad: int = 0) -> Tensor:
     return view
 
 
-def poisoned_all(arguments: Any, row_pad: int = 0) -> Any:
+def poisoned_all(arguments: Any, row_pad: int = 0, device: torch.device | None = None) -> Any:
     """Poisoned copies of the tensors of a list or dict; row_pad for those with two dimensions."""
 
     def one(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
-        return poisoned(value, row_pad if value.dim() > 1 else 0)
+        return poisoned(value, row_pad if value.dim() > 1 else 0, device)
 
     if isinstance(arguments, dict):
         return {name: one(value) for name, value in arguments.items()}
@@ -50,13 +54,16 @@ def poisoned_all(arguments: Any, row_pad: int = 0) -> Any:
 
 @contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Everything torch.empty gives inside lies between poison, which must be there at the end."""
+    """Everything torch.empty gives inside lies between poison, which must be there at the end.
+
+    Raises: AssertionError where something was stored out of bounds.
+    """
     buffers: list[Tensor] = []
 
-    def empty(shape: Any, *, dtype: torch.dtype, device: object) -> Tensor:
+    def empty(shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = int(torch.Size(shape).numel())
-        buffer = torch.full((2 * PAD + size,), _poison(dtype), dtype=dtype)
+        buffer = torch.full((2 * PAD + size,), _poison(dtype), dtype=dtype, device=device)
         buffers.append(buffer)
         return buffer[PAD : PAD + size].view(shape)
 
@@ -64,3 +71,10 @@ def guarded_outputs() -> Iterator[None]:
         yield
     for buffer in buffers:
         assert _is_poison(buffer[:PAD]) and _is_poison(buffer[-PAD:]), "stored out of bounds"
+
+
+def is_intact(view: Tensor) -> bool:
+    """Whether the poison before and behind a tensor of `poisoned` is still there."""
+    size = view.untyped_storage().nbytes() // view.element_size()
+    buffer = view.as_strided((size,), (1,), 0)
+    return _is_poison(buffer[:PAD]) and _is_poison(buffer[-PAD:])

@@ -1,0 +1,118 @@
+"""Arguments of every operator that put its kernels to the test; from a seed, on the CPU."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def generator(seed: int) -> torch.Generator:
+    """A seeded source of random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def rows_with_extremes(M: int, K: int, seed: int) -> Tensor:
+    """Rows of every kind: spread, one outlier, constant, zero, tiny, huge, not finite."""
+    source = generator(seed)
+    x = torch.randn(M, K, generator=source) * torch.rand(M, 1, generator=source) * 4
+    x += torch.randn(M, 1, generator=source)
+    for m in range(M):
+        kind = (m + seed) % 11
+        if kind == 3:
+            x[m, K // 2] = 1000.0
+        elif kind == 4:
+            x[m] = 0.0
+        elif kind == 5:
+            x[m] = -x[m].abs()
+        elif kind == 6:
+            x[m] *= 1e-41
+        elif kind == 7:
+            x[m] *= 1e37
+        elif kind == 8:
+            x[m, -1] = float("nan")
+        elif kind == 9:
+            x[m, 0] = float("-inf")
+        elif kind == 10:
+            x[m, :2] = torch.tensor([-3.3e38, 3.3e38])[: min(K, 2)]
+    return x
+
+
+def quantized_linear(
+    M: int, N: int, K: int, *, seed: int = 0, extremes: bool = False
+) -> dict[str, Tensor]:
+    """Random arguments of int8_linear with w_q unpacked, so that each implementation packs it."""
+    source = generator(seed)
+
+    def int8(rows: int) -> Tensor:
+        if extremes:
+            picks = torch.randint(0, 2, (rows, K), generator=source)
+            return torch.where(picks == 0, -128, 127).to(torch.int8)
+        return torch.randint(-128, 128, (rows, K), generator=source, dtype=torch.int8)
+
+    return {
+        "x_q": int8(M),
+        "x_scale": torch.rand(M, generator=source) * 0.02 + 1e-4,
+        "x_zero": torch.randint(-128, 128, (M,), generator=source, dtype=torch.int32),
+        "w_q": int8(N),
+        "w_scale": torch.rand(N, generator=source) * 0.01 + 1e-5,
+        "bias": torch.randn(N, generator=source),
+        "layer_scale": torch.randn(N, generator=source),
+        "residual": torch.randn(M, N, generator=source),
+    }
+
+
+def linear(M: int, N: int, K: int, seed: int) -> dict[str, Any]:
+    """Arguments of int8_linear in which each optional one is there in half of the seeds."""
+    given: dict[str, Any] = quantized_linear(M, N, K, seed=seed, extremes=seed % 5 == 0)
+    given["w"] = given.pop("w_q")
+    given["w_sum"] = given["w"].sum(1, dtype=torch.int32)
+    given["out_dtype"] = TYPES[seed % 3]
+    given["residual"] = given["residual"].to(given["out_dtype"])
+    for bit, name in enumerate(("x_zero", "bias", "layer_scale", "residual")):
+        if not (seed >> bit) & 1:
+            given[name] = None
+    return given
+
+
+def float_rows(M: int, K: int, seed: int) -> Tensor:
+    """Input of int8_linear_from_float, in the type of the seed; a row of zeros and one with NaN."""
+    x = torch.randn(M, K, generator=generator(seed)).to(TYPES[seed % 3])
+    if M > 2:
+        x[1] = 0.0
+        x[2, K // 2] = float("nan")
+    return x
+
+
+def attention(B: int, L: int, H: int, d: int, seed: int) -> Tensor:
+    """qkv [B, L, 3 H d] in the type of the seed; keys have a mean of several times their spread."""
+    source = generator(seed)
+    qkv = torch.randn(B, L, 3 * H * d, generator=source)
+    qkv[..., H * d : 2 * H * d] += 4 * torch.randn(H * d, generator=source)
+    return qkv.to(TYPES[seed % 3])
+
+
+def probe(
+    B: int, L: int, D: int, H: int | None, E: int, K: int, seed: int, has_class_token: bool = False
+) -> list[Any]:
+    """Arguments of exit_probe; H None: a head of one layer. Each bias in half of the seeds."""
+    source = generator(seed)
+    P = 2 * D if has_class_token else D
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source)
+
+    def layer(N: int, K: int, has_bias: bool) -> list[Any]:
+        w = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
+        scale = torch.rand(N, generator=source) * 0.01 + 1e-4
+        return [w, scale, w.sum(1, dtype=torch.int32), normal(N) if has_bias else None]
+
+    z = normal(B, L, D) * 3 + 10 * normal(D)
+    z = z.to((torch.float32, torch.float16, torch.bfloat16)[seed % 3])
+    first = layer(E if H is None else H, P, seed % 2 == 0)
+    second: list[Any] = [None] * 4 if H is None else layer(E, H, seed % 4 < 2)
+    classes = F.normalize(normal(K, E), dim=1)
+    gate = torch.tensor([2.0, 1.5, 1e-3, -1.0])
+    return [z, normal(P), normal(P), 1e-5, *first, *second, classes, 20.0, gate]
