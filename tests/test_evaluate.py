@@ -1,17 +1,23 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+import lraee
 from lraee import evaluate
 from lraee.classes import Classes
 from lraee.data import Photos
 from lraee.evaluate import Embedded, compare, embed, nearest, tower_bytes
 from lraee.sources import DataError
+from tests.clip_models import make_model
+from tests.exits.made_exits import make_exits
 from tests.image_files import folder
+from tests.support import assert_same
 
 
 class Encoder(nn.Module):
@@ -160,3 +166,30 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
         evaluate.write_json({"x": float("nan")}, path)
     assert json.loads(path.read_text()) == read
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+def test_where_photos_leave_is_noted_batch_by_batch(tmp_path: Path) -> None:
+    """A form with exits beside others: depths per photo, FLOPs of all, and the embedding itself."""
+    model = make_model()
+    with_exits = lraee.accelerate(model, exits=make_exits(model, kind="confidence"))
+    forms = {"float": model, "int8": lraee.accelerate(model), "exits confidence": with_exits}
+    photos = Photos(folder(tmp_path / "p", count=7))
+
+    def preprocess(image: Image) -> Tensor:
+        return pil_to_tensor(image.resize((32, 32))).float() / 50 - 2.5
+
+    result = embed(forms, photos, preprocess, batch=4, progress=False)
+    assert list(result.exits) == list(result.exit_blocks) == ["exits confidence"]
+    images = torch.stack([preprocess(photos.image(i)) for i in range(14)])
+    with torch.no_grad(), lraee.trace(with_exits) as t:
+        expected = [with_exits.encode_image(part, normalize=True) for part in images.split(4)]
+    assert_same(result.embeddings["exits confidence"], torch.cat(expected))
+    assert result.exit_blocks["exits confidence"] == t.exit_block.tolist()
+    assert len(set(t.exit_block.tolist())) >= 2
+    stats = result.exits["exits confidence"]
+    assert stats.share == pytest.approx(t.stats.share)
+    assert stats == replace(t.stats, share=stats.share)
+    rows = compare(result, forms, None)
+    assert [row.flops_saved for row in rows] == [None, None, pytest.approx(100 * t.flops_saved)]
+    found = evaluate.report(rows, photos, result, model="m", data="p")
+    assert found["exits"]["exits confidence"]["run_flops"] == t.stats.run_flops
