@@ -20,11 +20,12 @@ from torch import Tensor
 
 from lraee import accelerate, machine
 from lraee.accelerate import acceleration_of
-from lraee.calibration import BEST, PAPER, Calibration, Recipe, Task, judge
+from lraee.calibration import BEST, PAPER, Calibration, Recipe, Task
 from lraee.class_setter import unit_classes
 from lraee.classes import class_features, read_classes
 from lraee.collect import Pair
 from lraee.data import Photos
+from lraee.exits.answers import judge
 from lraee.exits.plans import Goal
 from lraee.exits.scoring import Found, run_plan
 from lraee.models import open_model
@@ -33,7 +34,6 @@ from lraee.stages import Stages
 
 EPSILONS = (0.01, 0.02, 0.05)
 SAVED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
-WIDE = replace(BEST, head=replace(BEST.head, hidden=1024))
 PAPER_LABELS_ONLY = replace(PAPER, head=replace(PAPER.head, training="labels"))
 PAPER_DISTILLED = replace(PAPER, head=replace(PAPER.head, training="distill"))
 
@@ -170,7 +170,6 @@ def main(
     recipes: dict[str, tuple[Recipe, bool]] = {"best": (BEST, False), "paper": (PAPER, True)}
     if with_variants:
         recipes |= {
-            "best, hidden 1,024": (WIDE, False),
             "paper, labels only": (PAPER_LABELS_ONLY, True),
             "paper, distilled": (PAPER_DISTILLED, False),
         }

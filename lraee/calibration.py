@@ -14,12 +14,12 @@ from torch import Tensor
 from lraee import machine, towers
 from lraee.accelerate import Acceleration
 from lraee.collect import Pair
+from lraee.exits.answers import Index, judge
 from lraee.exits.exits import Exits, Plan, one_class
-from lraee.exits.gate import CLASS_FREE, GateKind, unit
+from lraee.exits.gate import CLASS_FREE, GateKind
 from lraee.exits.head import HeadWeights
 from lraee.exits.noise import BlockNoise, as_rows, pathological
 from lraee.exits.plans import Goal, Rules, make_plan
-from lraee.exits.risk import signed_loss
 from lraee.exits.router import Compaction
 from lraee.exits.scoring import Costs, Found
 from lraee.exits.training import BEST_HEAD, PAPER_HEAD, HeadOptions, train_head
@@ -290,13 +290,14 @@ class Calibration:
             inside, labels = inside[labels >= 0], labels[labels >= 0]
             if not len(labels):
                 raise ValueError(f"calibrate: labels must be known in the {split} split, got none")
-        rows, everything = held_out[inside], self.embeddings.items()
+        rows, usable = held_out[inside], self._held_out | self.splits["heads"]
+        everything = {name: each[usable] for name, each in self.embeddings.items()}
         return judge(
             {name: each[inside] for name, each in self._probes.items()},
             {name: each[rows] for name, each in self.embeddings.items()},
             classes=self._task.classes,
             labels=labels,
-            index={name: each[self._held_out | self.splits["heads"]] for name, each in everything},
+            index=Index(everything, (usable.cumsum(0) - 1)[rows]),
             is_proof=goal.epsilon is not None,
         )
 
@@ -320,59 +321,6 @@ class Calibration:
             "time": None if time is None else asdict(time),
             "plans": dict(figures),
         }
-
-
-def judge(
-    probes: Mapping[str, Tensor],
-    embeddings: Mapping[str, Tensor],
-    *,
-    classes: Tensor | None,
-    labels: Tensor | None,
-    index: Mapping[str, Tensor] | None = None,
-    is_proof: bool = False,
-) -> Found:
-    """Which probes were right, by the labels or else by the float model's answer.
-
-    Without classes an answer is an image: the one of the index whose full-depth embedding is
-    nearest, and the right one is the image itself (of equal images, the first).
-
-    Args:
-      probes: from Pair.probed.
-      embeddings: from Pair.embeddings, of the same images.
-      index: from Pair.embeddings, of all images that a search without classes may find; None takes
-        these.
-      classes: unit rows [K, E], or None.
-      labels: int64 [n], all known, or None.
-      is_proof: gain is what the loss counts: the answer is that of int8 at full depth.
-    """
-    teacher, full = embeddings["teacher"], embeddings["full"]
-    if classes is not None:
-        answers = torch.cat([probes["top1"], _nearest(full, classes)[:, None]], dim=1)
-        truth = _nearest(teacher, classes) if labels is None else labels
-        right, same = answers == truth[:, None], answers == answers[:, -1:]
-    else:
-        index = index or embeddings
-        columns = [*probes["embedding"].unbind(1), full]
-        found = torch.stack([_nearest(each, index["teacher"]) for each in columns], dim=1)
-        right = found == _nearest(teacher, index["teacher"])[:, None]
-        found = torch.stack([_nearest(each, index["full"]) for each in columns], dim=1)
-        same = found == found[:, -1:]
-    if labels is None:
-        gain, loss = (same if is_proof else right).double(), (~same).double()
-    else:
-        gain = right.double()
-        loss = torch.from_numpy(signed_loss((gain[:, -1:] - gain).numpy()))
-    return Found(
-        probes["embedding"], probes["top1"], probes["features"], right[:, :-1],
-        gain.numpy(), loss.numpy(), is_signed=labels is not None,
-    )  # fmt: skip
-
-
-def _nearest(queries: Tensor, rows: Tensor, chunk: int = 1024) -> Tensor:
-    """Index of the row of largest cosine, int64 [n]."""
-    rows = unit(rows.float())
-    parts = [(unit(part.float()) @ rows.T).argmax(1) for part in queries.split(chunk)]  # type: ignore[no-untyped-call]
-    return torch.cat(parts)
 
 
 def digest(tensor: Tensor | None) -> str:

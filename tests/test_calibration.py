@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 import lraee
 from lraee.accelerate import Acceleration, acceleration_of
-from lraee.calibration import BEST, MIN_IMAGES, PAPER, SPLITS, Calibration, Task, digest, judge
+from lraee.calibration import (
+    BEST,
+    MIN_IMAGES,
+    PAPER,
+    SPLITS,
+    Calibration,
+    Task,
+    digest,
+)
 from lraee.collect import Images, Pair
+from lraee.exits.answers import Index, judge
 from lraee.exits.noise import pathological
 from lraee.exits.plans import Goal, Rules
 from lraee.exits.router import Router
@@ -91,33 +100,43 @@ def test_right_is_the_label_where_there_are_labels(is_proof: bool) -> None:
     assert found.is_signed
 
 
-def naive_nearest(query: Tensor, rows: Tensor) -> int:
-    cosines = [float(F.cosine_similarity(query, row, dim=0)) for row in rows.double()]
-    return max(range(len(rows)), key=lambda i: (cosines[i], -i))
+def naive_search(query: Tensor, rows: Tensor, itself: int) -> int:
+    cosines = [float(F.cosine_similarity(query.double(), row, dim=0)) for row in rows.double()]
+    return max((i for i in range(len(rows)) if i != itself), key=lambda i: cosines[i])
 
 
-def test_without_classes_right_is_the_image_itself() -> None:
-    n, m, E = 17, 2, 5
-    teacher = torch.randn(n, E, generator=generator(0))
-    full = teacher + 0.4 * torch.randn(n, E, generator=generator(1))
-    embedding = 9 * (teacher[:, None] + 0.9 * torch.randn(n, m, E, generator=generator(2)))
+@pytest.mark.parametrize("has_index", [False, True])
+def test_without_classes_right_is_what_float_finds(has_index: bool) -> None:
+    """A search for the nearest other image: in int8 embeddings, against float in float ones."""
+    n, m, N, E = 17, 2, 40, 5
+    floats = torch.randn(N, E, generator=generator(0))
+    int8 = floats + 0.2 * torch.randn(N, E, generator=generator(1))
+    places = torch.randperm(N, generator=generator(2))[:n]
+    embeddings = {"teacher": floats[places], "full": int8[places]}
+    index = Index({"teacher": floats, "full": int8}, places)
+    if not has_index:  # these images are all there is
+        floats, int8, places = floats[places], int8[places], torch.arange(n)
+    noise = torch.randn(n, m, E, generator=generator(3)) * torch.tensor([[1.0], [0.4]])
+    embedding = 9 * (floats[places][:, None] + noise)
     probes = probes_of(torch.zeros(n, m, dtype=torch.int64), embedding)
-    embeddings = {"teacher": teacher, "full": full}
-    found = judge(probes, embeddings, classes=None, labels=None)
-    proof = judge(probes, embeddings, classes=None, labels=None, is_proof=True)
-    for i in range(n):
-        columns = [*embedding[i], full[i]]
-        right = [naive_nearest(each.double(), teacher) == i for each in columns]
-        same = [naive_nearest(each.double(), full) == i for each in columns]
+    options: dict[str, Any] = {"classes": None, "labels": None}
+    options["index"] = index if has_index else None
+    found = judge(probes, embeddings, **options)
+    proof = judge(probes, embeddings, **options, is_proof=True)
+    for i, place in enumerate(places.tolist()):
+        answers = [naive_search(each, int8, place) for each in (*embedding[i], int8[place])]
+        truth = naive_search(floats[place], floats, place)
+        right, same = [a == truth for a in answers], [a == answers[-1] for a in answers]
         assert found.is_understood[i].tolist() == right[:-1]
         assert found.gain[i].tolist() == right and found.loss[i].tolist() == [not s for s in same]
         assert proof.gain[i].tolist() == same and proof.loss[i].tolist() == found.loss[i].tolist()
-    assert 0 < found.gain[:, 0].mean() < 1 and 0 < found.gain[:, -1].mean() < 1
+    means = found.gain.mean(0)
+    assert 0 < means[0] < means[1] < 1 and 0 < means[2] < 1
 
 
-def test_the_same_image_twice_is_one_answer() -> None:
+def test_the_same_image_twice_loses_nothing() -> None:
     """Else full depth would lose against itself wherever a photo is there twice."""
-    once = torch.randn(6, 5, generator=generator(3))
+    once = torch.randn(6, 5, generator=generator(4))
     teacher = torch.cat([once, once[:3]])
     probes = probes_of(torch.zeros(9, 1, dtype=torch.int64), teacher[:, None])
     found = judge(probes, {"teacher": teacher, "full": teacher}, classes=None, labels=None)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lraee
-from lraee.calibration import judge
 from lraee.collect import Pair
+from lraee.exits.answers import judge
 from lraee.exits.exits import Exits, Plan
 from lraee.exits.gate import Gate, GateKind, fit_logistic, steady_sigmoid, unit
 from lraee.exits.router import Compaction
