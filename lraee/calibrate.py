@@ -64,7 +64,8 @@ def calibrate(
       training: of the heads: distill, labels or both; None takes the recipe's.
       budget: mean FLOPs over those of full depth, at most; 0.8 where epsilon is not given.
       epsilon: instead of budget: top-1 disagreement with the int8 model at full depth (with labels:
-        loss of accuracy), at most so much with probability 1 - delta for images drawn as these.
+        loss of accuracy; without classes: another nearest image), at most so much with probability
+        1 - delta for images drawn as these.
       delta: see epsilon.
       teacher: the float model; None takes the one that `model` was accelerated from.
       batch: images per call, where `images` is one tensor.
