@@ -84,9 +84,9 @@ def test_the_gate_looks_for_the_new_classes(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_classes_of_any_length_and_type(fast: nn.Module, dtype: torch.dtype) -> None:
-    classes = other_classes().to(dtype)
+    classes = other_classes().to(dtype).requires_grad_()
     fast.set_classes(classes)
-    assert_same(classes_now(fast), unit_classes("x", classes, E))
+    assert_same(classes_now(fast), unit_classes("x", classes.detach(), E))
     assert torch.allclose(classes_now(fast).norm(dim=1), torch.ones(4), atol=1e-6)
     assert torch.allclose(classes_now(fast), F.normalize(classes.float(), dim=1), atol=1e-6)
     assert not classes_now(fast).requires_grad

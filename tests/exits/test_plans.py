@@ -329,6 +329,27 @@ def test_exits_and_path_never_see_the_losses_that_are_tested(
     assert costs_along[1:] == sorted(costs_along[1:], reverse=True)
 
 
+@pytest.mark.parametrize("kind", ["confidence", "static"])
+@pytest.mark.usefixtures("few_thresholds")
+def test_exits_for_a_proof_are_the_cheapest_that_would_likely_pass(kind: GateKind) -> None:
+    """Along each path up to the first whose mean loss + 1.645 standard errors exceeds epsilon."""
+    gate_split, costs, images = make_found(150, M, 15), make_costs(M), 200
+    planner = plans._Planner(kind, costs, Goal(epsilon=0.2), Rules(2))
+    cheapest = {}
+    for subset in all_subsets(kind, Rules(2)):
+        weights = fit_weights(kind, gate_split, subset)
+        table = plans.score_table(kind, gate_split, subset, weights, costs)
+        for choice in planner.path(table):
+            loss = gate_split.losses(table, subset, [choice.thresholds])[:, 0]
+            if loss.mean() + 1.645 * (loss.var() / images) ** 0.5 > 0.2:
+                break
+            cheapest[subset] = choice.cost
+    best = min(cheapest, key=lambda subset: cheapest[subset])
+    assert planner.choose_exits(gate_split, images=images)[0] == best
+    far = plans._Planner(kind, costs, Goal(epsilon=0.2, delta=1e-9), Rules(2))
+    assert far.choose_exits(gate_split, images=10)[0] != best, "with few images it must be safer"
+
+
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_too_few_images_prove_nothing(kind: GateKind) -> None:
     """Even without a single loss, 30 images cannot prove 1 % at 95 %: 0.99 ** 30 = 0.74."""
