@@ -1,10 +1,11 @@
-"""The command `lraee`: doctor, demo, calibrate, evaluate, bench.
+"""The command `lraee`: doctor, demo, calibrate, evaluate, bench, selftest.
 
 Exit codes: 0 it worked, 1 it could not be done (one line says why), 2 wrong usage.
 """
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lraee import tables
+from lraee import interpreter, tables
 from lraee.exits.gate import GateKind
 from lraee.exits.training import Training
 
@@ -48,6 +49,8 @@ _err = Console(stderr=True, highlight=False)
 def main() -> None:
     """Run the command line."""
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    if interpreter.is_wanted(sys.argv[1:]):
+        interpreter.restart()
     app()
 
 
@@ -337,6 +340,34 @@ def bench(
         found = {"schema": timing.SCHEMA, **header, "model": opened.title}
         evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
         _line("written", str(out))
+
+
+@_command
+def selftest(
+    device: Annotated[
+        interpreter.Device, typer.Option(help="The interpreter takes tiny shapes, and no times.")
+    ] = "cuda",
+    json_out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes, shorter timings.")] = False,
+    progress: Show = True,
+) -> None:
+    """Compare every Triton kernel with its definition on this GPU, then time it beside torch.
+
+    Example: `lraee selftest --device cuda --json-out selftest.json`
+    """
+    from lraee import evaluate, selftest
+
+    found = selftest.examine(device, quick=quick, progress=progress)
+    for key in ("gpu", "capability", "driver", "versions"):
+        if key in found:
+            _line(key, found[key])
+    for table in tables.of_selftest(found):
+        _out.print(table)
+    if json_out is not None:
+        evaluate.write_json(found, json_out)
+        _line("written", str(json_out))
+    if not found["is_ok"]:
+        raise typer.Exit(1)
 
 
 def _line(key: str, text: str) -> None:

@@ -103,3 +103,31 @@ def card_lines(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         pairs = zip(time["probe_us"], time["tower_us"], strict=True)
         shares = ", ".join(f"{100 * probe / tower:.2f} %" for probe, tower in pairs)
         yield "a probe takes", f"{shares} of the tower's time at batch 1, 32"
+
+
+def of_selftest(found: Mapping[str, Any]) -> Iterator[Table]:
+    """Kernels and their cases, each case that differs, then times or why there are none."""
+    rows = found["rows"]
+    table = Table("kernel", "cases", "differ")
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row["difference"] is not None for row in rows if row["kernel"] == kernel]
+        table.add_row(kernel, str(len(mine)), str(sum(mine)))
+    yield table
+    wrong = [row for row in rows if row["difference"] is not None]
+    if wrong:
+        table = Table("kernel", "config", "shape", "first difference")
+        for row in wrong[:20]:
+            cells = (row["kernel"], row["config"], row["shape"], row["difference"])
+            table.add_row(*map(Text, cells))
+        yield table
+    if not found["times"]:
+        yield Table("no timings: they need the GPU itself", box=None)
+        return
+    table = Table("kernel", "shape", "variant", "ms", "p20-p80", "lraee x faster")
+    for row in found["times"]:
+        t = row["timing"]
+        span = (f"{t['median_ms']:.4f}", f"{t['p20_ms']:.4f}-{t['p80_ms']:.4f}") if t else ("", "")
+        what = row["error"] or row["variant"]
+        speedup = _number(row["speedup"], 1.0, 2)
+        table.add_row(row["kernel"], row["shape"], Text(what), *span, speedup)
+    yield table
