@@ -60,7 +60,7 @@ test-slow: setup  ## The full sweeps that `make test` leaves out.
 	$(PY) -m pytest -m "slow and not gpu" --durations 15
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU.
-	$(PY) -m pytest -m gpu
+	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu
 
 check: setup  ## Lint, format and types; changes nothing.
 	$(BIN)/ruff check

@@ -15,9 +15,13 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        reason = "needs an NVIDIA GPU, torch sees none"
+    elif os.environ["TRITON_INTERPRET"] == "1":
+        reason = "needs compiled kernels: TRITON_INTERPRET=0, as make test-gpu has it"
+    else:
         return
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU, torch sees none")
+    no_gpu = pytest.mark.skip(reason=reason)
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)

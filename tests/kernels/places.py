@@ -1,0 +1,70 @@
+"""Where kernels run in a test: compiled on a GPU, or in Triton's interpreter."""
+
+import copy
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import lraee
+from lraee import reference, registry
+from lraee.backend import Backend
+from lraee.exits.exits import Exits
+from lraee.kernels import register
+
+CALLERS = ("linear", "modules", "quantize", "rowwise", "exits.head")
+"""Modules of lraee that ask lraee.backend for operators."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device, and the operators that run there by the schemas of lraee.registry."""
+
+    device: torch.device
+    operators: Any
+
+    def accelerate(self, model: nn.Module, exits: Exits | None = None) -> Any:
+        """A copy of a float model of the CPU with int8 blocks, on the device."""
+        if self.device.type == "cpu":
+            return lraee.accelerate(model, backend="reference", exits=exits)
+        there = copy.deepcopy(model).to(self.device)
+        return lraee.accelerate(there, backend="triton", exits=exits)
+
+
+CUDA = Place(torch.device("cuda"), torch.ops.lraee)
+INTERPRETER = Place(
+    torch.device("cpu"),
+    SimpleNamespace(
+        **{name: getattr(reference, name) for name in registry.OPERATORS}
+        | {
+            name: register.implementation(name, getattr(reference, name))
+            for name in register.LAUNCHERS
+        }
+    ),
+)
+
+
+def _operators(backend: Backend) -> Any:
+    return INTERPRETER.operators if backend == "reference" else torch.ops.lraee
+
+
+@contextmanager
+def at(name: str) -> Iterator[Place]:
+    """The place of this name; inside, towers of the interpreter run the launchers.
+
+    They are those with backend="reference"; what a test makes beside them stays fast.
+    """
+    if name == "cuda":
+        yield CUDA
+        return
+    with ExitStack() as stack:
+        for caller in CALLERS:
+            module = importlib.import_module(f"lraee.{caller}")
+            stack.enter_context(mock.patch.object(module, "operators", _operators))
+        yield INTERPRETER
