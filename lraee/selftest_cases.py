@@ -236,8 +236,9 @@ def float_linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
             if configs.legal(row, Shape(M, N, K, x_bytes=4), target.arch):
                 seed = next(seeds)
                 find = _float_linear_difference(target, M, N, K, seed, row)
-                epilogue = _epilogue(selftest_inputs.linear(1, 1, 1, seed), "none")
-                shape = f"M={M} N={N} K={K} {epilogue}"
+                given = selftest_inputs.linear(1, 1, 1, seed) | {"x_zero": None}
+                kind = "symmetric" if seed % 2 == 0 else "asymmetric"
+                shape = f"M={M} N={N} K={K} {kind} {_epilogue(given, 'none')}"
                 yield Case("int8_linear_from_float", _label(row), shape, find)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from lraee.models import open_model
 from lraee.reference import quantize_rows
 from lraee.timing import MAX_ROUNDS, MIN_ROUNDS, WARM_S, Timing, interleaved, warm_up
 
+Input = TypeVar("Input")
+Layer = tuple[Tensor, Tensor, Tensor]
 Call = Callable[[], object]
 Rounds = Callable[[Mapping[str, Call]], dict[str, list[float]]]
 """Seconds of every round of each variant, interleaved."""
@@ -217,21 +219,32 @@ def linear_contest(
         layers = [int8_layer(w) for w in weights]
         bias = b.float()
 
-        def ours() -> None:
-            for layer in layers:
-                int8_linear(*x_q, *layer, bias, out_dtype=torch.float16)
+        def ours(layer: Layer) -> Tensor:
+            y: Tensor = int8_linear(*x_q, *layer, bias, out_dtype=torch.float16)
+            return y
 
         variants = {
-            "lraee int8": ours,
-            "torch float16": lambda: [F.linear(x, w, b) for w in weights],
-            "torch._int_mm": lambda: [torch._int_mm(x_q[0], w.t()) for w, _, _ in layers],
+            "lraee int8": _in_turn(ours, layers),
+            "torch float16": _in_turn(lambda w: F.linear(x, w, b), weights),
+            "torch._int_mm": _in_turn(lambda layer: torch._int_mm(x_q[0], layer[0].t()), layers),
         }
         return {name: captured(run, device) for name, run in variants.items()}
 
     return Contest("int8_linear", f"{tower.name} {name} M={M} N={N} K={K}", calls, make)
 
 
-def int8_layer(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _in_turn(function: Callable[[Input], Tensor], inputs: list[Input]) -> Call:
+    """Calls function with each input, keeps no result but the last, and returns that."""
+
+    def call() -> Tensor:
+        for one in inputs[:-1]:
+            function(one)
+        return function(inputs[-1])
+
+    return call
+
+
+def int8_layer(w: Tensor) -> Layer:
     """Weight as the CUDA kernels read it, its steps and its sums."""
     w_q, w_scale, _ = quantize_rows(w, True)
     return w_q, w_scale, w_q.sum(1, dtype=torch.int32)
@@ -249,8 +262,8 @@ def attention_contest(device: torch.device, tower: Tower, batch: int) -> Contest
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, L, D)
 
         variants: dict[str, Call] = {
-            "lraee int8": lambda: [int8_attention(qkv, H) for qkv in inputs],
-            "torch SDPA float16": lambda: [theirs(qkv) for qkv in inputs],
+            "lraee int8": _in_turn(lambda qkv: int8_attention(qkv, H), inputs),
+            "torch SDPA float16": _in_turn(theirs, inputs),
         }
         return {name: captured(run, device) for name, run in variants.items()}
 
@@ -301,11 +314,16 @@ def open_tower(tower: Tower) -> nn.Module:
     return visual.half()
 
 
+def _compiled(module: nn.Module) -> Call:
+    """For one batch size: a graph for any would be slower."""
+    return torch.compile(module, dynamic=False)
+
+
 def tower_contest(
     device: torch.device,
     opened: Callable[[], nn.Module],
     batch: int,
-    compiled: Callable[[nn.Module], Call] = torch.compile,
+    compiled: Callable[[nn.Module], Call] = _compiled,
 ) -> Contest:
     """The whole image tower in int8 and float16, called and as CUDA graphs; and torch.compile."""
 
