@@ -101,6 +101,7 @@ def accelerate(
     made = _describe(tower, scheme, backend, is_kept=not inplace)
     if exits is not None:
         _require_same_tower(exits, made)
+        vision.require_exits_fit(tower, exits.router(backend=backend))
     float_blocks = list(towers.blocks_of(tower)) if check is not None else []
     fast = _swap_blocks(model, made) if inplace else _copy_with_blocks(model, made)
     if check is not None and expected is not None:

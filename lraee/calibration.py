@@ -290,14 +290,15 @@ class Calibration:
             inside, labels = inside[labels >= 0], labels[labels >= 0]
             if not len(labels):
                 raise ValueError(f"calibrate: labels must be known in the {split} split, got none")
-        rows, usable = held_out[inside], self._held_out | self.splits["heads"]
-        everything = {name: each[usable] for name, each in self.embeddings.items()}
+        rows, learned = held_out[inside], self.splits["heads"]
+        # Not the held-out images: what one of them loses must not depend on the others
+        index = Index({name: each[learned] for name, each in self.embeddings.items()})
         return judge(
             {name: each[inside] for name, each in self._probes.items()},
             {name: each[rows] for name, each in self.embeddings.items()},
             classes=self._task.classes,
             labels=labels,
-            index=Index(everything, (usable.cumsum(0) - 1)[rows]),
+            index=index,
             is_proof=goal.epsilon is not None,
         )
 

@@ -100,9 +100,6 @@ def attach_exits(tower: nn.Module, router: Router) -> None:
 
     Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
     """
-    embedding_size(tower)
-    tower = cast(RowwiseTower, tower)
-    require_no_tokens(tower)
     require_exits_fit(tower, router)
     tower.exits = router
 
@@ -112,7 +109,7 @@ def detach_exits(tower: nn.Module) -> None:
     tower._modules.pop("exits", None)
 
 
-def require_no_tokens(tower: RowwiseTower) -> None:
+def require_no_tokens(tower: nn.Module) -> None:
     """Raises NotImplementedError where images that leave early could not give what is asked."""
     if tower.output_tokens:
         raise NotImplementedError(
@@ -132,18 +129,24 @@ def embedding_size(tower: nn.Module) -> int:
 
     Raises: NotImplementedError on another one.
     """
-    if not isinstance(tower, RowwiseTower) or tower.proj is None or tower.pool_type == "none":
+    is_own = type(tower) in (VisionTransformer, RowwiseTower)
+    if not is_own or tower.proj is None or tower.pool_type == "none":
         raise NotImplementedError(
             "exits: the tower must be open_clip's own VisionTransformer with one projected vector"
             f" per image, got {type(tower).__name__} with pool_type"
             f" {getattr(tower, 'pool_type', None)!r}"
         )
-    return int(tower.proj.shape[1])
+    return int(cast(Tensor, tower.proj).shape[1])
 
 
-def require_exits_fit(tower: RowwiseTower, router: Router) -> None:
-    """Raises ValueError unless the heads stand inside the tower and have its widths."""
-    L, D, E = len(blocks_of(tower)), tower.conv1.out_channels, embedding_size(tower)
+def require_exits_fit(tower: nn.Module, router: Router) -> None:
+    """Raises unless images can leave this tower, float or accelerated, where the router says.
+
+    Raises: NotImplementedError on the tower, ValueError on heads outside it or of other widths.
+    """
+    require_no_tokens(tower)
+    D, E = cast(nn.Conv2d, tower.conv1).out_channels, embedding_size(tower)
+    L = len(blocks_of(tower))
     if router.blocks and router.blocks[-1] >= L:
         raise ValueError(
             f"accelerate: exits must stand before the last of {L} blocks, got {router.blocks[-1]}"

@@ -2,12 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from lraee import cli, registry
+from lraee import cli, demo, registry
 from tests.image_files import folder
 
 COMMANDS = ("doctor", "demo", "calibrate", "evaluate", "bench")
@@ -110,7 +111,12 @@ def test_doctor() -> None:
     assert {row["operator"] for row in found["operators"]} == set(registry.OPERATORS)
 
 
-def test_demo_on_a_folder(data: tuple[Path, Path], tmp_path: Path) -> None:
+def test_demo_on_a_folder(
+    data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = replace(demo.RECIPE.head, steps=20, hidden=64)
+    monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, head=head, candidates=(6, 9)))
+    monkeypatch.setattr(demo, "CROPS", 200)
     out = tmp_path / "new" / "demo.json"
     (data[0] / "bad.png").write_bytes(b"nothing")
     result = run("demo", "--data", data[0], "--no-progress", "--limit", 10, "--out", out)

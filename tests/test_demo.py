@@ -1,4 +1,5 @@
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,14 @@ from lraee.sources import DataError
 @pytest.fixture(scope="module")
 def tiny() -> Opened:
     return open_model("lraee-tiny")
+
+
+@pytest.fixture
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exits from few crops and steps: what they know is not at stake."""
+    monkeypatch.setattr(demo, "CROPS", 200)
+    head = replace(demo.RECIPE.head, steps=20, hidden=64)
+    monkeypatch.setattr(demo, "RECIPE", replace(demo.RECIPE, head=head, candidates=(6, 9)))
 
 
 def test_the_sample_photos_are_real_and_all_there() -> None:
@@ -29,7 +38,7 @@ def test_without_the_package_one_line_says_what_to_do(monkeypatch: pytest.Monkey
         demo.open_photos(None, 3)
 
 
-def test_answers_are_those_of_a_plain_loop(tiny: Opened) -> None:
+def test_answers_are_those_of_a_plain_loop(tiny: Opened, short_training: None) -> None:
     photos = demo.sample_photos()
     photos.names, photos.labels = photos.names[:5], photos.labels[:5]
     found = demo.run(tiny, photos, names=("espresso", "obelisk", "tabby cat"), progress=False)
@@ -51,11 +60,15 @@ def test_lraee_tiny_sees_coffee_and_agrees_with_itself_in_int8(tiny: Opened) -> 
     found = demo.run(tiny, demo.sample_photos(), progress=False)
     answers = {row["photo"]: row for row in found["answers"]}
     assert answers["coffee.png"]["float_name"] == answers["coffee.png"]["int8_name"] == "espresso"
-    base, fast = found["rows"]
+    base, fast, exits = found["rows"]
     assert base["scheme"] == "float" and base["cosine_mean"] == pytest.approx(1.0)
     assert fast["scheme"] == "int8" and fast["cosine_p01"] > 0.999
     assert fast["weight_bytes"] < 0.3 * base["weight_bytes"]
     assert fast["agreement"] >= 100 * 12 / 13
+    assert exits["scheme"] == "exits" and exits["flops_saved"] > 5 and exits["agreement"] > 50
+    assert found["crops"] >= demo.CROPS and found["plan"]["exits"]
+    depths = {row["exit_block"] for row in found["answers"]}
+    assert depths <= {*found["plan"]["exits"], 12} and len(depths) >= 2
 
 
 def test_models_that_cannot_be_had_are_one_line() -> None:

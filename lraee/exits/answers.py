@@ -13,15 +13,16 @@ from lraee.exits.scoring import Found
 
 @dataclass(frozen=True)
 class Index:
-    """Images to search in, and where in it the images that search are.
+    """Images to search in.
 
     Args:
       embeddings: from Pair.embeddings, [N, E] each, all finite.
-      places: int64 [n], the row of each searching image: it does not find itself.
+      places: int64 [n], the row of each searching image, which does not find itself; None where
+        those that search are not in it.
     """
 
     embeddings: Mapping[str, Tensor]
-    places: Tensor
+    places: Tensor | None = None
 
     def search(self, queries: Tensor, form: str) -> Tensor:
         """Row of the nearest other image by cosine, int64 [n], for queries [n, E]."""

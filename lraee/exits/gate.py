@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lraee.reference import Probe, lane_sum
+from lraee.reference import Probe, lane_sum, steady_sigmoid
 
 GateKind = Literal["learned", "confidence", "patience", "agreement", "static"]
 CLASS_FREE: tuple[GateKind, ...] = ("agreement", "static")
@@ -116,16 +116,6 @@ def score(
     w1, _, w3, constant = gate.weights[exit_index]
     logit = w1 * cosine + w3 * variance + constant
     return steady_sigmoid(logit), Memory(top1, top1, direction)
-
-
-def steady_sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid of float32 values, each with the same bits wherever it stands in x.
-
-    torch's own computes the last values of a vector by another path, which is one unit off in 3 %
-    of them: an image's score would depend on its batch. In float64 the paths are 1e-16 apart, which
-    the rounding to float32 hides.
-    """
-    return torch.sigmoid(x.double()).float()
 
 
 def unit(embedding: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from lraee.exits.gate import (
     Memory,
     fit_logistic,
     score,
-    steady_sigmoid,
     unit,
 )
 from lraee.exits.thresholds import NEVER, ScoreTable, leave_at
-from lraee.reference import Probe, lane_sum
+from lraee.reference import Probe, lane_sum, steady_sigmoid
 
 Weights = tuple[float, float, float, float]
 NO_WEIGHTS: Weights = (0.0, 0.0, 0.0, 0.0)

@@ -57,6 +57,14 @@ def test_right_is_the_label_where_there_are_labels(is_proof: bool) -> None:
     assert found.is_signed
 
 
+def test_an_index_without_those_that_search() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    queries = torch.tensor([[2.0, 0.1], [0.2, 3.0], [5.0, 4.0]])
+    index = Index({"full": rows})
+    assert index.search(queries, "full").tolist() == [0, 1, 2]
+    assert Index({"full": rows}, torch.arange(3)).search(queries, "full").tolist() == [2, 2, 0]
+
+
 def naive_search(query: Tensor, rows: Tensor, itself: int) -> int:
     cosines = [float(F.cosine_similarity(query.double(), row, dim=0)) for row in rows.double()]
     return max((i for i in range(len(rows)) if i != itself), key=lambda i: cosines[i])

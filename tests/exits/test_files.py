@@ -123,8 +123,6 @@ UNSAVABLE: dict[str, tuple[Callable[[Exits], Exits], str]] = {
     ),
     "plan name empty": (lambda e: replace(e, plans={**e.plans, "": e.plan}), "printable"),
     "plan name of two lines": (lambda e: replace(e, plans={**e.plans, "a\nb": e.plan}), "printab"),
-    "threshold not in float32": (planned(thresholds=(0.1,)), "must be exact in float32, got 0.1"),
-    "weight too large": (planned(weights=((1e39, 0.0, 0.0, 0.0),)), "finite float32"),
     "classes not unit": (lambda e: replace(e, classes=torch.ones(2, E)), r"\[0\] must have length"),
     "classes empty": (lambda e: replace(e, classes=torch.ones(0, E)), "classes must be an integer"),
     "classes flat": (lambda e: replace(e, classes=torch.ones(E)), "classes must be torch.float32"),
