@@ -78,7 +78,8 @@ def test_hoeffding_bentkus_is_mapies(mean_loss: float, n: int, epsilon: float) -
         mean_loss = 0.0
     (theirs,) = compute_hoeffding_bentkus_p_value(np.array([mean_loss]), n, epsilon).ravel()
     ours = risk.hoeffding_bentkus(mean_loss, n, epsilon)
-    assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-300)
+    # MAPIE's product underflows to 0 from about 1e-250 on
+    assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-200)
 
 
 @pytest.mark.parametrize(
