@@ -30,9 +30,11 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
             return cast(Tensor, router(self._blocks(), z, self._finish))
         if router is not None:
             router.note_full_depth(z.shape[0], len(blocks_of(self)))
-        pooled, tokens = self._pool(self.transformer(z))
-        y = self._project(pooled)
-        return (y, tokens) if self.output_tokens else y
+        z = self.transformer(z)
+        if not self.output_tokens:
+            return self._finish(z)
+        pooled, tokens = self._pool(z)
+        return self._project(pooled), tokens
 
     def _blocks(self) -> list[Block]:
         """The blocks on [B, L, D], whichever order the transformer runs them in."""
@@ -42,6 +44,11 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
         return [_batch_first(block) for block in blocks]
 
     def _finish(self, z: Tensor) -> Tensor:
+        """What follows the last block, where the other tokens are not asked for."""
+        norm = self.ln_post
+        is_class_token = self.pool_type == "tok" and self.attn_pool is None
+        if is_class_token and not (norm._forward_hooks or norm._forward_pre_hooks):
+            return self._project(norm(z[:, 0]))  # a norm of one token in fifty, the same bits
         return self._project(self._pool(z)[0])
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> dict[str, Any]:

@@ -28,8 +28,8 @@ Block = Callable[[Tensor], Tensor]
 class Compaction:
     """When to drop the images that have left: the break-even of copying and computing.
 
-    With `gone` images in the batch and R blocks to go, copying the tokens of the `left` others
-    costs copy_share * left block-images and saves R * gone of them.
+    The last images of the batch move into the places of those that are gone. With R blocks to go,
+    moving `moved` images costs copy_share * moved block-images and saves R * gone of them.
 
     Args:
       copy_share: time to copy one image's tokens over the time of one block on it, as
@@ -38,9 +38,9 @@ class Compaction:
 
     copy_share: float = 0.1
 
-    def pays(self, *, gone: int, left: int, blocks: int) -> bool:
-        """Whether to copy, with `blocks` blocks to go."""
-        return gone * blocks > self.copy_share * left
+    def pays(self, *, gone: int, moved: int, blocks: int) -> bool:
+        """Whether to move, with `blocks` blocks to go."""
+        return gone * blocks > self.copy_share * moved
 
 
 @dataclass
@@ -98,6 +98,11 @@ def _eager(function: F) -> F:
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
+def _is_unseen(block: Block) -> bool:
+    """Whether nobody but the router holds what the block returned: no hook has seen it."""
+    return isinstance(block, nn.Module) and not block._forward_hooks
+
+
 @dataclass
 class _Flow:
     """Images on their way: tokens z [R, L, D], the input row of each (-1: it has left)."""
@@ -106,10 +111,25 @@ class _Flow:
     places: list[int]
     memory: Memory | None = None
 
-    def keep(self, rows: list[int]) -> None:
-        """Drops all other rows."""
+    def survivors(self) -> list[int]:
+        """Rows of the images that have not left, those that fill holes in the places of the gone:
+        so few rows move that dropping costs by the number of images that left.
+        """
+        count = sum(place >= 0 for place in self.places)
+        last = [row for row in range(count, len(self.places)) if self.places[row] >= 0]
+        return [row if self.places[row] >= 0 else last.pop() for row in range(count)]
+
+    def keep(self, rows: list[int], *, is_own: bool) -> None:
+        """Drops all rows but the survivors; in place where z `is_own`, seen by nobody else."""
+        holes = [place for place, row in enumerate(rows) if place != row]
         index = torch.tensor(rows, dtype=torch.int64, device=self.z.device)
-        self.z = self.z.index_select(0, index)
+        if is_own:
+            into = torch.tensor(holes, dtype=torch.int64, device=self.z.device)
+            if holes:
+                self.z.index_copy_(0, into, self.z.index_select(0, index[into]))
+            self.z = self.z[: len(rows)]
+        else:
+            self.z = self.z.index_select(0, index)
         self.places = [self.places[row] for row in rows]
         if self.memory is not None:
             self.memory = self.memory.rows(index)
@@ -190,7 +210,7 @@ class Router(Float32Buffers):
             if result is None:
                 result = embedding.new_empty(B, embedding.shape[1])
             result[places] = embedding[leaving]
-            if not self._drop(flow, leaving, len(blocks) - depth):
+            if not self._drop(flow, leaving, len(blocks) - depth, is_own=_is_unseen(block)):
                 return result
         return self._finish(flow, result, finish, record)
 
@@ -204,22 +224,24 @@ class Router(Float32Buffers):
         each = zip(flow.places, scores.tolist(), strict=True)
         return probe[0], [row for row, (at, s) in enumerate(each) if at >= 0 and s >= threshold]
 
-    def _drop(self, flow: _Flow, leaving: list[int], blocks: int) -> bool:
+    def _drop(self, flow: _Flow, leaving: list[int], blocks: int, *, is_own: bool) -> bool:
         """Marks the rows that left, drops them where that pays; False if none is left."""
         for row in leaving:
             flow.places[row] = -1
-        rows = [row for row, place in enumerate(flow.places) if place >= 0]
+        rows = flow.survivors()
+        moved = sum(place != row for place, row in enumerate(rows))
         gone = len(flow.places) - len(rows)
-        if rows and self.compaction.pays(gone=gone, left=len(rows), blocks=blocks):
-            flow.keep(rows)
+        if rows and self.compaction.pays(gone=gone, moved=moved, blocks=blocks):
+            flow.keep(rows, is_own=is_own)
         return bool(rows)
 
     def _finish(
         self, flow: _Flow, result: Tensor | None, finish: Block, record: Record | None
     ) -> Tensor:
         """The full-depth embeddings of those that stayed, put among the others."""
-        if result is not None:
-            flow.keep([row for row, place in enumerate(flow.places) if place >= 0])
+        rows = flow.survivors()
+        if len(rows) < len(flow.places):  # some that left were carried along
+            flow.keep(rows, is_own=False)
         y = finish(flow.z)
         if record is not None:
             record.finish_rows += len(flow.places)

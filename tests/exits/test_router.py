@@ -91,7 +91,7 @@ def test_dropped_images_run_no_further() -> None:
     z = torch.zeros(4, 2, 2)
     z[:, 1, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     z[:, 1, 1] = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    for copy_share, expected in ((0.0, [4, 3, 1]), (0.5, [4, 3, 1]), (1.0, [4, 4, 1])):
+    for copy_share, expected in ((0.0, [4, 3, 1]), (1.9, [4, 3, 1]), (2.0, [4, 4, 1])):
         seen.clear()
         router = table_router((1, 2), [0.5, 0.5], copy_share)
         found = router([block] * 3, z, lambda x: x[:, 0] + 7)
