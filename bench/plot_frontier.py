@@ -49,7 +49,7 @@ def draw(content: dict[str, Any], out: Path) -> None:
     panels[0].annotate(
         "int8 at full depth", (0, content["full_depth_top1"]), fontsize=8, va="bottom"
     )
-    panels[0].legend(fontsize=8, loc="lower left")
+    panels[1].legend(fontsize=8, loc="upper right")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
 
