@@ -162,10 +162,10 @@ def gain_of(
     int8 = lraee.accelerate(model).encode_image(images, normalize=True)
     wanted = int8 if is_proof else floats
     y = F.normalize(y, dim=1)
-    if classes is None:  # a search for the nearest other image
-        searches = [(y, int8), (wanted[rows], wanted)]
-        cosines = [queries @ index.T for queries, index in searches]
-        found, expected = (c.scatter(1, rows[:, None], -2.0).argmax(1) for c in cosines)
+    if classes is None:  # a search among the images that heads learned from
+        index = split_of("heads", torch.arange(N))
+        searches = [(y, int8[index]), (wanted[rows], wanted[index])]
+        found, expected = ((queries @ found.T).argmax(1) for queries, found in searches)
         return float((found == expected).double().mean())
     truth = (wanted[rows] @ classes.T).argmax(1) if labels is None else labels[rows]
     return float(((y @ classes.T).argmax(1) == truth).double().mean())

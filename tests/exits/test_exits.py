@@ -109,17 +109,17 @@ def test_a_plan_without_exits_runs_to_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "gone", "left", "blocks", "pays"),
+    ("share", "gone", "moved", "blocks", "pays"),
     [
-        # gone * blocks against share * left: equality does not pay
+        # gone * blocks against share * moved: equality does not pay
         (0.1, 1, 10, 1, False), (0.1, 1, 9, 1, True), (0.5, 2, 12, 3, False),
         (0.5, 2, 11, 3, True), (0.0, 1, 1000, 1, True), (0.0, 0, 1000, 1, False),
     ],
 )  # fmt: skip
 def test_break_even_of_compaction(
-    share: float, gone: int, left: int, blocks: int, pays: bool
+    share: float, gone: int, moved: int, blocks: int, pays: bool
 ) -> None:
-    assert Compaction(share).pays(gone=gone, left=left, blocks=blocks) is pays
+    assert Compaction(share).pays(gone=gone, moved=moved, blocks=blocks) is pays
 
 
 def test_exits_is_a_value() -> None:
