@@ -1,9 +1,13 @@
 """Train a small CLIP like lraee-tiny from labelled photos, on a CPU, by its card's recipe.
 
-    python bench/train_lraee_tiny.py PHOTOS OUT --classes classes.json --steps 3000
+    python -m bench.train_lraee_tiny PHOTOS OUT --classes classes.json --steps 3000
+    python -m bench.train_lraee_tiny PHOTOS OUT --classes classes.json --steps 3000 \\
+        --teacher lraee-tiny --width 128 --seed 1
 
 PHOTOS is a folder or ZIP with one folder per class. Stage 1 trains the image tower against a
 learned unit vector per class; stage 2 teaches the text tower to say those vectors from prompts.
+With a teacher the image tower learns the teacher's embedding of every crop instead, without labels,
+and takes over its text tower: a second model of the same space where photos are few.
 Every tenth photo of each class is held out, and the zero-shot figure is measured on those.
 OUT gets NAME.json (open_clip's model config), open_clip_model.safetensors (float16), train.json
 (settings, curve, figures) and, while it runs, state.pt, from which the same command resumes.
@@ -14,7 +18,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import open_clip
 import torch
@@ -29,26 +33,17 @@ from tqdm import tqdm
 
 from lraee.classes import Classes, class_features, read_classes
 from lraee.data import Photos
+from lraee.models import open_model
 
 STORED = 64  # photos are kept as uint8 [3, 64, 64]
 CROP = 56
-CONFIG: dict[str, Any] = {
-    "embed_dim": 256,
-    "vision_cfg": {
-        "image_size": CROP,
-        "layers": 12,
-        "width": 192,
-        "head_width": 64,
-        "patch_size": 8,
-    },
-    "text_cfg": {
-        "context_length": 24,
-        "vocab_size": 49408,
-        "width": 192,
-        "heads": 3,
-        "layers": 4,
-    },
-}
+
+
+def config_of(width: int) -> dict[str, Any]:
+    """open_clip's model config; `width` is the image tower's, heads have 64."""
+    vision = {"image_size": CROP, "layers": 12, "width": width, "head_width": 64, "patch_size": 8}
+    text = {"context_length": 24, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 4}
+    return {"embed_dim": 256, "vision_cfg": vision, "text_cfg": text}
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,8 @@ class Recipe:
     drop_until: float = 0.6  # ... up to this share of the steps
     final_logit_scale: float = 30.0
     seed: int = 0
+    width: int = 192
+    teacher: str | None = None  # whose embeddings of the same crops the image tower learns
 
 
 @dataclass
@@ -149,7 +146,7 @@ class Trainer:
     def __init__(self, out: Path, data: Data, classes: Classes, recipe: Recipe) -> None:
         torch.manual_seed(recipe.seed)
         self.out, self.data, self.classes, self.recipe = out, data, classes, recipe
-        config = json.loads(json.dumps(CONFIG))
+        config = config_of(recipe.width)
         config["vision_cfg"]["patch_dropout"] = recipe.drop
         self.model = open_clip.CLIP(**config)
         self.patch_dropout = self.model.visual.patch_dropout
@@ -167,6 +164,20 @@ class Trainer:
         self.prompts = torch.stack(
             [tokenizer([t(name) for t in templates]) for name in classes.names]
         )
+        self.teacher: nn.Module | None = None
+        if recipe.teacher is not None:
+            self._learn_from(open_model(recipe.teacher).model.eval())
+
+    def _learn_from(self, teacher: nn.Module) -> None:
+        """Takes over the teacher's text tower, and its word for each class as class vector."""
+        kept = {k: v for k, v in teacher.state_dict().items() if not k.startswith("visual.")}
+        missing = self.model.load_state_dict(kept, strict=False)
+        wrong = [key for key in missing.missing_keys if not key.startswith("visual.")]
+        if wrong or missing.unexpected_keys:
+            raise ValueError(f"train: teacher must have the same text tower, {wrong[:3]} differ")
+        self.teacher = teacher
+        rows = class_features(teacher, self.tokenizer, self.classes.names, progress=False)
+        self.vectors.data.copy_(F.normalize(rows, dim=-1))
 
     def run(self) -> None:
         """Train from wherever the state stands to the end, saving every 100 steps."""
@@ -208,9 +219,19 @@ class Trainer:
         images = augment(self.data.images[rows], rng)
         with torch.autocast("cpu", torch.bfloat16):
             embedding = self.model.encode_image(images)
-        cosine = F.normalize(embedding.float(), dim=-1) @ F.normalize(self.vectors, dim=-1).T
-        loss = F.cross_entropy(recipe.scale * cosine, self.data.labels[rows])
+            target = None if self.teacher is None else self._taught(images)
+        y = F.normalize(embedding.float(), dim=-1)
+        if target is not None:
+            loss = 1 - (y * F.normalize(target.float(), dim=-1)).sum(dim=-1).mean()
+        else:
+            cosine = y @ F.normalize(self.vectors, dim=-1).T
+            loss = F.cross_entropy(recipe.scale * cosine, self.data.labels[rows])
         return self._update(0, loss, learning_rate(step, recipe.steps, recipe, recipe.lr))
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor) -> Tensor:
+        """The teacher's embeddings of the same crops."""
+        return cast(open_clip.CLIP, self.teacher).encode_image(images)
 
     def _text_step(self) -> float:
         recipe, step = self.recipe, self.step - self.recipe.steps
@@ -278,7 +299,9 @@ class Trainer:
             "zero_shot_top1": self.accuracy(text_rows),
         }
         name = self.out.name
-        (self.out / f"{name}.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+        (self.out / f"{name}.json").write_text(
+            json.dumps(config_of(self.recipe.width), indent=2) + "\n"
+        )
         weights = {k: v.half().contiguous() for k, v in self.model.state_dict().items()}
         save_file(weights, self.out / "open_clip_model.safetensors")
         report = {"recipe": asdict(self.recipe), "figures": figures, "curve": self.curve}
@@ -321,6 +344,8 @@ def main(
     hold_out: Annotated[int, typer.Option(help="every n-th photo of a class")] = 10,
     threads: int = 0,
     seed: int = 0,
+    width: Annotated[int, typer.Option(help="of the image tower, a multiple of 64")] = 192,
+    teacher: Annotated[str | None, typer.Option(help="model whose embeddings to learn")] = None,
 ) -> None:
     """Train, or resume; print the figures on the held-out photos."""
     if threads:
@@ -328,7 +353,10 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     known = read_classes(classes)
     data = load_data(photos, known, hold_out)
-    recipe = Recipe(steps=steps, text_steps=text_steps, batch=batch, seed=seed)
+    recipe = Recipe(
+        steps=steps, text_steps=0 if teacher else text_steps, batch=batch, seed=seed, width=width,
+        teacher=teacher,
+    )  # fmt: skip
     trainer = Trainer(out, data, known, recipe)
     trainer.run()
     typer.echo(json.dumps(trainer.finish(), indent=2))
