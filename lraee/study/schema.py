@@ -10,6 +10,18 @@ SCHEMA = "lraee.report/1"
 
 BACKBONES = ("float", "int8", "paper")
 
+# Names of systems: of rows in `main`, `costs` and `frontier`; the two recipes are also a `recipe`.
+FULL_DEPTH = "full depth"
+PUBLISHED = "LRA-EE as published"
+BEST = "LRA-EE, our recipe"
+CLASS_TOKEN = "class-token exits"
+PABEE = "PABEE"
+CONFIDENCE = "confidence only"
+STATIC = "best static exit"
+ADAPTIVE = "AdaViT-style policy"
+SMOOTHED = "full depth + SmoothQuant"
+SMOOTHED_EXITS = "LRA-EE as published + SmoothQuant"
+
 
 class Spread(TypedDict):
     """Mean and standard deviation over seeds (sample; 0 of one seed)."""
@@ -56,7 +68,7 @@ class MainRow(TypedDict):
 
 
 class FactorialRow(TypedDict):
-    """(i) to (v) of the paper's factorial."""
+    """(i) to (v) of the paper's factorial; the name begins with that numeral in brackets."""
 
     name: str
     backbone: str
