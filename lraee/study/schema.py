@@ -56,12 +56,15 @@ class Lens(TypedDict):
 
 
 class MainRow(TypedDict):
-    """One system of the main table; `seeds` 1 and std 0 where nothing is random."""
+    """One system of the main table; `seeds` 1 and std 0 where nothing is random.
+
+    Published rows have no agreement.
+    """
 
     name: str
     backbone: str
     top1: Spread
-    agreement: Spread
+    agreement: Spread | None
     flops_saved: Spread
     seeds: int
     note: str
@@ -228,7 +231,7 @@ class Finding(TypedDict):
 
 
 class Report(TypedDict):
-    """The whole study."""
+    """The whole study; `protocol` says in words what was trained and chosen on what."""
 
     schema: str
     made: str
@@ -242,6 +245,7 @@ class Report(TypedDict):
     learned_from: int
     reported_on: int
     minutes: float
+    protocol: dict[str, str]
     noise: dict[str, list[Noise]]
     lens: dict[str, list[Lens]]
     main: list[MainRow]
