@@ -247,7 +247,7 @@ class Calibration:
         """The plan asked for and its rivals, with what they did on the threshold split."""
         task = self._task
         kinds: tuple[GateKind, ...] = CLASS_FREE if task.classes is None else get_args(GateKind)
-        found = {name: self._found(name, goal) for name in ("gate", "thresholds")}
+        found = {name: self.found(name, goal) for name in ("gate", "thresholds")}
         plans, figures = {}, {}
         for kind in dict.fromkeys((task.gate, *kinds)):
             try:
@@ -277,7 +277,7 @@ class Calibration:
             ),
         )  # fmt: skip
 
-    def _found(self, split: str, goal: Goal) -> Found:
+    def found(self, split: str, goal: Goal) -> Found:
         """The probes of one split, shuffled: a test that bets on one image after another needs
         an order that says nothing of them.
         """
