@@ -188,15 +188,20 @@ class Example(TypedDict):
 
 
 class Drift(TypedDict):
-    """Angle in degrees between float and quantized class-token embeddings (ln_post+proj)."""
+    """Angle in degrees between float and quantized class-token embeddings (ln_post+proj).
+
+    Margin: cosine with the nearest class - with the next, in float; correlation: Spearman's of
+    angle / margin with "top-1 flips"; by_margin: ten equal parts of the images, smallest margins
+    first, each with mean `margin`, mean `angle` and `flipped` in percent. Means of nothing: None.
+    """
 
     backbone: str
     angle: list[float]
     flipped: int
     margin_flipped: float | None
-    margin_kept: float
+    margin_kept: float | None
     angle_flipped: float | None
-    angle_kept: float
+    angle_kept: float | None
     correlation: float | None
     by_margin: list[dict[str, float]]
 
