@@ -47,7 +47,7 @@ KNOWS_OPEN_CLIP = {"towers", "vision", "zoo", "models", "classes"}
 HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
-EXTRA = {"exits": {"sklearn", "scipy"}}
+EXTRA = {"exits": {"sklearn", "scipy"}, "study": {"sklearn", "scipy"}}
 """Imports inside functions that an extra of the package installs, by room."""
 
 BROUGHT_BY_CORE = {"torchvision": "open_clip", "PIL": "open_clip", "rich": "typer"}
