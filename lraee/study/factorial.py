@@ -1,0 +1,88 @@
+"""The paper's factorial: class token or SSA head, last block or exits, two trainings."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from lraee.calibration import SPLITS
+from lraee.exits.head import HeadWeights
+from lraee.exits.training import PAPER_HEAD, HeadOptions, Training, train_head
+from lraee.study.rows import NOTHING, share_of, spread
+from lraee.study.schema import FactorialRow
+from lraee.study.trials import Backbone, Outcome
+
+WORDS: dict[Training, str] = {
+    "labels": "labels",
+    "both": "labels and distillation",
+    "distill": "distillation",
+}
+
+
+def full_depth(backbone: Backbone) -> FactorialRow:
+    """(i): the class token at full depth."""
+    return {
+        "name": "(i) class token at full depth",
+        "backbone": backbone.name,
+        "top1": spread([share_of(backbone.full_top1 == backbone.report_labels)]),
+        "flops_saved": NOTHING,
+    }
+
+
+def with_exits(
+    backbone: str, numeral: str, training: Training, outcomes: Sequence[Outcome]
+) -> FactorialRow:
+    """(iv) and (v): the paper's exits."""
+    return {
+        "name": f"{numeral} exits, {WORDS[training]}",
+        "backbone": backbone,
+        "top1": spread([share_of(each.right) for each in outcomes]),
+        "flops_saved": spread([each.flops_saved for each in outcomes]),
+    }
+
+
+def last_block(
+    backbone: Backbone, numeral: str, training: Training, seeds: Sequence[int]
+) -> FactorialRow:
+    """(ii) and (iii): the paper's head at the last block, all photos."""
+    options = replace(PAPER_HEAD, training=training)
+    model, depth = backbone.model, backbone.model.depth
+    right = []
+    macs = 0
+    for seed in seeds:
+        head = _last_head(backbone, options, seed)
+        macs = head.macs + model.classes.numel()
+        probes = backbone.report.probed(
+            {depth: head}, torch.ones(len(backbone.report_labels), dtype=torch.bool),
+            classes=model.classes, logit_scale=model.logit_scale,
+        )  # fmt: skip
+        right.append(share_of(probes["top1"][:, 0] == backbone.report_labels))
+    return {
+        "name": f"{numeral} SSA head at the last block, {WORDS[training]}",
+        "backbone": backbone.name,
+        "top1": spread(right),
+        "flops_saved": spread([_saved_by_last_head(backbone, macs)]),
+    }
+
+
+def _last_head(backbone: Backbone, options: HeadOptions, seed: int) -> HeadWeights:
+    """Trained on as many photos as the exits' heads: the same share, drawn by the seed."""
+    look, n = backbone.learn.look(0), len(backbone.labels)
+    source = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(n, generator=source)[: round(SPLITS["heads"] * n)]
+    D = look["pooled"].shape[2] // 2
+    trained = backbone.stages.get(
+        f"{backbone.learn.name} last {options.training} {seed}",
+        lambda: train_head(
+            look["pooled"][rows, -1, :D], look["teacher"][rows], options=options, seed=seed,
+            classes=backbone.model.classes, labels=backbone.labels[rows],
+            logit_scale=backbone.model.logit_scale,
+        ).tensors(),
+    )  # fmt: skip
+    return HeadWeights.of(trained)
+
+
+def _saved_by_last_head(backbone: Backbone, macs: int) -> float:
+    """The head and the classes in place of ln_post and proj; mostly below 0."""
+    parts = backbone.parts
+    return 1.0 - parts.when_leaving([len(parts.blocks)], [2 * macs])[0] / parts.total

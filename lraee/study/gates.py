@@ -1,0 +1,97 @@
+"""Threshold sweeps of two gates, and the noisiest exit kept or left out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
+
+import numpy as np
+
+from lraee.exits.exits import Plan
+from lraee.exits.gate import Gate, GateKind
+from lraee.exits.scoring import exit_scores
+from lraee.study.rows import row_of_outcomes, share_of
+from lraee.study.schema import MainRow, Pruned, Sweep, SweepPoint
+from lraee.study.trials import Backbone, Trial
+
+Exits = tuple[int, ...]
+
+
+def sweep(recipe: str, trials: Sequence[Trial], exits: Sequence[Exits], *, points: int) -> Sweep:
+    """Both gates on the same heads and exits, from "all leave at once" to "nearly all stay".
+
+    Args:
+      recipe: its name in the report.
+      trials: one per seed, all of one backbone.
+      exits: of each trial.
+      points: thresholds, at even quantiles of the scores of all exits and seeds.
+    """
+    pairs = list(zip(trials, exits, strict=True))
+    return {
+        "backbone": trials[0].backbone.name,
+        "recipe": recipe,
+        "learned": _curve("learned", pairs, points),
+        "confidence": _curve("confidence", pairs, points),
+    }
+
+
+def _curve(kind: GateKind, pairs: list[tuple[Trial, Exits]], points: int) -> list[SweepPoint]:
+    weights = [trial.gate_weights(kind, blocks) for trial, blocks in pairs]
+    scores = np.concatenate(
+        [
+            exit_scores(kind, trial.found, trial.columns(blocks), each).ravel()
+            for (trial, blocks), each in zip(pairs, weights, strict=True)
+        ]
+    )
+    thresholds = np.unique(np.quantile(scores[np.isfinite(scores)], np.linspace(0, 1, points)))
+    curve: list[SweepPoint] = []
+    for threshold in thresholds.astype(np.float32).tolist():
+        outcomes = [
+            trial.outcome(Plan(blocks, Gate(kind, each, (threshold,) * len(blocks))))
+            for (trial, blocks), each in zip(pairs, weights, strict=True)
+        ]
+        curve.append(
+            {
+                "threshold": threshold,
+                "flops_saved": 100.0 * mean(each.flops_saved for each in outcomes),
+                "top1": 100.0 * mean(share_of(each.right) for each in outcomes),
+                "agreement": 100.0 * mean(each.agreement for each in outcomes),
+            }
+        )
+    return curve
+
+
+def pruned(backbone: Backbone, trials: Sequence[Trial], *, name: str, budget: float) -> Pruned:
+    """The exit of lowest INR kept and left out, whether or not the rule drops it.
+
+    Args:
+      backbone: the quantized form.
+      trials: of the paper's recipe, with its pruning; one per seed.
+      name, budget: of the rows.
+    """
+    first = trials[0]
+    asked = first.recipe.candidates or ()
+    noise = first.calibration.noise
+    inr = {block: noise[block - 1].inr for block in asked}
+    lowest = min(inr, key=lambda block: inr[block])
+    rest = tuple(block for block in asked if block != lowest)
+
+    def row(candidates: Exits, words: str) -> MainRow:
+        recipe = replace(first.recipe, candidates=candidates, kappa=0.0)
+        outcomes = [
+            each.outcome(each.plan_within(budget))
+            for each in (Trial(backbone, recipe, t.seed, has_labels=True) for t in trials)
+        ]
+        return row_of_outcomes(name, backbone.name, outcomes, words)
+
+    return {
+        "backbone": backbone.name,
+        "block": lowest,
+        "inr_share_of_mean": 100.0 * inr[lowest] / mean(inr.values()),
+        "is_dropped_by_rule": lowest in first.calibration.dropped,
+        "kept": row(asked, f"exits {_listed(asked)}"),
+        "left_out": row(rest, f"exits {_listed(rest)}"),
+    }
+
+
+def _listed(blocks: Exits) -> str:
+    return ", ".join(map(str, blocks))

@@ -1,0 +1,87 @@
+"""The lens: what the tokens after each block know, by heads and by the tower's own projection."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lraee.exits.answers import nearest
+from lraee.exits.head import HeadWeights
+from lraee.exits.training import BEST_HEAD, train_head
+from lraee.study.backbones import projected
+from lraee.study.rows import share_of, spread
+from lraee.study.schema import Lens
+from lraee.study.trials import Backbone
+
+SEES = ("class token", "mean", "both")
+
+
+def lens(backbone: Backbone, *, steps: int, seeds: Sequence[int], progress: bool) -> list[Lens]:
+    """Top-1 after each block by three heads, and by ln_post and proj applied early.
+
+    The heads differ in what they see: the class token, the mean of the patches, or both. All distil
+    the float embedding without labels, with as many steps, and answer in float.
+    """
+    depth = backbone.model.depth
+    kept = backbone.stages.get(
+        f"{backbone.report.name} lens {steps} {' '.join(map(str, seeds))}",
+        lambda: {
+            sees: _top1(backbone, sees, steps=steps, seeds=seeds, progress=progress)
+            for sees in SEES
+        },
+    )
+    early = early_projections(backbone)
+    labels, classes = backbone.report_labels, backbone.model.classes
+    rows: list[Lens] = []
+    for place in range(depth):
+        heads = {sees: spread(kept[sees][place].tolist()) for sees in SEES}
+        right = nearest(early[place], classes) == labels
+        rows.append(
+            {
+                "block": place + 1,
+                "class_token_head": heads["class token"],
+                "ssa_head": heads["mean"],
+                "best_head": heads["both"],
+                "early_projection": 100.0 * share_of(right),
+            }
+        )
+    return rows
+
+
+def early_projections(backbone: Backbone) -> list[Tensor]:
+    """ln_post and proj of the class token after each block, float32 [n, E]; the last is the model's
+    own embedding.
+    """
+    tokens = backbone.report.class_tokens()
+    early = [projected(backbone.model.tower, each) for each in tokens.unbind(1)[:-1]]
+    return [*early, backbone.report.look(0)["full"]]
+
+
+def _top1(
+    backbone: Backbone, sees: str, *, steps: int, seeds: Sequence[int], progress: bool
+) -> Tensor:
+    """Of one kind of head: float64 [depth, seeds]."""
+    options = replace(BEST_HEAD, steps=steps, views=0, has_class_token=sees == "both")
+    learn, report = backbone.learn.look(0), backbone.report.look(0)
+    found = torch.zeros(backbone.model.depth, len(seeds), dtype=torch.float64)
+    for place in tqdm(range(len(found)), desc=f"lens, {sees}", disable=not progress, leave=False):
+        for column, seed in enumerate(seeds):
+            head = train_head(
+                _seen(learn["pooled"][:, place], sees), learn["teacher"],
+                options=options, seed=seed,
+            )  # fmt: skip
+            answers = _answers(head, _seen(report["pooled"][:, place], sees), backbone)
+            found[place, column] = share_of(answers == backbone.report_labels)
+    return found
+
+
+def _seen(pooled: Tensor, sees: str) -> Tensor:
+    D = pooled.shape[1] // 2
+    return {"class token": pooled[:, D:], "mean": pooled[:, :D], "both": pooled}[sees]
+
+
+def _answers(head: HeadWeights, pooled: Tensor, backbone: Backbone) -> Tensor:
+    parts = [head(part.float()) for part in torch.split(pooled, 4096)]
+    return nearest(torch.cat(parts), backbone.model.classes)

@@ -1,0 +1,190 @@
+"""One pass of a backbone over photos, kept: all heads, gates and plans learn from it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lraee import towers
+from lraee.collect import Images, Pair, tapped
+from lraee.exits.head import HeadWeights, Int8Head, pool
+from lraee.exits.noise import BlockNoise
+from lraee.exits.training import augmented, centred
+from lraee.stages import Stages
+from lraee.trace import full_depth
+
+Leads = Literal["mean", "class token"]
+"""Which half of what is pooled a head of one half sees."""
+
+_PROBED_AT_ONCE = 512
+
+
+class KeptPair(Pair):
+    """A Pair that runs each of its models once per view, and answers from what it kept.
+
+    Probes see three tokens that have the class token, the mean and the variance of the real ones,
+    rounded to float16: see tokens_like.
+
+    Args:
+      teacher, fast, images, batch, progress: see Pair.
+      name: of the fast model and the images together; stages of other names are not mixed up.
+      teacher_name: the same of the teacher.
+      stages: where passes are kept.
+      leads: "class token" shows that to heads that see one half, as if it were the patch mean.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        fast: nn.Module,
+        images: Images,
+        *,
+        name: str,
+        teacher_name: str,
+        stages: Stages,
+        leads: Leads = "mean",
+        batch: int = 64,
+        progress: bool = True,
+    ) -> None:
+        """See the class."""
+        super().__init__(teacher, fast, images, batch=batch, progress=progress)
+        self.name, self._teacher_name, self._stages, self.leads = name, teacher_name, stages, leads
+        self._kept: dict[int, dict[str, Tensor]] = {}
+        self._noise: list[BlockNoise] = []
+
+    def leading(self, leads: Leads) -> "KeptPair":
+        """The same pair, passes shared, with the other half in the lead."""
+        other = KeptPair(
+            self.teacher, self.fast, self._images, name=self.name, stages=self._stages,
+            teacher_name=self._teacher_name, leads=leads, batch=self._batch,
+            progress=self.progress,
+        )  # fmt: skip
+        other._kept, other._noise = self._kept, self._noise
+        return other
+
+    def look(self, view: int) -> dict[str, Tensor]:
+        """One view of all images; 0 is the centre crop, each other number a random crop.
+
+        Returns: `pooled` float16 [n, depth, 2 D] after each block, mean and class token; `variance`
+          float32 [n, depth] of the patch tokens; `full` and `teacher` float32 [n, E].
+        """
+        if view not in self._kept:
+            seen = self._stages.get(f"{self.name} view {view}", lambda: self._pass(view))
+            teacher = self._stages.get(
+                f"{self._teacher_name} view {view}", lambda: self._teach(view)
+            )
+            self._kept[view] = seen | teacher
+        return self._kept[view]
+
+    @torch.inference_mode()
+    def _pass(self, view: int) -> dict[str, Tensor]:
+        tower = towers.find_tower(self.fast)
+        depth = len(towers.blocks_of(tower))
+        parts: dict[str, list[Tensor]] = {"pooled": [], "variance": [], "full": []}
+        with full_depth(self.fast), tapped(tower) as z:
+            for x in self._crops(view, self.name):
+                parts["full"].append(_encode(self.fast, x))
+                tokens = z[1 : depth + 1]
+                pooled = torch.stack([pool(each, has_class_token=True) for each in tokens], 1)
+                parts["pooled"].append(pooled.half().cpu())
+                parts["variance"].append(torch.stack([spread(each) for each in tokens], 1).cpu())
+        return {name: torch.cat(each) for name, each in parts.items()}
+
+    @torch.inference_mode()
+    def _teach(self, view: int) -> dict[str, Tensor]:
+        said = [_encode(self.teacher, x) for x in self._crops(view, self._teacher_name)]
+        return {"teacher": torch.cat(said)}
+
+    def _crops(self, view: int, description: str) -> Iterator[Tensor]:
+        """The crops of one view, batch by batch."""
+        source = torch.Generator().manual_seed(view)
+        for images in self.batches(description):
+            if view:
+                yield augmented(images, size=self.size, generator=source)
+            else:
+                yield centred(images, self.size)
+
+    # What calibration asks
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """See Pair."""
+        look = self.look(0)
+        return {name: look[name] for name in ("teacher", "full")}
+
+    def noise(self, most: int) -> list[BlockNoise]:
+        """See Pair; measured once, over the images that the first call asks for."""
+        if not self._noise:
+            self._noise = super().noise(most)
+        return self._noise
+
+    def pooled(
+        self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None
+    ) -> dict[str, Tensor]:
+        """See Pair; the crops of a view are the same for every seed of a calibration."""
+        look = self.look(0 if view_seed is None else view_seed % 1000)
+        places = [block - 1 for block in blocks]
+        pooled = look["pooled"][rows][:, places]
+        return {"pooled": self._led(pooled), "teacher": look["teacher"][rows]}
+
+    def _led(self, pooled: Tensor) -> Tensor:
+        D = pooled.shape[-1] // 2
+        return pooled if self.leads == "mean" else pooled.roll(D, dims=-1)
+
+    @torch.inference_mode()
+    def probed(
+        self,
+        heads: dict[int, HeadWeights],
+        rows: Tensor,
+        *,
+        classes: Tensor,
+        logit_scale: float,
+    ) -> dict[str, Tensor]:
+        """See Pair; blocks up to the last have heads here."""
+        look, gate = self.look(0), torch.zeros(4)
+        modules = {block: Int8Head(head, gate) for block, head in heads.items()}
+        found: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
+        for some in torch.split(rows.nonzero()[:, 0], _PROBED_AT_ONCE):
+            probes = [
+                head(
+                    tokens_like(
+                        self._led(look["pooled"][some, block - 1].float()),
+                        look["variance"][some, block - 1],
+                    ),
+                    classes,
+                    logit_scale,
+                )
+                for block, head in modules.items()
+            ]
+            found["embedding"].append(torch.stack([p[0] for p in probes], 1))
+            found["top1"].append(torch.stack([p[1] for p in probes], 1))
+            found["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def class_tokens(self) -> Tensor:
+        """After each block, float32 [n, depth, D]."""
+        pooled = self.look(0)["pooled"]
+        return pooled[..., pooled.shape[-1] // 2 :].float()
+
+
+def spread(z: Tensor) -> Tensor:
+    """Spatial variance, mean over the patch tokens of ||z_i - mean||^2: [B, L, D] -> [B]."""
+    patches = z[:, 1:].float()
+    return (patches - patches.mean(1, keepdim=True)).square().sum(2).mean(1)
+
+
+def tokens_like(pooled: Tensor, variance: Tensor) -> Tensor:
+    """Three tokens that a probe cannot tell from the real ones: [B, 2 D], [B] -> [B, 3, D].
+
+    A probe sees the class token, the mean and the variance of the patch tokens alone; two patches
+    at mean +- d with ||d||^2 = variance have these.
+    """
+    mean, class_token = pooled.chunk(2, dim=1)
+    d = (variance / mean.shape[1]).sqrt()[:, None]
+    return torch.stack([class_token, mean + d, mean - d], dim=1)
+
+
+def _encode(model: nn.Module, images: Tensor) -> Tensor:
+    like = next(model.parameters())
+    encode = getattr(model, "encode_image", model)
+    return cast(Tensor, encode(images.to(like.device, like.dtype))).float().cpu()

@@ -1,0 +1,246 @@
+"""One recipe trained with one seed on one backbone, and what its plans do to report photos."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lraee import towers
+from lraee.accelerate import Acceleration, acceleration_of
+from lraee.calibration import Calibration, Recipe, Task
+from lraee.exits.answers import judge, nearest
+from lraee.exits.exits import Plan
+from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plans import Goal, make_plan
+from lraee.exits.scoring import Found, Weights, exit_scores, fit_weights, run_plan
+from lraee.exits.thresholds import PAPER_GRID
+from lraee.flops import PartFlops
+from lraee.stages import Stages, Tensors
+from lraee.study.backbones import Model
+from lraee.study.looks import KeptPair, Leads
+
+_log = logging.getLogger("lraee")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One form of the model beside the photos that exits learn from and those reported on.
+
+    Args:
+      name: "float", "int8", "paper", or one of these with SmoothQuant.
+      model: the study's.
+      learn, report: the pairs of the same form.
+      labels, report_labels: int64 [n], of the photos of each.
+      stages: where heads are kept.
+    """
+
+    name: str
+    model: Model
+    learn: KeptPair
+    report: KeptPair
+    labels: Tensor
+    report_labels: Tensor
+    stages: Stages
+
+    @cached_property
+    def made(self) -> Acceleration:
+        """How the form was made."""
+        made = acceleration_of(self.learn.fast)
+        assert made is not None
+        return made
+
+    @cached_property
+    def parts(self) -> PartFlops:
+        """FLOPs of the tower's parts."""
+        return PartFlops.of(towers.find_tower(self.learn.fast))
+
+    @cached_property
+    def full_top1(self) -> Tensor:
+        """The answers at full depth on report photos, int64 [n]."""
+        return nearest(self.report.look(0)["full"], self.model.classes)
+
+    @cached_property
+    def float_top1(self) -> Tensor:
+        """The float model's answers at full depth on report photos, int64 [n]."""
+        return nearest(self.report.look(0)["teacher"], self.model.classes)
+
+    def leading(self, leads: Leads) -> "Backbone":
+        """The same backbone, with the class token in the patch mean's place or back."""
+        return replace(self, learn=self.learn.leading(leads), report=self.report.leading(leads))
+
+
+class HeadStages(Stages):
+    """Keeps trained heads by all that they depend on, and nothing else: looks are kept elsewhere.
+
+    Recipes that train the same heads on the same photos share them.
+
+    Args:
+      stages: where they are kept.
+      prefix: what the heads depend on besides their block.
+    """
+
+    def __init__(self, stages: Stages, prefix: str) -> None:
+        """See the class."""
+        super().__init__(None, None)
+        self._shared, self._prefix = stages, prefix
+
+    def get(self, name: str, make: Callable[[], Tensors]) -> Tensors:
+        """See Stages."""
+        if not name.startswith("head "):
+            return make()
+        return self._shared.get(f"{self._prefix} {name}", make)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one plan did to n report photos.
+
+    Args:
+      exits: depths of its m exits.
+      left_at: the depth where each photo left, the number of blocks at full depth; int64 [n].
+      top1: the answer it got, int64 [n].
+      right: whether that is the label, bool [n].
+      agreement: share of answers that are the float model's at full depth.
+      flops_saved: share of the full tower's, probes charged.
+      scores: float32 [n, m], NaN where a photo did not come.
+      right_at_exit: bool [n, m], of every photo.
+    """
+
+    exits: tuple[int, ...]
+    left_at: Tensor
+    top1: Tensor
+    right: Tensor
+    agreement: float
+    flops_saved: float
+    scores: Tensor
+    right_at_exit: Tensor
+
+
+class Trial:
+    """One recipe with one seed on one backbone; each step is made when it is first asked for.
+
+    Args:
+      backbone: see Backbone; `leading` decides which half a head of one half sees.
+      recipe: how exits are made.
+      seed: of splits and heads.
+      has_labels: gates and thresholds count the labels, else agreement with the float model.
+    """
+
+    def __init__(self, backbone: Backbone, recipe: Recipe, seed: int, *, has_labels: bool) -> None:
+        """See the class."""
+        self.backbone, self.recipe, self.seed = backbone, recipe, seed
+        self._labels = backbone.labels if has_labels else None
+        model = backbone.model
+        # Heads that distil alone do not see labels: the same ones for gates with and without
+        task = Task(
+            recipe, Goal(budget=0.8), "learned", model.classes, self._labels, model.logit_scale,
+            seed, False,
+        )  # fmt: skip
+        prefix = f"{backbone.learn.name} {backbone.learn.leads} {seed} {_key(recipe)}"
+        stages = HeadStages(backbone.stages, prefix)
+        self.calibration = Calibration(backbone.learn, backbone.made, task, stages)
+        self._plans: dict[tuple[GateKind, float], Plan | None] = {}
+
+    @property
+    def blocks(self) -> list[int]:
+        """Depths of the heads."""
+        return list(self.calibration.heads)
+
+    def plan(self, kind: GateKind, budget: float) -> Plan | None:
+        """The plan of one kind of gate, chosen on the learning side; None if none fits."""
+        key = kind, budget
+        if key not in self._plans:
+            try:
+                self._plans[key] = self._make_plan(kind, Goal(budget=budget))
+            except ValueError as error:
+                _log.warning("report: %s: no %s plan: %s", self.backbone.name, kind, error)
+                self._plans[key] = None
+        return self._plans[key]
+
+    def plan_within(self, budget: float) -> Plan:
+        """The learned plan of this budget, or open_plan where the gates are too unsure for it."""
+        return self.plan("learned", budget) or self.open_plan()
+
+    def open_plan(self) -> Plan:
+        """All exits with the learned gate at the lowest threshold of the paper's grid.
+
+        For a recipe whose gates are too unsure for any budget: their thresholds go no lower.
+        """
+        blocks = tuple(self.blocks)
+        lowest = float(np.float32(PAPER_GRID[0]))
+        gate = Gate("learned", self.gate_weights("learned", blocks), (lowest,) * len(blocks))
+        return Plan(blocks, gate)
+
+    def _make_plan(self, kind: GateKind, goal: Goal) -> Plan:
+        gate, thresholds = self._learning_splits
+        plan, _ = make_plan(
+            kind, self.blocks, gate, thresholds,
+            costs=self.calibration.costs, goal=goal, rules=self.recipe.rules,
+        )  # fmt: skip
+        return plan
+
+    @cached_property
+    def _learning_splits(self) -> tuple[Found, Found]:
+        goal = Goal(budget=0.8)  # of any budget: only a loss bound changes what is found
+        return self.calibration.found("gate", goal), self.calibration.found("thresholds", goal)
+
+    def gate_weights(self, kind: GateKind, blocks: Sequence[int]) -> tuple[Weights, ...]:
+        """The gates of these exits, fitted on the gate split."""
+        return fit_weights(kind, self._learning_splits[0], self.columns(blocks))
+
+    def columns(self, blocks: Sequence[int]) -> tuple[int, ...]:
+        """Where these exits stand among the heads."""
+        return tuple(self.blocks.index(block) for block in blocks)
+
+    @cached_property
+    def found(self) -> Found:
+        """What exits found on report photos; gain is 1 where the answer is the label."""
+        backbone = self.backbone
+        probes = backbone.report.probed(
+            self.calibration.heads, torch.ones(len(backbone.report_labels), dtype=torch.bool),
+            classes=backbone.model.classes, logit_scale=backbone.model.logit_scale,
+        )  # fmt: skip
+        return judge(
+            probes, backbone.report.embeddings(),
+            classes=backbone.model.classes, labels=backbone.report_labels,
+        )  # fmt: skip
+
+    def outcome(self, plan: Plan) -> Outcome:
+        """What a plan does to the report photos."""
+        found, blocks, backbone = self.found, self.blocks, self.backbone
+        ran = run_plan(plan, blocks, found, self.calibration.costs)
+        at = torch.from_numpy(ran.at)
+        answers = torch.cat([found.top1, backbone.full_top1[:, None]], 1)
+        top1 = answers.gather(1, at[:, None])[:, 0]
+        depths = torch.tensor([*blocks, backbone.model.depth])
+        columns = self.columns(plan.blocks)
+        return Outcome(
+            exits=plan.blocks,
+            left_at=depths[at],
+            top1=top1,
+            right=top1 == backbone.report_labels,
+            agreement=float((top1 == backbone.float_top1).double().mean()),
+            flops_saved=ran.flops_saved,
+            scores=self._scores(plan, columns, depths[at]),
+            right_at_exit=found.is_understood[:, list(columns)],
+        )
+
+    def _scores(self, plan: Plan, columns: tuple[int, ...], left_at: Tensor) -> Tensor:
+        if not columns:
+            return torch.empty(len(left_at), 0)
+        raw = exit_scores(plan.gate.kind, self.found, columns, plan.gate.weights)
+        scores = torch.from_numpy(np.array(raw))
+        came = left_at[:, None] >= torch.tensor(plan.blocks)[None]
+        return torch.where(came, scores, torch.nan)
+
+
+def _key(recipe: Recipe) -> str:
+    """What of a recipe the heads depend on, short enough for a file name."""
+    text = json.dumps(asdict(recipe.head), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
