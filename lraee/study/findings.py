@@ -1,0 +1,354 @@
+"""The paper's claims beside what a report's data say, in plain words; the rule is in evidence.
+
+A claim is judged on its own terms where they were measured: the paper's quantization scheme and
+recipe. Its words give the other backbones too.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lraee.study import evidence, schema
+from lraee.study.evidence import Difference, signed
+from lraee.study.schema import Finding, MainRow, Report
+
+JUDGED_ON = ("paper", "int8", "float")
+SCHEMES = {
+    "float": "in float",
+    "int8": "in INT8 as lraee does it",
+    "paper": "in the paper's INT8",
+}
+NOT_RUN = "Not measured in this run."
+_TIME_SHARE = 0.5  # of the FLOPs saved: less of it in time is a claim that fails
+
+Judged = tuple[bool | None, str]
+
+
+def findings(report: Report) -> list[Finding]:
+    """One finding per claim, in the order of the paper; pure, and reads no `findings`."""
+    return [
+        {"claim": claim, "holds": holds, "words": words}
+        for claim, judge in CLAIMS.items()
+        for holds, words in [judge(report)]
+    ]
+
+
+def scheme(backbone: str) -> str:
+    """A backbone in words."""
+    return SCHEMES.get(backbone, f"on {backbone}")
+
+
+# Finding rows
+
+
+def row_of(report: Report, name: str, backbone: str) -> MainRow | None:
+    """The row of this system in the main table."""
+    rows = (r for r in report["main"] if (r["name"], r["backbone"]) == (name, backbone))
+    return next(rows, None)
+
+
+def _order(backbone: str) -> int:
+    return JUDGED_ON.index(backbone) if backbone in JUDGED_ON else len(JUDGED_ON)
+
+
+def _ranked(parts: Iterable[Any]) -> list[Any]:
+    """As JUDGED_ON has backbones, and the recipe as published before others."""
+    return sorted(
+        parts,
+        key=lambda p: (_order(p["backbone"]), p.get("recipe") not in (None, schema.PUBLISHED)),
+    )
+
+
+def _differences(report: Report, better: str, worse: str) -> dict[str, Difference]:
+    """Top-1 of one system - of another, on each backbone that has both."""
+    found = {}
+    for backbone in JUDGED_ON:
+        rows = (row_of(report, better, backbone), row_of(report, worse, backbone))
+        if rows[0] and rows[1]:
+            found[backbone] = evidence.of_rows(rows[0], rows[1], photos=report["reported_on"])
+    return found
+
+
+def _first(found: Mapping[str, Difference], words: str) -> Judged:
+    """The verdict of the first backbone; words with each of them."""
+    if not found:
+        return None, NOT_RUN
+    each = "; ".join(f"{scheme(backbone)} {value}" for backbone, value in found.items())
+    return next(iter(found.values())).holds, f"{words}: {each}."
+
+
+# The claims
+
+
+def _collapse(report: Report) -> Judged:
+    in_float = row_of(report, schema.FULL_DEPTH, "float")
+    found = {}
+    for backbone in ("paper", "int8"):
+        row = row_of(report, schema.FULL_DEPTH, backbone)
+        if row and in_float:
+            found[backbone] = evidence.of_rows(in_float, row, photos=report["reported_on"])
+    return _first(found, "Top-1 that full depth loses to quantization")
+
+
+def _noise_grows(report: Report) -> Judged:
+    """Holds if Spearman's correlation of NSR and depth is beyond 2 / sqrt(blocks - 1)."""
+    verdicts, parts = [], []
+    for backbone in JUDGED_ON:
+        nsr = [100.0 * block["nsr"] for block in report["noise"].get(backbone, [])]
+        if len(nsr) < 3:
+            continue
+        third = max(len(nsr) // 3, 1)
+        rank = evidence.rank_correlation(nsr)
+        limit = 2.0 / math.sqrt(len(nsr) - 1)
+        verdicts.append(True if rank > limit else False if rank < -limit else None)
+        first, last = sum(nsr[:third]) / third, sum(nsr[-third:]) / third
+        parts.append(
+            f"{scheme(backbone)} from {first:.1f} % in the first third of the blocks to "
+            f"{last:.1f} % in the last (rank correlation with depth {signed(rank)}, "
+            f"beyond {limit:.2f} is a trend)"
+        )
+    if not parts:
+        return None, NOT_RUN
+    return verdicts[0], f"Noise-to-signal ratio: {'; '.join(parts)}."
+
+
+def _shallow_heads(report: Report) -> Judged:
+    found, words = {}, []
+    depth = round(2 * report["blocks"] / 3)  # the paper's first exit: block 8 of 12
+    for backbone in JUDGED_ON:
+        for lens in report["lens"].get(backbone, []):
+            if lens["block"] == depth:
+                heads = lens["ssa_head"], lens["class_token_head"]
+                seeds, photos = len(report["seeds"]), report["reported_on"]
+                found[backbone] = evidence.of_spreads(*heads, seeds=seeds, photos=photos)
+                words.append(
+                    f"{scheme(backbone)} {heads[0]['mean']:.2f} % against {heads[1]['mean']:.2f} %"
+                    f", {found[backbone]}"
+                )
+    if not found:
+        return None, NOT_RUN
+    lead = f"Head on the patch mean against head on the class token, after block {depth}"
+    return next(iter(found.values())).holds, f"{lead}: {'; '.join(words)}."
+
+
+def _learned_gate(report: Report) -> Judged:
+    verdicts, parts = [], []
+    for sweep in _ranked(report["sweeps"]):
+        difference = _mean_gap(
+            [(p["flops_saved"], p["top1"], p["agreement"]) for p in sweep["learned"]],
+            [(p["flops_saved"], p["top1"], p["agreement"]) for p in sweep["confidence"]],
+            report["reported_on"],
+        )
+        if difference:
+            verdicts.append(difference.holds)
+            parts.append(f"{scheme(sweep['backbone'])}, {sweep['recipe']}: {difference}")
+    if not parts:
+        return None, NOT_RUN
+    lead = "Top-1 of the learned gate above confidence alone, mean over equal FLOPs"
+    return verdicts[0], f"{lead}: {'; '.join(parts)}."
+
+
+Curve = list[tuple[float, float, float]]
+"""FLOPs saved, top-1, agreement."""
+
+
+def _mean_gap(better: Curve, worse: Curve, photos: int) -> Difference | None:
+    """Mean difference of two curves at 21 savings that both reach."""
+    if not better or not worse:
+        return None
+    low = max(min(better)[0], min(worse)[0])
+    high = min(max(better)[0], max(worse)[0])
+    if high <= low:
+        return None
+    savings = [low + (high - low) * i / 20 for i in range(21)]
+    pairs = [(_at(better, saved), _at(worse, saved)) for saved in savings]
+    gap = sum(a[0] - b[0] for a, b in pairs) / len(pairs)
+    # The error of a mean is at most the mean of the errors.
+    errors = [evidence.changed_variance(200.0 - a[1] - b[1], photos) ** 0.5 for a, b in pairs]
+    return evidence.between(gap, (sum(errors) / len(errors)) ** 2)
+
+
+def _at(curve: Curve, saved: float) -> tuple[float, float]:
+    """Top-1 and agreement at this saving, on the line between its neighbours."""
+    points = sorted(curve)
+    after = next((i for i, point in enumerate(points) if point[0] >= saved), len(points) - 1)
+    a, b = points[max(after - 1, 0)], points[after]
+    share = (saved - a[0]) / (b[0] - a[0]) if b[0] > a[0] else 1.0
+    top1, agreement = (a[k] + share * (b[k] - a[k]) for k in (1, 2))
+    return top1, agreement
+
+
+def _pruning(report: Report) -> Judged:
+    if not report["pruned"]:
+        return None, NOT_RUN
+    dropped = [p for p in _ranked(report["pruned"]) if p["is_dropped_by_rule"]]
+    rows = dropped or _ranked(report["pruned"])
+    found = [
+        (p, evidence.of_rows(p["left_out"], p["kept"], photos=report["reported_on"])) for p in rows
+    ]
+    each = "; ".join(f"{scheme(p['backbone'])} without block {p['block']} {d}" for p, d in found)
+    if not dropped:
+        lead = "The rule drops no exit here; top-1 when the one of lowest INR goes all the same"
+        return None, f"{lead}: {each}."
+    return found[0][1].holds, f"Top-1 without the exit that the rule drops: {each}."
+
+
+def _rescue(report: Report) -> Judged:
+    """The measured interval decides, and McNemar's test must agree with a margin above 0."""
+    verdicts: list[bool | None] = []
+    parts = []
+    for part in _ranked(report["quadrants"]):
+        margin = Difference(part["margin"]["mean"], *part["interval"])
+        is_chance = margin.holds is True and part["mcnemar_p"] >= 0.05
+        verdicts.append(None if is_chance else margin.holds)
+        parts.append(
+            f"{scheme(part['backbone'])}, {part['recipe']}: {margin}, "
+            f"McNemar p = {part['mcnemar_p']:.2g}"
+        )
+    if not parts:
+        return None, NOT_RUN
+    return verdicts[0], f"Rescued minus lost photos: {'; '.join(parts)}."
+
+
+def _selective(report: Report) -> Judged:
+    verdicts, parts = [], []
+    for part in _ranked(report["quadrants"]):
+        left, stayed = part["left_top1"], part["stayed_top1"]
+        if left is None or stayed is None:
+            continue
+        share = part["left_share"] / 100.0
+        photos = share * report["reported_on"], (1.0 - share) * report["reported_on"]
+        difference = evidence.of_shares(left, stayed, photos)
+        verdicts.append(difference.holds)
+        parts.append(
+            f"{scheme(part['backbone'])}, {part['recipe']}: {left:.2f} % against {stayed:.2f} %, "
+            f"{difference}"
+        )
+    if not parts:
+        return None, NOT_RUN
+    lead = "Top-1 of photos that left early against those that stayed"
+    return verdicts[0], f"{lead}: {'; '.join(parts)}."
+
+
+def _distillation(report: Report) -> Judged:
+    found, parts = [], []
+    for backbone in JUDGED_ON:
+        rows = {
+            row["name"].split(")")[0] + ")": row["top1"]
+            for row in report["factorial"]
+            if row["backbone"] == backbone
+        }
+        for what, distilled, labels in (("exits", "(v)", "(iv)"), ("last block", "(iii)", "(ii)")):
+            if distilled in rows and labels in rows:
+                pair = rows[distilled], rows[labels]
+                seeds, photos = len(report["seeds"]), report["reported_on"]
+                found.append(evidence.of_spreads(*pair, seeds=seeds, photos=photos))
+                parts.append(f"{scheme(backbone)}, {what}: {found[-1]}")
+    if not found:
+        return None, NOT_RUN
+    return found[0].holds, f"Top-1 of distilled heads above heads from labels: {'; '.join(parts)}."
+
+
+def _beats(rival: str) -> Callable[[Report], Judged]:
+    """LRA-EE's accuracy at the FLOPs that the rival saves, on the line between its own points."""
+
+    def judge(report: Report) -> Judged:
+        for backbone in ("int8", "paper", "float"):
+            row = row_of(report, rival, backbone)
+            for name in (schema.BEST, schema.PUBLISHED):
+                curve = _curve(report, name, backbone)
+                if row and len(curve) > 1:
+                    return _against(report, row, name, curve)
+        return None, NOT_RUN
+
+    return judge
+
+
+def _curve(report: Report, name: str, backbone: str) -> Curve:
+    """Full depth and all points of one system; empty if it has none of its own."""
+    rows: list[Any] = [*report["main"], *report["frontier"]]
+    own = [row for row in rows if (row["name"], row["backbone"]) == (name, backbone)]
+    full = row_of(report, schema.FULL_DEPTH, backbone)
+    rows = [*own, full] if own and full else own
+    return [
+        (r["flops_saved"]["mean"], r["top1"]["mean"], r["agreement"]["mean"])
+        for r in rows
+        if r["agreement"]
+    ]
+
+
+def _against(report: Report, rival: MainRow, name: str, curve: Curve) -> Judged:
+    saved, where = rival["flops_saved"]["mean"], scheme(rival["backbone"])
+    own = row_of(report, name, rival["backbone"])
+    spread = own["top1"]["std"] if own else 0.0
+    theirs = f"{rival['top1']['mean']:.2f} % at {saved:.1f} % of FLOPs saved"
+    if not min(curve)[0] <= saved <= max(curve)[0]:
+        return None, f"{rival['name']} {where} has {theirs}, where {name} was not measured."
+    top1, agreement = _at(curve, saved)
+    ours: MainRow = {
+        **rival,
+        "top1": {"mean": top1, "std": spread},
+        "agreement": {"mean": agreement, "std": 0.0},
+        "seeds": own["seeds"] if own else 1,
+    }
+    difference = evidence.of_rows(ours, rival, photos=report["reported_on"])
+    return difference.holds, (
+        f"{rival['name']} {where} has {theirs}; there {name} has {top1:.2f} %: {difference}."
+    )
+
+
+def _smoothing(report: Report) -> Judged:
+    exits = _differences(report, schema.SMOOTHED_EXITS, schema.PUBLISHED)
+    full = _differences(report, schema.SMOOTHED, schema.FULL_DEPTH)
+    holds, words = _first(exits, "Top-1 that SmoothQuant adds to exits")
+    if not full:
+        return holds, words
+    at_full, more = _first(full, "At full depth it adds")
+    return (holds, f"{words} {more}") if exits else (at_full, more)
+
+
+def _owed(report: Report) -> Judged:
+    found, parts = [], []
+    for part in _ranked(report["owed"]):
+        found.append(Difference(part["difference"], *part["interval"]))
+        parts.append(
+            f"{scheme(part['backbone'])}, {part['recipe']}: {signed(part['margin'])} against "
+            f"{signed(part['float_margin'])} in float, {found[-1]}"
+        )
+    if not found:
+        return None, NOT_RUN
+    lead = "Rescue margin above that of the same exits on the float model"
+    return found[0].holds, f"{lead}: {'; '.join(parts)}."
+
+
+def _time(report: Report) -> Judged:
+    """Holds if at least half of the FLOPs saved is saved in time, for every recipe timed."""
+    timed = [c for c in report["costs"] if c["time_saved"] is not None and c["flops_saved"] > 0]
+    if not timed:
+        return None, NOT_RUN
+    shares = [(c["time_saved"] or 0.0) / c["flops_saved"] for c in timed]
+    each = "; ".join(
+        f"{c['name']} {scheme(c['backbone'])} {c['time_saved']:.1f} % of time for "
+        f"{c['flops_saved']:.1f} % of FLOPs"
+        for c in timed
+    )
+    return min(shares) >= _TIME_SHARE, f"In batches of 32: {each}."
+
+
+CLAIMS: dict[str, Callable[[Report], Judged]] = {
+    "INT8 quantization costs zero-shot accuracy at full depth": _collapse,
+    "Quantization noise grows with depth": _noise_grows,
+    "Early on, a head on patch tokens works where one on the class token does not": _shallow_heads,
+    "Exits are right more often than full depth: they rescue more than they lose": _rescue,
+    "What exits rescue is owed to quantization": _owed,
+    "Images that leave early are more often right than those that stay": _selective,
+    "The learned gate beats confidence alone": _learned_gate,
+    "Dropping the exit with much noise (pathological layer pruning) helps": _pruning,
+    "Heads taught by the float model beat heads taught by labels": _distillation,
+    "LRA-EE beats patience (PABEE) at equal FLOPs": _beats(schema.PABEE),
+    "LRA-EE beats the best static exit at equal FLOPs": _beats(schema.STATIC),
+    "LRA-EE beats skipping of patches and blocks (AdaViT) at equal FLOPs": _beats(schema.ADAPTIVE),
+    "SmoothQuant adds to what exits gain": _smoothing,
+    "FLOPs saved become time saved": _time,
+}
+"""The claims and who judges them."""
