@@ -62,7 +62,19 @@ def read_classes(path: str | os.PathLike[str]) -> Classes:
 
 
 # The zero-shot figures of lraee-tiny use every tenth of CLIP's 80 templates: 8 of them.
-TEMPLATES: tuple[Callable[[str], str], ...] = tuple(open_clip.OPENAI_IMAGENET_TEMPLATES[::10])
+Template = Callable[[str], str]
+TEMPLATES: tuple[Template, ...] = tuple(open_clip.OPENAI_IMAGENET_TEMPLATES[::10])
+
+
+def templates(count: int) -> tuple[Template, ...]:
+    """So many of CLIP's 80 templates, spread evenly; 8 give TEMPLATES.
+
+    Raises: DataError unless 1 <= count <= 80.
+    """
+    every = open_clip.OPENAI_IMAGENET_TEMPLATES
+    if not 1 <= count <= len(every):
+        raise DataError(f"data: templates must be 1 to {len(every)}, got {count}")
+    return tuple(every[i * len(every) // count] for i in range(count))
 
 
 class _Clip(Protocol):
@@ -75,7 +87,7 @@ def class_features(
     tokenizer: Callable[[list[str]], Tensor],
     names: Sequence[str],
     *,
-    templates: Sequence[Callable[[str], str]] = TEMPLATES,
+    templates: Sequence[Template] = TEMPLATES,
     batch: int = 32,
     progress: bool = True,
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command `lraee`: doctor, demo, calibrate, evaluate, bench, selftest.
+"""The command `lraee`: doctor, demo, calibrate, evaluate, report, bench, selftest.
 
 Exit codes: 0 it worked, 1 it could not be done (one line says why), 2 wrong usage.
 """
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lraee import interpreter, tables
+from lraee import cli_report, interpreter, tables
 from lraee.exits.gate import GateKind
 from lraee.exits.training import Training
 
@@ -368,6 +368,9 @@ def selftest(
         _line("written", str(json_out))
     if not found["is_ok"]:
         raise typer.Exit(1)
+
+
+_command(cli_report.report)
 
 
 def _line(key: str, text: str) -> None:

@@ -15,9 +15,10 @@ from lraee import towers
 from lraee.accelerate import Acceleration, acceleration_of
 from lraee.calibration import Calibration, Recipe, Task
 from lraee.exits.answers import judge, nearest
-from lraee.exits.exits import Plan
+from lraee.exits.exits import Exits, Plan
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.plans import Goal, make_plan
+from lraee.exits.router import Compaction
 from lraee.exits.scoring import Found, Weights, exit_scores, fit_weights, run_plan
 from lraee.exits.thresholds import PAPER_GRID
 from lraee.flops import PartFlops
@@ -103,22 +104,26 @@ class Outcome:
 
     Args:
       exits: depths of its m exits.
-      left_at: the depth where each photo left, the number of blocks at full depth; int64 [n].
-      top1: the answer it got, int64 [n].
-      right: whether that is the label, bool [n].
+      taken: the index of the exit where each photo left, m at full depth; int64 [n].
+      left_at: the depth of that exit, or the number of blocks; int64 [n].
+      right: whether the answer it got is the label, bool [n].
       agreement: share of answers that are the float model's at full depth.
       flops_saved: share of the full tower's, probes charged.
       scores: float32 [n, m], NaN where a photo did not come.
+      top1_at_exit: int64 [n, m], of every photo.
+      confidence_at_exit: float32 [n, m], of every photo.
       right_at_exit: bool [n, m], of every photo.
     """
 
     exits: tuple[int, ...]
+    taken: Tensor
     left_at: Tensor
-    top1: Tensor
     right: Tensor
     agreement: float
     flops_saved: float
     scores: Tensor
+    top1_at_exit: Tensor
+    confidence_at_exit: Tensor
     right_at_exit: Tensor
 
 
@@ -177,6 +182,20 @@ class Trial:
         gate = Gate("learned", self.gate_weights("learned", blocks), (lowest,) * len(blocks))
         return Plan(blocks, gate)
 
+    def exits(self, plan: Plan) -> Exits:
+        """What lraee.accelerate takes to run a plan."""
+        made, model = self.backbone.made, self.backbone.model
+        return Exits(
+            heads=self.calibration.heads, plans={"chosen": plan}, chosen="chosen",
+            classes=model.classes, logit_scale=model.logit_scale, compaction=Compaction(),
+            scheme=made.scheme, base_hash=made.base_hash, card={},
+        )  # fmt: skip
+
+    def probe_share(self, plan: Plan) -> float:
+        """FLOPs of all probes of a plan over those of the full tower."""
+        costs, columns = self.calibration.costs, self.columns(plan.blocks)
+        return costs.when_leaving(columns)[-1] / costs.full - 1.0
+
     def _make_plan(self, kind: GateKind, goal: Goal) -> Plan:
         gate, thresholds = self._learning_splits
         plan, _ = make_plan(
@@ -219,21 +238,25 @@ class Trial:
         answers = torch.cat([found.top1, backbone.full_top1[:, None]], 1)
         top1 = answers.gather(1, at[:, None])[:, 0]
         depths = torch.tensor([*blocks, backbone.model.depth])
-        columns = self.columns(plan.blocks)
+        columns = list(self.columns(plan.blocks))
+        left_at = depths[at]
         return Outcome(
             exits=plan.blocks,
-            left_at=depths[at],
-            top1=top1,
+            taken=(left_at[:, None] > torch.tensor(plan.blocks)).sum(1),
+            left_at=left_at,
             right=top1 == backbone.report_labels,
             agreement=float((top1 == backbone.float_top1).double().mean()),
             flops_saved=ran.flops_saved,
-            scores=self._scores(plan, columns, depths[at]),
-            right_at_exit=found.is_understood[:, list(columns)],
+            scores=self._scores(plan, left_at),
+            top1_at_exit=found.top1[:, columns],
+            confidence_at_exit=found.features[:, columns, 0],
+            right_at_exit=found.is_understood[:, columns],
         )
 
-    def _scores(self, plan: Plan, columns: tuple[int, ...], left_at: Tensor) -> Tensor:
-        if not columns:
+    def _scores(self, plan: Plan, left_at: Tensor) -> Tensor:
+        if not plan.blocks:
             return torch.empty(len(left_at), 0)
+        columns = self.columns(plan.blocks)
         raw = exit_scores(plan.gate.kind, self.found, columns, plan.gate.weights)
         scores = torch.from_numpy(np.array(raw))
         came = left_at[:, None] >= torch.tensor(plan.blocks)[None]

@@ -1,0 +1,35 @@
+"""How much of each rescue is owed to quantization: the same exits on the float backbone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lraee.study.quadrants import owed
+from lraee.study.schema import Owed
+
+
+@dataclass(frozen=True)
+class Rights:
+    """Which report photos one backbone gets right.
+
+    Args:
+      backbone: its name.
+      right_with: recipe -> bool [n] per seed, with exits.
+      right_full: bool [n], at full depth.
+    """
+
+    backbone: str
+    right_with: Mapping[str, Sequence[Tensor]]
+    right_full: Tensor
+
+
+def owed_to_quantization(quantized: Rights, in_float: Rights) -> list[Owed]:
+    """One row per recipe."""
+    return [
+        owed(
+            right, quantized.right_full, in_float.right_with[recipe], in_float.right_full,
+            backbone=quantized.backbone, recipe=recipe,
+        )
+        for recipe, right in quantized.right_with.items()
+    ]  # fmt: skip
