@@ -15,7 +15,7 @@ from lraee.study.schema import Finding, MainRow, Report
 JUDGED_ON = ("paper", "int8", "float")
 SCHEMES = {
     "float": "in float",
-    "int8": "in INT8 as lraee does it",
+    "int8": "in lraee's INT8",
     "paper": "in the paper's INT8",
 }
 NOT_RUN = "Not measured in this run."
@@ -36,6 +36,11 @@ def findings(report: Report) -> list[Finding]:
 def scheme(backbone: str) -> str:
     """A backbone in words."""
     return SCHEMES.get(backbone, f"on {backbone}")
+
+
+def _who(part: Any) -> str:
+    """Backbone and recipe of a part."""
+    return f"{scheme(part['backbone'])} ({part['recipe']})"
 
 
 # Finding rows
@@ -141,7 +146,7 @@ def _learned_gate(report: Report) -> Judged:
         )
         if difference:
             verdicts.append(difference.holds)
-            parts.append(f"{scheme(sweep['backbone'])}, {sweep['recipe']}: {difference}")
+            parts.append(f"{_who(sweep)} {difference}")
     if not parts:
         return None, NOT_RUN
     lead = "Top-1 of the learned gate above confidence alone, mean over equal FLOPs"
@@ -201,10 +206,7 @@ def _rescue(report: Report) -> Judged:
         margin = Difference(part["margin"]["mean"], *part["interval"])
         is_chance = margin.holds is True and part["mcnemar_p"] >= 0.05
         verdicts.append(None if is_chance else margin.holds)
-        parts.append(
-            f"{scheme(part['backbone'])}, {part['recipe']}: {margin}, "
-            f"McNemar p = {part['mcnemar_p']:.2g}"
-        )
+        parts.append(f"{_who(part)} {margin}, McNemar p = {part['mcnemar_p']:.2g}")
     if not parts:
         return None, NOT_RUN
     return verdicts[0], f"Rescued minus lost photos: {'; '.join(parts)}."
@@ -220,10 +222,7 @@ def _selective(report: Report) -> Judged:
         photos = share * report["reported_on"], (1.0 - share) * report["reported_on"]
         difference = evidence.of_shares(left, stayed, photos)
         verdicts.append(difference.holds)
-        parts.append(
-            f"{scheme(part['backbone'])}, {part['recipe']}: {left:.2f} % against {stayed:.2f} %, "
-            f"{difference}"
-        )
+        parts.append(f"{_who(part)} {left:.2f} % against {stayed:.2f} %, {difference}")
     if not parts:
         return None, NOT_RUN
     lead = "Top-1 of photos that left early against those that stayed"
@@ -243,7 +242,7 @@ def _distillation(report: Report) -> Judged:
                 pair = rows[distilled], rows[labels]
                 seeds, photos = len(report["seeds"]), report["reported_on"]
                 found.append(evidence.of_spreads(*pair, seeds=seeds, photos=photos))
-                parts.append(f"{scheme(backbone)}, {what}: {found[-1]}")
+                parts.append(f"{scheme(backbone)} ({what}) {found[-1]}")
     if not found:
         return None, NOT_RUN
     return found[0].holds, f"Top-1 of distilled heads above heads from labels: {'; '.join(parts)}."
@@ -293,7 +292,7 @@ def _against(report: Report, rival: MainRow, name: str, curve: Curve) -> Judged:
     }
     difference = evidence.of_rows(ours, rival, photos=report["reported_on"])
     return difference.holds, (
-        f"{rival['name']} {where} has {theirs}; there {name} has {top1:.2f} %: {difference}."
+        f"The {rival['name']} {where} has {theirs}; {name}, has {top1:.2f} % there: {difference}."
     )
 
 
@@ -312,8 +311,8 @@ def _owed(report: Report) -> Judged:
     for part in _ranked(report["owed"]):
         found.append(Difference(part["difference"], *part["interval"]))
         parts.append(
-            f"{scheme(part['backbone'])}, {part['recipe']}: {signed(part['margin'])} against "
-            f"{signed(part['float_margin'])} in float, {found[-1]}"
+            f"{_who(part)} {signed(part['margin'])} against {signed(part['float_margin'])} "
+            f"in float, {found[-1]}"
         )
     if not found:
         return None, NOT_RUN

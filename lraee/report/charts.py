@@ -1,0 +1,203 @@
+"""Charts as data, drawn by matplotlib: as SVG in the page's own colours and font, or as a PNG."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INK, GRID = "#000000", "#b0b0b0"
+BLUE, RED, GREEN, PURPLE, ORANGE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"
+"""Okabe and Ito's colours, which colour-blind people tell apart; each line has a mark too."""
+
+_VARIABLES = {
+    INK: "ink", GRID: "grid", BLUE: "blue", RED: "red", GREEN: "green", PURPLE: "purple",
+    ORANGE: "orange",
+}  # fmt: skip
+_SETTINGS: Any = {
+    "svg.fonttype": "none",  # text stays text: searched, read aloud, in the page's font
+    "svg.hashsalt": "lraee",  # the same report gives the same bytes
+    "text.parse_math": False,  # names in a report are text, not formulas
+    "font.size": 11.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.unicode_minus": True,
+}
+_SIZE = (5.5, 3.9)  # inches, of 72 units in the SVG
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, and matplotlib's mark and line, which tell lines apart without colour."""
+
+    colour: str
+    style: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line; `errors` are half the length of its bars."""
+
+    label: str
+    look: Look
+    x: Sequence[float]
+    y: Sequence[float]
+    errors: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over one axis.
+
+    Args:
+      name: unique in the page.
+      title: what is shown, also read aloud.
+      level: height and label of a horizontal line to compare with.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    level: tuple[float, str] | None = None
+    is_log: bool = False
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its interval, beside a label."""
+
+    label: str
+    look: Look
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Values with intervals, one below the other; a line marks 0 where `has_zero`."""
+
+    name: str
+    title: str
+    x_label: str
+    rows: Sequence[Interval]
+    has_zero: bool = False
+
+
+def svg(chart: Chart | Intervals) -> str:
+    """The chart as an SVG element for inside HTML, with a label; its text is escaped."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS):
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure(chart).savefig(out, format="svg", transparent=True, metadata=nothing)
+    return _inlined(out.getvalue(), chart)
+
+
+def png(chart: Chart | Intervals, *, dpi: int = 110) -> bytes:
+    """The chart as a PNG on white."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context(_SETTINGS):
+        drawn = figure(chart)
+        drawn.suptitle(chart.title, fontsize=10, y=1.02)
+        nothing = {"Software": None}
+        drawn.savefig(out, format="png", dpi=dpi, bbox_inches="tight", metadata=nothing)
+    return out.getvalue()
+
+
+def figure(chart: Chart | Intervals) -> Any:
+    """The matplotlib figure.
+
+    Raises: ImportError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"report: matplotlib must be installed: pip install 'lraee[report]' ({error})"
+        ) from error
+    drawn = Figure(figsize=_SIZE)
+    if isinstance(chart, Chart):
+        _draw_lines(drawn, chart)
+    else:
+        drawn.set_size_inches(_SIZE[0], 0.7 + 0.4 * max(len(chart.rows), 1))
+        _draw_intervals(drawn, chart)
+    return drawn
+
+
+def _draw_lines(drawn: Any, chart: Chart) -> None:
+    axes = _axes(drawn, left=0.14, below=0.85 + 0.2 * ((len(chart.lines) + 1) // 2))
+    for line in chart.lines:
+        axes.errorbar(
+            line.x, line.y, yerr=line.errors, fmt=line.look.style, color=line.look.colour,
+            label=line.label, markersize=4.5, linewidth=1.5, capsize=2,
+        )  # fmt: skip
+    if chart.level:
+        axes.axhline(chart.level[0], color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+        axes.annotate(
+            chart.level[1], (0.0, chart.level[0]), xycoords=("axes fraction", "data"),
+            xytext=(3, 3), textcoords="offset points", fontsize=9,
+        )  # fmt: skip
+    if chart.is_log and all(y > 0 for line in chart.lines for y in line.y):
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(_locator("LogLocator", subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    if chart.x_label == "block":
+        axes.xaxis.set_major_locator(_locator("MaxNLocator", integer=True))
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.grid(color=GRID, linewidth=0.4)
+    drawn.legend(loc="lower center", ncols=2, frameon=False, fontsize=10)
+
+
+def _draw_intervals(drawn: Any, chart: Intervals) -> None:
+    longest = max(len(line) for row in chart.rows for line in row.label.split("\n"))
+    axes = _axes(drawn, left=min(0.04 + 0.0155 * longest, 0.5), below=0.55)
+    for place, row in enumerate(chart.rows):
+        # An interval of one seed need not hold the mean over seeds: drawn as it is.
+        axes.plot([row.low, row.high], [place, place], color=row.look.colour, linewidth=1.5)
+        axes.plot([row.value], [place], row.look.style[0], color=row.look.colour, markersize=6)
+    if chart.has_zero:
+        axes.axvline(0.0, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.set_yticks(range(len(chart.rows)), [row.label for row in chart.rows], fontsize=10)
+    axes.set_ylim(len(chart.rows) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(_locator("MaxNLocator", nbins=6))
+    axes.set_xlabel(chart.x_label)
+    axes.grid(axis="x", color=GRID, linewidth=0.4)
+
+
+def _axes(drawn: Any, *, left: float, below: float) -> Any:
+    """Axes placed by hand, a share from the left and inches from below.
+
+    A layout engine takes four times as long as the drawing.
+    """
+    height = drawn.get_size_inches()[1]
+    return drawn.add_axes((left, below / height, 0.97 - left, 1.0 - (below + 0.1) / height))
+
+
+def _locator(kind: str, **options: Any) -> Any:
+    from matplotlib import ticker
+
+    return getattr(ticker, kind)(**options)
+
+
+def _inlined(text: str, chart: Chart | Intervals) -> str:
+    """matplotlib's file as an element: ids of its own, the page's colours and font, a label."""
+    text = text[text.index("<svg ") :]
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r" font-family: [^;\"]*;?", "", text)
+    text = re.sub(r' id="(?!m[0-9a-f]{10}"|p[0-9a-f]{10}")[^"]*"', "", text)
+    for start in (' id="', 'href="#', "url(#"):
+        text = text.replace(start, f"{start}{chart.name}-")
+    for colour, name in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{name})")
+    label = f'role="img" aria-labelledby="{chart.name}-title" class="plot"'
+    return re.sub(
+        r'<svg (.*?)width="[\d.]+pt" height="[\d.]+pt"', rf"<svg {label} \1", text, count=1
+    ).strip()
