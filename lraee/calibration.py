@@ -82,10 +82,20 @@ class Calibration:
       made: how the int8 model was made.
       task: what is asked for.
       stages: where finished work is kept.
+      shares: of the images, as SPLITS.
     """
 
-    def __init__(self, pair: Pair, made: Acceleration, task: Task, stages: Stages) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        made: Acceleration,
+        task: Task,
+        stages: Stages,
+        *,
+        shares: Mapping[str, float] = SPLITS,
+    ) -> None:
         """See the class."""
+        self._shares = shares
         self._pair, self._made, self._task, self._stages = pair, made, task, stages
         self._tower = towers.find_tower(pair.fast)
         self._parts = PartFlops.of(self._tower)
@@ -132,7 +142,7 @@ class Calibration:
         source = torch.Generator().manual_seed(self._task.seed)
         order = usable[torch.randperm(n, generator=source)]
         masks, start = {}, 0
-        for name, share in SPLITS.items():
+        for name, share in self._shares.items():
             stop = n if name == "thresholds" else start + round(share * n)
             masks[name] = torch.zeros(len(whole), dtype=torch.bool)
             masks[name][order[start:stop]] = True

@@ -1,6 +1,5 @@
 """The command `lraee report`: the whole study as one JSON and one page."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -51,11 +50,11 @@ def report(
     Example: `lraee report --data train.zip --report-data val.zip --classes classes.json --out DIR`
     """
     from lraee.evaluate import write_json
-    from lraee.report import write_page
+    from lraee.report import read_report, write_page
 
     if again is not None:
         page = again.with_name("report.html")
-        write_page(json.loads(again.read_text(encoding="utf-8")), page)
+        write_page(read_report(again), page)
         typer.echo(f"written         {page}")
         return
     if data is None or classes is None:

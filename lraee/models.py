@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import open_clip
 from PIL.Image import Image
@@ -36,7 +37,8 @@ def open_model(name: str, pretrained: str | None = None, *, may_be_random: bool 
     """Open a model of the zoo, or one of open_clip with the weights of a tag or file.
 
     Args:
-      name: a zoo name or an open_clip model name.
+      name: a zoo name, an open_clip model name, or a folder that bench/train_lraee_tiny.py made:
+        NAME.json, named as the folder, and open_clip_model.safetensors.
       pretrained: a tag of that model or a weights file; the zoo's models bring their own.
       may_be_random: without `pretrained`, take random weights (seed 0) and not an error.
     Raises: ModelError, one line, on an unknown name or tag or weights that cannot be fetched.
@@ -48,6 +50,8 @@ def open_model(name: str, pretrained: str | None = None, *, may_be_random: bool 
             raise ModelError(str(error)) from error
         with_margin = zoo.preprocess_with_margin(name)
         return Opened(name, model, preprocess, with_margin, tokenizer, zoo.class_names(name))
+    if Path(name).is_dir() and pretrained is None:
+        return _open_folder(Path(name))
     _check_name(name, pretrained, may_be_random)
     try:
         with _quiet():
@@ -61,6 +65,28 @@ def open_model(name: str, pretrained: str | None = None, *, may_be_random: bool 
     title = f"{name} {pretrained or 'random weights'}"
     names = tuple(open_clip.IMAGENET_CLASSNAMES)
     return Opened(title, made[0].eval(), made[2], made[2], tokenizer, names)
+
+
+def _open_folder(folder: Path) -> Opened:
+    """A model of the zoo's kind: its words, and its resize of 64 px for a crop of 56."""
+    name = folder.resolve().name
+    config, weights = folder / f"{name}.json", folder / "open_clip_model.safetensors"
+    for path in (config, weights):
+        if not path.is_file():
+            raise ModelError(f"model: {folder} must hold {path.name}, got no such file")
+    open_clip.add_model_config(config)
+    try:
+        with _quiet():
+            model = open_clip.create_model(name, pretrained=str(weights))
+            tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"model: {folder} cannot be read: {first_line(error)}") from error
+    crop = int(open_clip.get_model_config(name)["vision_cfg"]["image_size"])
+    entry = zoo.Entry(sha256="", resize=round(crop * 64 / 56), crop=crop)
+    return Opened(
+        name, model.eval(), entry.preprocess(), entry.preprocess(has_margin=True), tokenizer,
+        zoo.class_names("lraee-tiny"),
+    )  # fmt: skip
 
 
 def _check_name(name: str, pretrained: str | None, may_be_random: bool) -> None:

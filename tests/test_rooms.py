@@ -30,9 +30,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("collect", "probe_time"),
     ("calibration",),
     ("calibrate",),
-    ("checkpoint", "study", "evaluate", "photo_images", "tables"),
-    ("retrieval", "selftest_cases", "selftest_time"),
+    ("checkpoint", "evaluate", "photo_images", "tables"),
+    ("retrieval", "selftest_cases", "selftest_time", "study"),
     ("demo", "report", "selftest"),
+    ("cli_report",),
     ("cli",),
     ("__init__",),
 )
@@ -47,7 +48,11 @@ KNOWS_OPEN_CLIP = {"towers", "vision", "zoo", "models", "classes"}
 HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
-EXTRA = {"exits": {"sklearn", "scipy"}, "study": {"sklearn", "scipy"}}
+EXTRA = {
+    "exits": {"sklearn", "scipy"},
+    "study": {"sklearn", "scipy"},
+    "report": {"jinja2", "matplotlib"},
+}
 """Imports inside functions that an extra of the package installs, by room."""
 
 BROUGHT_BY_CORE = {"torchvision": "open_clip", "PIL": "open_clip", "rich": "typer"}

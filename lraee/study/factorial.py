@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from lraee.calibration import SPLITS
 from lraee.exits.head import HeadWeights
 from lraee.exits.training import PAPER_HEAD, HeadOptions, Training, train_head
 from lraee.study.rows import NOTHING, share_of, spread
@@ -69,10 +68,10 @@ def _last_head(backbone: Backbone, options: HeadOptions, seed: int) -> HeadWeigh
     """Trained on as many photos as the exits' heads: the same share, drawn by the seed."""
     look, n = backbone.learn.look(0), len(backbone.labels)
     source = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(n, generator=source)[: round(SPLITS["heads"] * n)]
+    rows = torch.randperm(n, generator=source)[: round(backbone.splits["heads"] * n)]
     D = look["pooled"].shape[2] // 2
     trained = backbone.stages.get(
-        f"{backbone.learn.name} last {options.training} {seed}",
+        f"{backbone.learn.name} last {options.training} {len(rows)} {seed}",
         lambda: train_head(
             look["pooled"][rows, -1, :D], look["teacher"][rows], options=options, seed=seed,
             classes=backbone.model.classes, labels=backbone.labels[rows],

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lraee.calibration import BEST, PAPER, Recipe
+from lraee.calibration import BEST, PAPER, SPLITS, Recipe
 from lraee.study.backbones import paper_candidates
 
 PAPER_BUDGET = 0.866
@@ -24,18 +24,27 @@ class Protocol:
       policy_images: photos it learns from, and SmoothQuant's scales are chosen on.
       sweep_points: thresholds of a sweep.
       timing_s: seconds spent on timing.
+      shares: heads, gate and thresholds over all photos to learn from; see calibration.SPLITS.
+      policy_report: the policy runs image by image: on so many report photos; None takes all.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: float = 0.8
     frontier_budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
     views: int = 1
-    steps: int = 2000
-    lens_steps: int = 300
-    policy_steps: int = 300
+    steps: int = 1500
+    lens_steps: int = 200
+    policy_steps: int = 150
     policy_images: int = 2000
     sweep_points: int = 33
     timing_s: float = 20.0
+    shares: tuple[float, float, float] = (SPLITS["heads"], SPLITS["gate"], SPLITS["thresholds"])
+    policy_report: int | None = None
+
+    @property
+    def splits(self) -> dict[str, float]:
+        """As calibration.SPLITS."""
+        return dict(zip(SPLITS, self.shares, strict=True))
 
     def best(self) -> Recipe:
         """Our recipe with this study's length of training."""

@@ -12,12 +12,18 @@ from lraee.study.schema import MainRow
 from lraee.study.trials import Backbone
 
 
+def spread_rows(n: int, most: int | None) -> Tensor:
+    """Up to `most` of n rows, evenly spread, ascending: int64."""
+    count = n if most is None else min(most, n)
+    return torch.arange(count) * n // max(count, 1)
+
+
 class Policies:
     """The policies of all seeds, trained once on the float model and run on every backbone.
 
     Args:
       images: that policies learn from, float32 [n, 3, H, W] of the tower's size.
-      report: images of the report photos, the same.
+      report: the same of the report photos that spread_rows names.
       protocol: seeds, budget and steps.
       progress: show bars.
     """
@@ -33,22 +39,25 @@ class Policies:
     def row(self, form: Backbone) -> MainRow:
         """The main table's row on one backbone."""
         ran = [self._ran(form, seed) for seed in self._protocol.seeds]
+        rows = spread_rows(len(form.report_labels), self._protocol.policy_report)
+        labels, in_float = form.report_labels[rows], form.float_top1[rows]
         top1 = [nearest(each["embedding"], form.model.classes) for each in ran]
         return {
             "name": schema.ADAPTIVE,
             "backbone": form.name,
-            "top1": spread([share_of(each == form.report_labels) for each in top1]),
-            "agreement": spread([share_of(each == form.float_top1) for each in top1]),
+            "top1": spread([share_of(each == labels) for each in top1]),
+            "agreement": spread([share_of(each == in_float) for each in top1]),
             "flops_saved": spread([float(each["flops_saved"]) for each in ran]),
             "seeds": len(ran),
             "note": f"keeps {self._protocol.budget} of the FLOPs, {self._protocol.policy_steps}"
-            f" steps on {len(self._images)} photos in float, labels unseen",
+            f" steps on {len(self._images)} photos in float, labels unseen;"
+            f" run on {len(rows)} photos, one by one",
         }
 
     def _ran(self, form: Backbone, seed: int) -> dict[str, Tensor]:
         steps = self._protocol.policy_steps
         return form.stages.get(
-            f"{form.report.name} policy {steps} {len(self._images)} {seed}",
+            f"{form.report.name} policy {steps} {len(self._images)} {len(self._report)} {seed}",
             lambda: self._run(form, seed),
         )
 

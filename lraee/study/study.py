@@ -27,7 +27,7 @@ from lraee.study.looks import KeptPair
 from lraee.study.owing import Rights, owed_to_quantization
 from lraee.study.protocol import PAPER_BUDGET, Protocol
 from lraee.study.published import published
-from lraee.study.rivals import Policies, smoothed_rows
+from lraee.study.rivals import Policies, smoothed_rows, spread_rows
 from lraee.study.schema import Noise, Report
 from lraee.study.seconds import BATCH, time_saved
 from lraee.study.trials import Backbone
@@ -54,16 +54,19 @@ class Pictures:
     def mixed(self, most: int, size: tuple[int, int]) -> Tensor:
         """Centre crops of up to `most` images in an order drawn once, float32 [n, 3, *size]."""
         n = len(self.images.names)
-        marks = torch.zeros(n, dtype=torch.bool)
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
-        marks[chosen] = True
+        found = self.crops(chosen.sort().values, size)
+        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(1))]
+
+    def crops(self, rows: Tensor, size: tuple[int, int]) -> Tensor:
+        """Centre crops of these images, rows ascending: float32 [len(rows), 3, *size]."""
+        marks = torch.zeros(len(self.images.names), dtype=torch.bool)
+        marks[rows] = True
         parts, start = [], 0
         for batch in self.images:
-            rows = marks[start : start + len(batch)]
+            parts.append(centred(batch[marks[start : start + len(batch)]], size))
             start += len(batch)
-            parts.append(centred(batch[rows], size))
-        found = torch.cat(parts)
-        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(1))]
+        return torch.cat(parts)
 
 
 class Study:
@@ -190,7 +193,9 @@ class Study:
         protocol, size = self.protocol, self._size
         return Policies(
             self.learn.mixed(protocol.policy_images, size),
-            torch.cat([centred(batch, size) for batch in self.report.images]),
+            self.report.crops(
+                spread_rows(len(self.report.images.names), protocol.policy_report), size
+            ),
             protocol,
             progress=self._progress,
         )
@@ -213,7 +218,7 @@ class Study:
         }  # fmt: skip
         return Backbone(
             name, self.model, sides["learn"], sides["report"], self.learn.images.labels,
-            self.report.images.labels, self._stages,
+            self.report.images.labels, self._stages, self.protocol.splits,
         )  # fmt: skip
 
     # Around
@@ -249,8 +254,8 @@ class Study:
             "as published": "heads see the patch mean, 3 epochs, labels and distillation; gates"
             f" and thresholds count labels; exits {_listed(paper_candidates(self.model.depth))};"
             f" budget {PAPER_BUDGET}, as much as the paper spends; the float control prunes none",
-            "splits": "heads 70 %, gates 10 %, thresholds 20 % of the learning photos, drawn by the"
-            " seed; nothing is chosen on report photos",
+            "splits": ", ".join(f"{name} {100 * share:.1f} %" for name, share in p.splits.items())
+            + " of the learning photos, drawn by the seed; nothing is chosen on report photos",
             "lens": f"three kinds of heads, {p.lens_steps} steps each, distilled without labels",
             "sweeps": f"{p.sweep_points} thresholds, the same at every exit",
             "policy": f"{p.policy_steps} steps on {p.policy_images} photos",

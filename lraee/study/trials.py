@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
@@ -39,6 +39,7 @@ class Backbone:
       learn, report: the pairs of the same form.
       labels, report_labels: int64 [n], of the photos of each.
       stages: where heads are kept.
+      splits: shares of the photos that heads, gates and thresholds learn from.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Backbone:
     labels: Tensor
     report_labels: Tensor
     stages: Stages
+    splits: Mapping[str, float]
 
     @cached_property
     def made(self) -> Acceleration:
@@ -142,14 +144,15 @@ class Trial:
         self.backbone, self.recipe, self.seed = backbone, recipe, seed
         self._labels = backbone.labels if has_labels else None
         model = backbone.model
-        # Heads that distil alone do not see labels: the same ones for gates with and without
         task = Task(
             recipe, Goal(budget=0.8), "learned", model.classes, self._labels, model.logit_scale,
             seed, False,
         )  # fmt: skip
-        prefix = f"{backbone.learn.name} {backbone.learn.leads} {seed} {_key(recipe)}"
+        prefix = f"{backbone.learn.name} {backbone.learn.leads} {seed} {_key(recipe, backbone)}"
         stages = HeadStages(backbone.stages, prefix)
-        self.calibration = Calibration(backbone.learn, backbone.made, task, stages)
+        self.calibration = Calibration(
+            backbone.learn, backbone.made, task, stages, shares=backbone.splits
+        )
         self._plans: dict[tuple[GateKind, float], Plan | None] = {}
 
     @property
@@ -263,7 +266,7 @@ class Trial:
         return torch.where(came, scores, torch.nan)
 
 
-def _key(recipe: Recipe) -> str:
-    """What of a recipe the heads depend on, short enough for a file name."""
-    text = json.dumps(asdict(recipe.head), sort_keys=True)
+def _key(recipe: Recipe, backbone: Backbone) -> str:
+    """What of recipe and splits the heads depend on, short enough for a file name."""
+    text = json.dumps([asdict(recipe.head), dict(backbone.splits)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
