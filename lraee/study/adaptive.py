@@ -21,7 +21,7 @@ from lraee.modules import Int8MultiheadAttention
 from lraee.quantize import INT8
 
 _BATCH = 32
-_LEARNING_RATE = 5e-3
+_LEARNING_RATE = 1e-2
 _USAGE_WEIGHT = 20.0
 _START_PARTS, _START_PATCHES = 3.0, 5.0
 """Logits before training: 12 blocks keep nearly everything even under noise."""
