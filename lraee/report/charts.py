@@ -166,7 +166,7 @@ def _draw_intervals(drawn: Any, chart: Intervals) -> None:
         axes.axvline(0.0, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
     axes.set_yticks(range(len(chart.rows)), [row.label for row in chart.rows], fontsize=10)
     axes.set_ylim(len(chart.rows) - 0.5, -0.5)
-    axes.xaxis.set_major_locator(_locator("MaxNLocator", nbins=6))
+    axes.xaxis.set_major_locator(_locator("MaxNLocator", nbins=6, steps=[1, 2, 5, 10]))
     axes.set_xlabel(chart.x_label)
     axes.grid(axis="x", color=GRID, linewidth=0.4)
 

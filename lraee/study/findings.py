@@ -43,6 +43,11 @@ def _who(part: Any) -> str:
     return f"{scheme(part['backbone'])} ({part['recipe']})"
 
 
+def _capital(name: str) -> str:
+    """As a sentence begins."""
+    return name[:1].upper() + name[1:]
+
+
 # Finding rows
 
 
@@ -282,7 +287,7 @@ def _against(report: Report, rival: MainRow, name: str, curve: Curve) -> Judged:
     spread = own["top1"]["std"] if own else 0.0
     theirs = f"{rival['top1']['mean']:.2f} % at {saved:.1f} % of FLOPs saved"
     if not min(curve)[0] <= saved <= max(curve)[0]:
-        return None, f"{rival['name']} {where} has {theirs}, where {name} was not measured."
+        return None, f"{_capital(rival['name'])} {where} has {theirs}, where {name} was not measured."
     top1, agreement = _at(curve, saved)
     ours: MainRow = {
         **rival,
@@ -292,7 +297,7 @@ def _against(report: Report, rival: MainRow, name: str, curve: Curve) -> Judged:
     }
     difference = evidence.of_rows(ours, rival, photos=report["reported_on"])
     return difference.holds, (
-        f"The {rival['name']} {where} has {theirs}; {name}, has {top1:.2f} % there: {difference}."
+        f"{_capital(rival['name'])} {where} has {theirs}, {name} there {top1:.2f} %: {difference}."
     )
 
 
