@@ -69,8 +69,9 @@ def check(page: Path, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     faults = []
     with sync_playwright() as playwright:
-        # Chromium refuses its sandbox to root, as which containers run.
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        # In a container: shared memory is too small for tall pages, and root gets no sandbox.
+        arguments = ["--disable-dev-shm-usage", "--disable-gpu"]
+        arguments += ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
         for device, width in WIDTHS.items():
             for scheme in SCHEMES:

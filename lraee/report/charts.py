@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,40 +88,47 @@ class Intervals:
 
 
 def svg(chart: Chart | Intervals) -> str:
-    """The chart as an SVG element for inside HTML, with a label; its text is escaped."""
-    import matplotlib
+    """The chart as an SVG element for inside HTML, with a label; its text is escaped.
 
+    Raises: ImportError without matplotlib.
+    """
     out = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure(chart).savefig(out, format="svg", transparent=True, metadata=nothing)
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with _matplotlib():
+        _figure(chart).savefig(out, format="svg", transparent=True, metadata=nothing)
     return _inlined(out.getvalue(), chart)
 
 
 def png(chart: Chart | Intervals, *, dpi: int = 110) -> bytes:
-    """The chart as a PNG on white."""
-    import matplotlib
+    """The chart as a PNG on white.
 
+    Raises: ImportError without matplotlib.
+    """
     out = io.BytesIO()
-    with matplotlib.rc_context(_SETTINGS):
-        drawn = figure(chart)
+    with _matplotlib():
+        drawn = _figure(chart)
         drawn.suptitle(chart.title, fontsize=10, y=1.02)
         nothing = {"Software": None}
         drawn.savefig(out, format="png", dpi=dpi, bbox_inches="tight", metadata=nothing)
     return out.getvalue()
 
 
-def figure(chart: Chart | Intervals) -> Any:
-    """The matplotlib figure.
-
-    Raises: ImportError without matplotlib.
-    """
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    """Draws with our settings inside."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib
     except ImportError as error:
         raise ImportError(
             f"report: matplotlib must be installed: pip install 'lraee[report]' ({error})"
         ) from error
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def _figure(chart: Chart | Intervals) -> Any:
+    from matplotlib.figure import Figure
+
     drawn = Figure(figsize=_SIZE)
     if isinstance(chart, Chart):
         _draw_lines(drawn, chart)
