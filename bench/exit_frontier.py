@@ -26,11 +26,13 @@ from lraee.classes import class_features, read_classes
 from lraee.collect import Pair
 from lraee.data import Photos
 from lraee.exits.answers import judge
+from lraee.exits.head import HeadWeights
 from lraee.exits.plans import Goal
 from lraee.exits.scoring import Found, run_plan
 from lraee.models import open_model
 from lraee.photo_images import PhotoImages
 from lraee.stages import Stages
+from lraee.study.looks import KeptPair
 
 EPSILONS = (0.01, 0.02, 0.05)
 SAVED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)
@@ -38,31 +40,14 @@ PAPER_LABELS_ONLY = replace(PAPER, head=replace(PAPER.head, training="labels"))
 PAPER_DISTILLED = replace(PAPER, head=replace(PAPER.head, training="distill"))
 
 
-class CachedPair(Pair):
-    """A Pair whose features of all images are made once; calibrations of other seeds select."""
+class ExactPair(KeptPair):
+    """A KeptPair whose probes see the tokens themselves, not what was kept of them."""
 
-    def __init__(self, *args: Any, cache: Stages, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._cache = cache
-
-    def embeddings(self) -> dict[str, Tensor]:
+    def probed(
+        self, heads: dict[int, HeadWeights], rows: Tensor, *, classes: Tensor, logit_scale: float
+    ) -> dict[str, Tensor]:
         """See Pair."""
-        return self._cache.get("embeddings", super().embeddings)
-
-    def pooled(self, blocks: Any, rows: Tensor, *, view_seed: int | None) -> dict[str, Tensor]:
-        """See Pair; the crops of a view are the same for every seed."""
-        view = 0 if view_seed is None else view_seed % 1000
-        depths = list(range(4, 12))
-        make = super().pooled
-        everything = self._cache.get(
-            f"view {view}",
-            lambda: make(depths, torch.ones_like(rows), view_seed=view or None),
-        )
-        chosen = [depths.index(block) for block in blocks]
-        return {
-            "pooled": everything["pooled"][rows][:, chosen],
-            "teacher": everything["teacher"][rows],
-        }
+        return Pair.probed(self, heads, rows, classes=classes, logit_scale=logit_scale)
 
 
 def frontier_of(
@@ -120,7 +105,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         result.append(
             {
                 "recipe": recipe, "gate": gate, "budget": budget, "epsilon": epsilon,
-                "head": head,                "seeds": len(group),
+                "head": head, "seeds": len(group),
                 **{key: mean(each) for key, each in figures.items()},
                 **{f"{key}_std": stdev(e) if len(e) > 1 else 0.0 for key, e in figures.items()},
             }
@@ -164,7 +149,9 @@ def main(
     learn = PhotoImages(Photos(train, classes=known, limit=limit), opened.with_margin)
     check = PhotoImages(Photos(report, classes=known, limit=limit), opened.with_margin)
     stages = Stages(work, {"train": train.name, "limit": limit, "photos": len(learn.names)})
-    pair = CachedPair(opened.model, fast, learn, batch=64, progress=True, cache=stages)
+    pair = ExactPair(
+        opened.model, fast, learn, name="int8 learn", teacher_name="teacher learn", stages=stages
+    )
     unseen = Pair(opened.model, fast, check, batch=64, progress=True)
     answers = unseen.embeddings()
     recipes: dict[str, tuple[Recipe, bool]] = {"best": (BEST, False), "paper": (PAPER, True)}
