@@ -10,7 +10,7 @@ RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
 .PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
-.PHONY: gpu-matrix gpu-model numerics dist clean
+.PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -97,6 +97,19 @@ gpu-model: setup  ## Predicted (not measured) GPU times.
 numerics: setup  ## INT8 numerics on a real 257-token tower (DATA=folder of photos; installs extra `numerics`).
 	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --editable ".[numerics]"
 	$(PY) -m bench.numerics_257 $(if $(DATA),"$(DATA)")
+
+report: setup  ## The whole study of MODEL: DATA=, CLASSES=, VAL= (photos to report on); OUT=results/report.
+	@$(BIN)/lraee report --out "$(or $(OUT),results/report)" $(STUDY_ARGS)
+
+STUDY_ARGS = $(if $(DATA),--data "$(DATA)") $(if $(CLASSES),--classes "$(CLASSES)") \
+  $(if $(VAL),--report-data "$(VAL)") $(if $(MODEL),--model "$(MODEL)") \
+  $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+
+# IMAGENET=folder with train and val; without it lraee-tiny and DATA=, VAL=, CLASSES=.
+reproduce: setup  ## The protocol of the paper, figures beside the published ones (IMAGENET=, PRETRAINED=).
+	@$(PY) -m bench.reproduce $(if $(IMAGENET),--imagenet "$(IMAGENET)") \
+	  $(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(DATA),--data "$(DATA)") \
+	  $(if $(VAL),--val "$(VAL)") $(if $(CLASSES),--classes "$(CLASSES)")
 
 dist: setup  ## The sdist, and the wheel built from it.
 	$(PY) -m build --no-isolation --outdir dist
