@@ -51,7 +51,7 @@ class KeptPair(Pair):
         super().__init__(teacher, fast, images, batch=batch, progress=progress)
         self.name, self._teacher_name, self._stages, self.leads = name, teacher_name, stages, leads
         self._kept: dict[int, dict[str, Tensor]] = {}
-        self._noise: list[BlockNoise] = []
+        self._noise: dict[int, list[BlockNoise]] = {}
 
     def leading(self, leads: Leads) -> "KeptPair":
         """The same pair, passes shared, with the other half in the lead."""
@@ -113,15 +113,15 @@ class KeptPair(Pair):
         return {name: look[name] for name in ("teacher", "full")}
 
     def noise(self, most: int) -> list[BlockNoise]:
-        """See Pair; measured once, over images spread evenly: photos mostly come class by class."""
-        if not self._noise:
+        """See Pair; over images spread evenly, as photos mostly come class by class."""
+        if most not in self._noise:
             n = len(self.look(0)["full"])
             marks = torch.zeros(n, dtype=torch.bool)
             marks[torch.arange(min(most, n)) * n // min(most, n)] = True
             some = torch.cat(list(self._marked(marks, "noise")))
             pair = Pair(self.teacher, self.fast, some, batch=self._batch, progress=self.progress)
-            self._noise.extend(pair.noise(most))
-        return self._noise
+            self._noise[most] = pair.noise(most)
+        return self._noise[most]
 
     def pooled(
         self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None

@@ -167,7 +167,7 @@ class Trial:
             try:
                 self._plans[key] = self._make_plan(kind, Goal(budget=budget))
             except ValueError as error:
-                _log.warning("report: %s: no %s plan: %s", self.backbone.name, kind, error)
+                _log.info("report: %s: no %s plan: %s", self.backbone.name, kind, error)
                 self._plans[key] = None
         return self._plans[key]
 
