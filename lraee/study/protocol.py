@@ -33,13 +33,13 @@ class Protocol:
     frontier_budgets: tuple[float, ...] = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
     views: int = 1
     steps: int = 1500
-    lens_steps: int = 200
-    policy_steps: int = 150
+    lens_steps: int = 120
+    policy_steps: int = 120
     policy_images: int = 2000
     sweep_points: int = 33
     timing_s: float = 20.0
     shares: tuple[float, float, float] = (SPLITS["heads"], SPLITS["gate"], SPLITS["thresholds"])
-    policy_report: int | None = None
+    policy_report: int | None = 2500
 
     @property
     def splits(self) -> dict[str, float]:
