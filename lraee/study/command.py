@@ -49,6 +49,11 @@ def sides(learn: Path, report: Path | None, classes: Classes, *, limit: int | No
         seen[label] = seen.get(label, 0) + 1
         if seen[label] % _HELD_OUT == 0:
             held_out.append(name)
+    if not held_out:
+        raise DataError(
+            f"data: {learn} must hold {_HELD_OUT} photos of a class at least, got {max(seen.values())}"
+            " of the largest; give photos to report on"
+        )
     kept = set(photos.names) - set(held_out)
     return Sides(photos.only(kept), photos.only(held_out))
 

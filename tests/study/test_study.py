@@ -119,6 +119,13 @@ def test_without_report_photos_a_fifth_is_held_out(tmp_path: Path) -> None:
     assert len(sides.learn) == 96 and len(sides.report) == 24
     assert [sides.report.labels.count(label) for label in range(3)] == [8, 8, 8]
     assert not set(sides.learn.names) & set(sides.report.names)
+    many = Classes(tuple(f"n{i}" for i in range(40)), ("x",) * 40)
+    for i in range(120):
+        path = tmp_path / "few" / f"n{i % 40}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="5 photos of a class at least, got 3"):
+        command.sides(tmp_path / "few", None, many, limit=None)
     with pytest.raises(DataError, match="at least 100 photos"):
         command.sides(folder, None, Classes(("x",), ("cat",)), limit=None)
 
