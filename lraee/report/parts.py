@@ -122,11 +122,11 @@ def _rescue(report: Report) -> Part:
     )  # fmt: skip
     sections = [
         Section("quadrants", "Four quadrants", "Which photos exits make right, and which wrong.",
-                plots.of_margins(report)[:1] if report["quadrants"] else (),
+                plots.of_margins(report),
                 tables.of_quadrants(report)),
         Section("owed", "Owed to quantization", "The margin on a quantized backbone minus that "
                 "of the float control, on the same photos.",
-                plots.of_margins(report)[-1:] if report["owed"] else (), tables.of_owed(report)),
+                plots.of_owed(report), tables.of_owed(report)),
         Section("classes", "By class", "Which classes gain and which lose, first seed.",
                 tables=tables.of_classes(report)),
         Section("gallery", "Photos", "What each exit says of rescued and lost photos; the answer "

@@ -16,7 +16,8 @@ from lraee.report.charts import (
     Look,
 )
 from lraee.report.words import backbone
-from lraee.study import schema
+from lraee.study import evidence, schema
+from lraee.study.evidence import Difference
 from lraee.study.schema import Drift, FrontierPoint, Lens, Noise, Report, Spread, Sweep
 
 _OTHER = Look(ORANGE, "v-.")
@@ -116,23 +117,29 @@ def _sweep(name: str, sweep: Sweep) -> Chart:
 
 
 def of_margins(report: Report) -> list[Intervals]:
-    """Rescue margins, and what of them is owed to quantization, with 95 % intervals."""
-    margins = [
-        Interval(_who(q["backbone"], q["recipe"]), _look(q["backbone"]), q["margin"]["mean"],
-                 *q["interval"])
-        for q in report["quadrants"]
-    ]  # fmt: skip
-    owed = [
-        Interval(_who(o["backbone"], o["recipe"]), _look(o["backbone"]), o["difference"],
-                 *o["interval"])
+    """Rescue margins, 2 standard errors either way."""
+    rows = []
+    for part in report["quadrants"]:
+        seeds, photos = len(report["seeds"]), report["reported_on"]
+        margin = evidence.of_margin(part, seeds=seeds, photos=photos)
+        rows.append(_interval(part["backbone"], part["recipe"], margin))
+    title = "Rescue margin, two standard errors either way"
+    return [Intervals("margins", title, "points of top-1", rows, True)] if rows else []
+
+
+def of_owed(report: Report) -> list[Intervals]:
+    """What of the margins is owed to quantization, with 95 % intervals."""
+    rows = [
+        _interval(o["backbone"], o["recipe"], Difference(o["difference"], *o["interval"]))
         for o in report["owed"]
-    ]  # fmt: skip
-    label = "points of top-1"
-    charts = [
-        Intervals("margins", "Rescue margin with its 95 % interval", label, margins, True),
-        Intervals("owed", "Rescue margin above that in float", label, owed, True),
     ]
-    return [each for each in charts if each.rows]
+    title = "Rescue margin above that in float, 95 % interval"
+    return [Intervals("owed", title, "points of top-1", rows, True)] if rows else []
+
+
+def _interval(key: str, recipe: str, found: Difference) -> Interval:
+    label = f"{backbone(key)}\n{recipe}"
+    return Interval(label, _look(key), found.points, found.low, found.high)
 
 
 def of_drift(report: Report) -> list[Chart]:
@@ -188,10 +195,6 @@ def _systems(points: Sequence[FrontierPoint], of: Callable[[FrontierPoint], Spre
 
 def _look(key: str) -> Look:
     return _OF_BACKBONE.get(key, _OTHER)
-
-
-def _who(key: str, recipe: str) -> str:
-    return f"{backbone(key)}\n{recipe}"
 
 
 def _count(values: Sequence[object]) -> list[float]:

@@ -152,7 +152,7 @@ def of_quadrants(report: Report) -> list[Table]:
     ]  # fmt: skip
     who = ("recipe", "backbone")
     header = (*who, "both right", "rescue", "loss", "neither", "margin, points",
-              "95 % interval", "McNemar p")  # fmt: skip
+              "95 % interval, first seed", "McNemar p, first seed")  # fmt: skip
     selectivity = (*who, "left early, %", "top-1 of those, %", "top-1 of the rest, %",
                    "AUROC by exit")  # fmt: skip
     return [

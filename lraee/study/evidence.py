@@ -16,7 +16,7 @@ standard errors, which count both the spread over seeds and the luck of the phot
 import math
 from dataclasses import dataclass
 
-from lraee.study.schema import MainRow, Spread
+from lraee.study.schema import MainRow, Quadrants, Spread
 
 MATTERS = 0.5
 """Points of top-1; a difference that is surely smaller counts as none."""
@@ -78,6 +78,14 @@ def of_shares(better: float, worse: float, photos: tuple[float, float]) -> Diffe
     """Difference of the accuracies (in percent) of two disjoint groups of photos."""
     variance = share_variance(better, photos[0]) + share_variance(worse, photos[1])
     return between(better - worse, variance)
+
+
+def of_margin(part: Quadrants, *, seeds: int, photos: int) -> Difference:
+    """Rescue margin, mean over seeds; all seeds saw the same photos, each worth -1, 0 or 1."""
+    changed = (part["rescue"] + part["loss"]) / max(part["images"], 1)
+    margin = part["margin"]["mean"]
+    over_photos = max(1e4 * changed - margin**2, 0.0) / max(photos, 1)
+    return between(margin, _seed_variance(part["margin"], seeds) + over_photos)
 
 
 def changed_variance(changed: float, photos: float) -> float:

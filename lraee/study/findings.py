@@ -5,7 +5,7 @@ recipe. Its words give the other backbones too.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lraee.study import evidence, schema
@@ -41,6 +41,12 @@ def scheme(backbone: str) -> str:
 def _who(part: Any) -> str:
     """Backbone and recipe of a part."""
     return f"{scheme(part['backbone'])} ({part['recipe']})"
+
+
+def _sentences(lead: str, parts: Sequence[str]) -> str:
+    """What was judged, and then the rest."""
+    rest = f" Elsewhere: {'; '.join(parts[1:])}." if parts[1:] else ""
+    return f"{lead}: {parts[0]}.{rest}"
 
 
 def _capital(name: str) -> str:
@@ -83,8 +89,8 @@ def _first(found: Mapping[str, Difference], words: str) -> Judged:
     """The verdict of the first backbone; words with each of them."""
     if not found:
         return None, NOT_RUN
-    each = "; ".join(f"{scheme(backbone)} {value}" for backbone, value in found.items())
-    return next(iter(found.values())).holds, f"{words}: {each}."
+    parts = [f"{scheme(backbone)} {value}" for backbone, value in found.items()]
+    return next(iter(found.values())).holds, _sentences(words, parts)
 
 
 # The claims
@@ -119,7 +125,7 @@ def _noise_grows(report: Report) -> Judged:
         )
     if not parts:
         return None, NOT_RUN
-    return verdicts[0], f"Noise-to-signal ratio: {'; '.join(parts)}."
+    return verdicts[0], _sentences("Noise-to-signal ratio", parts)
 
 
 def _shallow_heads(report: Report) -> Judged:
@@ -138,7 +144,7 @@ def _shallow_heads(report: Report) -> Judged:
     if not found:
         return None, NOT_RUN
     lead = f"Head on the patch mean against head on the class token, after block {depth}"
-    return next(iter(found.values())).holds, f"{lead}: {'; '.join(words)}."
+    return next(iter(found.values())).holds, _sentences(lead, words)
 
 
 def _learned_gate(report: Report) -> Judged:
@@ -155,7 +161,7 @@ def _learned_gate(report: Report) -> Judged:
     if not parts:
         return None, NOT_RUN
     lead = "Top-1 of the learned gate above confidence alone, mean over equal FLOPs"
-    return verdicts[0], f"{lead}: {'; '.join(parts)}."
+    return verdicts[0], _sentences(lead, parts)
 
 
 Curve = list[tuple[float, float, float]]
@@ -196,25 +202,25 @@ def _pruning(report: Report) -> Judged:
     found = [
         (p, evidence.of_rows(p["left_out"], p["kept"], photos=report["reported_on"])) for p in rows
     ]
-    each = "; ".join(f"{scheme(p['backbone'])} without block {p['block']} {d}" for p, d in found)
+    parts = [f"{scheme(p['backbone'])} without block {p['block']} {d}" for p, d in found]
     if not dropped:
         lead = "The rule drops no exit here; top-1 when the one of lowest INR goes all the same"
-        return None, f"{lead}: {each}."
-    return found[0][1].holds, f"Top-1 without the exit that the rule drops: {each}."
+        return None, _sentences(lead, parts)
+    return found[0][1].holds, _sentences("Top-1 without the exit that the rule drops", parts)
 
 
 def _rescue(report: Report) -> Judged:
-    """The measured interval decides, and McNemar's test must agree with a margin above 0."""
+    """The margin decides; McNemar's test of the first seed must agree where it is above 0."""
     verdicts: list[bool | None] = []
     parts = []
     for part in _ranked(report["quadrants"]):
-        margin = Difference(part["margin"]["mean"], *part["interval"])
+        margin = evidence.of_margin(part, seeds=len(report["seeds"]), photos=report["reported_on"])
         is_chance = margin.holds is True and part["mcnemar_p"] >= 0.05
         verdicts.append(None if is_chance else margin.holds)
         parts.append(f"{_who(part)} {margin}, McNemar p = {part['mcnemar_p']:.2g}")
     if not parts:
         return None, NOT_RUN
-    return verdicts[0], f"Rescued minus lost photos: {'; '.join(parts)}."
+    return verdicts[0], _sentences("Rescued minus lost photos", parts)
 
 
 def _selective(report: Report) -> Judged:
@@ -231,7 +237,7 @@ def _selective(report: Report) -> Judged:
     if not parts:
         return None, NOT_RUN
     lead = "Top-1 of photos that left early against those that stayed"
-    return verdicts[0], f"{lead}: {'; '.join(parts)}."
+    return verdicts[0], _sentences(lead, parts)
 
 
 def _distillation(report: Report) -> Judged:
@@ -250,7 +256,7 @@ def _distillation(report: Report) -> Judged:
                 parts.append(f"{scheme(backbone)} ({what}) {found[-1]}")
     if not found:
         return None, NOT_RUN
-    return found[0].holds, f"Top-1 of distilled heads above heads from labels: {'; '.join(parts)}."
+    return found[0].holds, _sentences("Top-1 of distilled heads above heads from labels", parts)
 
 
 def _beats(rival: str) -> Callable[[Report], Judged]:
@@ -287,7 +293,10 @@ def _against(report: Report, rival: MainRow, name: str, curve: Curve) -> Judged:
     spread = own["top1"]["std"] if own else 0.0
     theirs = f"{rival['top1']['mean']:.2f} % at {saved:.1f} % of FLOPs saved"
     if not min(curve)[0] <= saved <= max(curve)[0]:
-        return None, f"{_capital(rival['name'])} {where} has {theirs}, where {name} was not measured."
+        return (
+            None,
+            f"{_capital(rival['name'])} {where} has {theirs}, where {name} was not measured.",
+        )
     top1, agreement = _at(curve, saved)
     ours: MainRow = {
         **rival,
@@ -312,17 +321,20 @@ def _smoothing(report: Report) -> Judged:
 
 
 def _owed(report: Report) -> Judged:
-    found, parts = [], []
-    for part in _ranked(report["owed"]):
-        found.append(Difference(part["difference"], *part["interval"]))
-        parts.append(
-            f"{_who(part)} {signed(part['margin'])} against {signed(part['float_margin'])} "
-            f"in float, {found[-1]}"
-        )
-    if not found:
+    """Cannot hold where there is no rescue: a margin that is not above 0 is owed to nothing."""
+    owed = _ranked(report["owed"])
+    if not owed:
         return None, NOT_RUN
-    lead = "Rescue margin above that of the same exits on the float model"
-    return found[0].holds, f"{lead}: {'; '.join(parts)}."
+    parts = [
+        f"{_who(part)} {signed(part['margin'])} against {signed(part['float_margin'])} in float, "
+        f"{Difference(part['difference'], *part['interval'])}"
+        for part in owed
+    ]
+    holds = Difference(owed[0]["difference"], *owed[0]["interval"]).holds
+    lead = "rescue margin above that of the same exits on the float model"
+    if holds and owed[0]["margin"] <= 0.0:
+        return None, _sentences(f"On balance nothing is rescued that could be owed; {lead}", parts)
+    return holds, _sentences(_capital(lead), parts)
 
 
 def _time(report: Report) -> Judged:

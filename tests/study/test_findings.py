@@ -86,7 +86,7 @@ def test_noise_that_falls_fails() -> None:
 @pytest.mark.parametrize(
     ("rescue", "loss", "holds"), [(900, 300, True), (300, 900, False), (420, 400, None)]
 )
-def test_rescue_follows_the_interval(rescue: int, loss: int, holds: bool | None) -> None:
+def test_rescue_follows_the_margin(rescue: int, loss: int, holds: bool | None) -> None:
     made = report()
     made["quadrants"] = [quadrants("paper", schema.PUBLISHED, rescue, loss)]
     assert verdict(made, "rescue more")[0] is holds
@@ -98,6 +98,25 @@ def test_rescue_needs_mcnemar_too() -> None:
     made["quadrants"] = [{**part, "mcnemar_p": 0.06}]  # type: ignore[typeddict-item]
     holds, words = verdict(made, "rescue more")
     assert holds is None and "McNemar p = 0.06" in words
+
+
+def test_margin_by_hand() -> None:
+    """4 % of 1,600 photos change, a quarter of them to the worse: 2 points, 2 x 100 sqrt(...)."""
+    part = quadrants("paper", schema.BEST, 144, 48) | {"images": 4800, "margin": spread(2.0, 0.3)}
+    found = evidence.of_margin(part, seeds=3, photos=1600)  # type: ignore[arg-type]
+    over_photos = 200 * math.sqrt((0.04 - 0.02**2) / 1600)
+    assert found.points == 2.0
+    assert found.high - 2.0 == pytest.approx(math.hypot(over_photos, 0.6 / math.sqrt(3)))
+
+
+def test_nothing_rescued_is_owed_to_nothing() -> None:
+    made = report()
+    made["owed"][0] |= {"margin": -2.0, "float_margin": -4.0, "difference": 2.0,
+                        "interval": (1.0, 3.0)}  # fmt: skip
+    holds, words = verdict(made, "owed to")
+    assert holds is None and "On balance nothing is rescued" in words
+    made["owed"][0] |= {"margin": 4.0, "float_margin": 2.0}
+    assert verdict(made, "owed to")[0] is True
 
 
 def test_judged_where_the_paper_makes_the_claim() -> None:
