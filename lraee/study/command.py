@@ -51,8 +51,8 @@ def sides(learn: Path, report: Path | None, classes: Classes, *, limit: int | No
             held_out.append(name)
     if not held_out:
         raise DataError(
-            f"data: {learn} must hold {_HELD_OUT} photos of a class at least, got {max(seen.values())}"
-            " of the largest; give photos to report on"
+            f"data: {learn} must hold {_HELD_OUT} photos of a class at least, got"
+            f" {max(seen.values())} of the largest; give photos to report on"
         )
     kept = set(photos.names) - set(held_out)
     return Sides(photos.only(kept), photos.only(held_out))
