@@ -246,7 +246,7 @@ def report() -> Report:
             {
                 "backbone": "paper",
                 "block": 9,
-                "inr_share_of_mean": 0.41,
+                "inr_share_of_mean": 41.0,
                 "is_dropped_by_rule": True,
                 "kept": row(schema.PUBLISHED, "paper", 55.0, 15.0, 74.0, std=0.3),
                 "left_out": row(schema.PUBLISHED, "paper", 58.1, 13.4, 76.0, std=0.2),

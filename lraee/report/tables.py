@@ -99,7 +99,7 @@ def of_factorial(report: Report) -> list[Table]:
 def of_pruned(report: Report) -> list[Table]:
     """The exit of lowest INR, kept and left out."""
     header = (
-        "exit", "backbone", "its INR / mean", "rule drops it", "top-1 with it, %",
+        "exit", "backbone", "its INR, % of mean", "rule drops it", "top-1 with it, %",
         "top-1 without, %", "FLOPs saved with, %", "FLOPs saved without, %",
     )  # fmt: skip
     rows = [
