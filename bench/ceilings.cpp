@@ -2,7 +2,9 @@
 // way. Built and driven by ceilings.py.
 
 #include <immintrin.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <cstdint>
 
@@ -44,6 +46,42 @@ CEILING(vnni512, "vpdpbusd ", "%%zmm", 128)
 CEILING(vnni256, "vpdpbusd ", "%%ymm", 64)
 CEILING(bf16_512, "vdpbf16ps ", "%%zmm", 64)
 CEILING(fp32_512, "vfmadd231ps ", "%%zmm", 32)
+
+#ifdef __linux__
+namespace {
+
+// Whether the operating system lets this process use tile registers.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+// Products of 16 x 64 by 64 x 16 bytes (16 x 32 by 32 x 16 bfloat16), four sums at work, as a
+// kernel has them. 0 where the machine has no tiles.
+#define TILE_CEILING(name, op, ops)                                                              \
+  extern "C" __attribute__((target("amx-tile,amx-int8,amx-bf16"))) double name(int64_t rounds) { \
+    if (!may_use_tiles()) return 0.0;                                                            \
+    alignas(64) struct {                                                                         \
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};                                     \
+      uint16_t colsb[16] = {64, 64, 64, 64, 64, 64, 64, 64};                                     \
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};                                       \
+    } config;                                                                                    \
+    _tile_loadconfig(&config);                                                                   \
+    const double start = seconds(CLOCK_THREAD_CPUTIME_ID);                                       \
+    for (int64_t i = 0; i < rounds; ++i) {                                                       \
+      asm volatile(op " %%tmm6, %%tmm4, %%tmm0\n" op " %%tmm7, %%tmm4, %%tmm1\n" op              \
+                      " %%tmm6, %%tmm5, %%tmm2\n" op " %%tmm7, %%tmm5, %%tmm3\n" ::);            \
+    }                                                                                            \
+    const double elapsed = seconds(CLOCK_THREAD_CPUTIME_ID) - start;                             \
+    _tile_release();                                                                             \
+    return static_cast<double>(rounds) * 4 * (ops) / elapsed / 1e9;                              \
+  }
+
+TILE_CEILING(amx_int8, "tdpbssd", 2 * 16 * 16 * 64)
+TILE_CEILING(amx_bf16, "tdpbf16ps", 2 * 16 * 16 * 32)
+#endif
 
 // Giga bytes a second read from a buffer, 64 bytes at a time.
 extern "C" __attribute__((target("avx512f"))) double read_bandwidth(const char* buffer,

@@ -30,8 +30,10 @@ LOOPS = {
     "vnni256": "vpdpbusd ymm",
     "bf16_512": "vdpbf16ps zmm",
     "fp32_512": "vfmadd231ps zmm",
+    "amx_int8": "tdpbssd",
+    "amx_bf16": "tdpbf16ps",
 }
-CPU_FLAG = {"bf16_512": "avx512_bf16"}
+CPU_FLAG = {"bf16_512": "avx512_bf16", "amx_int8": "amx_int8", "amx_bf16": "amx_bf16"}
 LAYERS = [
     (1600, 3072, 768, "gelu", "b32 mlp.c_fc"),
     (1600, 3072, 768, "quick_gelu", "b32 mlp.c_fc"),

@@ -53,6 +53,20 @@ std::vector<std::string> isa_levels() {
   return names;
 }
 
+void* ThreadScratch::at_least(int64_t bytes) {
+  constexpr size_t kAlignment = 64;
+  if (bytes > capacity_) {
+    capacity_ = 0;
+    memory_.reset(std::aligned_alloc(
+        kAlignment, (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment));
+    TORCH_CHECK(memory_ != nullptr, "lraee: out of memory for ", bytes, " bytes of scratch");
+    capacity_ = bytes;
+  }
+  return memory_.get();
+}
+
+void ThreadScratch::Free::operator()(void* memory) const { std::free(memory); }
+
 cpu::FloatType float_type(c10::ScalarType type, const char* op, const char* argument) {
   switch (type) {
     case c10::ScalarType::Float:

@@ -2,6 +2,8 @@
 
 #include <c10/core/ScalarType.h>
 
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,6 +21,20 @@ cpu::Isa active_isa();
 void set_isa(const std::string& name);
 
 std::vector<std::string> isa_levels();
+
+// Memory of one thread, aligned to 64 bytes and kept for the life of the thread: fresh memory would
+// cost page faults on every call.
+class ThreadScratch {
+ public:
+  void* at_least(int64_t bytes);
+
+ private:
+  struct Free {
+    void operator()(void* memory) const;
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t capacity_ = 0;
+};
 
 // float32, bfloat16 and float16 as the kernels know them; op and argument name the culprit
 // otherwise.

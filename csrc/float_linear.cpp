@@ -21,6 +21,7 @@ cpu::FloatLinearKernel float_linear_kernel() {
     case cpu::Isa::kAvxVnni:
       return &cpu::float_linear_avx2;
     case cpu::Isa::kAvx512Vnni:
+    case cpu::Isa::kAmx:
       return &cpu::float_linear_avx512;
   }
   return nullptr;

@@ -13,9 +13,8 @@
 #include "rows.h"
 
 namespace lraee {
-namespace {
 
-cpu::Int8Attention* kernel() {
+cpu::Int8Attention* int8_attention_kernel() {
 #if defined(__x86_64__)
   switch (active_isa()) {
     case cpu::Isa::kScalar:
@@ -26,11 +25,14 @@ cpu::Int8Attention* kernel() {
       return cpu::has_vex_vnni() ? &cpu::int8_attention_avx_vnni
                                  : &cpu::int8_attention_avx512vl_vnni;
     case cpu::Isa::kAvx512Vnni:
+    case cpu::Isa::kAmx:
       return &cpu::int8_attention_avx512_vnni;
   }
 #endif
   return &cpu::int8_attention_scalar;
 }
+
+namespace {
 
 // Parts that the queries of one head are cut into. Each part prepares K and V anew, so heads are
 // cut only where whole heads would leave threads idle. No result depends on the cut.
@@ -45,7 +47,7 @@ int64_t parts_per_head(int64_t heads, int64_t L) {
 void run(const cpu::Int8AttentionArgs& args, int64_t B) {
   const int64_t heads = B * args.H, parts = parts_per_head(heads, args.L);
   const int64_t scratch_bytes = cpu::int8_attention_scratch_bytes(args.L, args.d);
-  cpu::Int8Attention* const one_part = kernel();
+  cpu::Int8Attention* const one_part = int8_attention_kernel();
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     at::Tensor scratch = at::empty({scratch_bytes}, at::kByte);
     for (int64_t task = begin; task < end; ++task) {
@@ -56,6 +58,8 @@ void run(const cpu::Int8AttentionArgs& args, int64_t B) {
     }
   });
 }
+
+}  // namespace
 
 at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal) {
   TORCH_CHECK_VALUE(qkv.dim() == 3 && qkv.size(1) >= 1 && num_heads >= 1 && qkv.size(2) > 0 &&
@@ -81,7 +85,6 @@ at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal)
   return y;
 }
 
-}  // namespace
 }  // namespace lraee
 
 TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("int8_attention", &lraee::int8_attention); }

@@ -6,8 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "common.h"
 #include "cpu/int8_linear.h"
@@ -28,6 +26,8 @@ const T* vector_pointer(const char* name, const std::optional<at::Tensor>& opera
   return keep->const_data_ptr<T>();
 }
 
+}  // namespace
+
 cpu::Activation activation_from_name(std::string_view name) {
   if (name == "none") return cpu::Activation::kNone;
   if (name == "gelu") return cpu::Activation::kGelu;
@@ -37,23 +37,7 @@ cpu::Activation activation_from_name(std::string_view name) {
       false, "int8_linear: activation must be none, gelu, gelu_tanh or quick_gelu, got ", name);
 }
 
-// Scratch of one thread, kept for the life of the thread: a fresh one would cost page faults on
-// every call.
-void* thread_scratch(int64_t bytes) {
-  constexpr size_t kAlignment = 64;
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> buffer;
-  static thread_local int64_t capacity = 0;
-  if (bytes > capacity) {
-    buffer.reset(std::aligned_alloc(
-        kAlignment, (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment));
-    capacity = buffer == nullptr ? 0 : bytes;
-    TORCH_CHECK(buffer != nullptr, "int8_linear: out of memory for ", bytes, " bytes of scratch");
-  }
-  return buffer.get();
-}
+namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -90,7 +74,8 @@ void run_parallel(const cpu::Int8LinearArgs& a) {
   const int64_t column_step =
       ceil_div(ceil_div(a.N, cpu::kColumnStep), grid.n_parts) * cpu::kColumnStep;
   at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(cpu::int8_linear_scratch_bytes(a.K));
+    static thread_local ThreadScratch memory;
+    void* scratch = memory.at_least(cpu::int8_linear_scratch_bytes(a.K));
     for (int64_t part = begin; part < end; ++part) {
       const int64_t m = part / grid.n_parts * row_step, n = part % grid.n_parts * column_step;
       if (m >= a.M || n >= a.N) continue;

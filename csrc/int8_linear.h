@@ -5,7 +5,12 @@
 #include <optional>
 #include <string_view>
 
+#include "cpu/int8_linear.h"
+
 namespace lraee {
+
+// Raises ValueError on an unknown name.
+cpu::Activation activation_from_name(std::string_view name);
 
 at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
                        const std::optional<at::Tensor>& x_zero, const at::Tensor& w,

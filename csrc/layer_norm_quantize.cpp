@@ -13,11 +13,12 @@
 #include "rows.h"
 
 namespace lraee {
-namespace {
 
-cpu::LayerNormQuantize* kernel() {
+cpu::LayerNormQuantize* layer_norm_quantize_kernel() {
   return by_level<cpu::LayerNormQuantize>(LRAEE_THREE_LEVELS(cpu::layer_norm_quantize));
 }
+
+namespace {
 
 void check(const at::Tensor& x, const at::Tensor& vector, const char* argument) {
   TORCH_CHECK_TYPE(vector.scalar_type() == at::kFloat, "layer_norm_quantize: ", argument,
@@ -54,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_quantize(const at::Ten
                                         x_q.mutable_data_ptr<int8_t>(),
                                         x_scale.mutable_data_ptr<float>(),
                                         x_zero.mutable_data_ptr<int32_t>()};
-  cpu::LayerNormQuantize* const run = kernel();
+  cpu::LayerNormQuantize* const run = layer_norm_quantize_kernel();
   at::parallel_for(0, M, rows_per_task(D), [&](int64_t begin, int64_t end) {
     std::vector<float> y(static_cast<size_t>(D));
     run(args, begin, end, y.data());

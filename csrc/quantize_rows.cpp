@@ -11,13 +11,10 @@
 #include "rows.h"
 
 namespace lraee {
-namespace {
 
-cpu::QuantizeRows* kernel() {
+cpu::QuantizeRows* quantize_rows_kernel() {
   return by_level<cpu::QuantizeRows>(LRAEE_THREE_LEVELS(cpu::quantize_rows));
 }
-
-}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x, bool symmetric) {
   TORCH_CHECK_VALUE(x.dim() == 2, "quantize_rows: x must have shape [M, K], got ", x.sizes());
@@ -35,7 +32,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x
                                    x_q.mutable_data_ptr<int8_t>(),
                                    x_scale.mutable_data_ptr<float>(),
                                    x_zero.mutable_data_ptr<int32_t>()};
-  cpu::QuantizeRows* const run = kernel();
+  cpu::QuantizeRows* const run = quantize_rows_kernel();
   at::parallel_for(0, M, rows_per_task(K),
                    [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return {x_q, x_scale, x_zero};

@@ -6,6 +6,9 @@
 #include <tuple>
 
 #include "common.h"
+#include "cpu/int8_attention.h"
+#include "cpu/layer_norm_quantize.h"
+#include "cpu/quantize_rows.h"
 
 namespace lraee {
 
@@ -19,6 +22,7 @@ Kernel* by_level(Kernel* scalar, Kernel* avx2, Kernel* avx512_vnni) {
     case cpu::Isa::kAvxVnni:
       return avx2;
     case cpu::Isa::kAvx512Vnni:
+    case cpu::Isa::kAmx:
       return avx512_vnni;
   }
   return scalar;
@@ -42,11 +46,15 @@ inline int64_t rows_per_task(int64_t K) {
   return std::max<int64_t>(1, kValuesPerTask / std::max<int64_t>(1, K));
 }
 
-// The operators, for those that are built of others.
+// Kernels of the active level, and the operators, for those that are built of others.
+cpu::QuantizeRows* quantize_rows_kernel();
+cpu::LayerNormQuantize* layer_norm_quantize_kernel();
+cpu::Int8Attention* int8_attention_kernel();
 std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x, bool symmetric);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_quantize(const at::Tensor& x,
                                                                    const at::Tensor& gamma,
                                                                    const at::Tensor& beta,
                                                                    double eps, bool symmetric);
+at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal);
 
 }  // namespace lraee

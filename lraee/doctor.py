@@ -9,7 +9,7 @@ import torch
 from lraee import machine, registry
 
 SCHEMA = "lraee.doctor/1"
-LEVELS = ("scalar", "avx2", "avx_vnni", "avx512_vnni")
+LEVELS = ("scalar", "avx2", "avx_vnni", "avx512_vnni", "amx")
 
 
 @dataclass(frozen=True)

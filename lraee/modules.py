@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee.backend import Backend, operators
+from lraee.backend import Backend, implementation, operators
+from lraee.block import int8_block
 from lraee.linear import Int8Linear
 from lraee.ops import Activation
-from lraee.reference import Quantized
 
 
 class Int8Attention(nn.Module):
@@ -89,7 +89,7 @@ class Int8Block(nn.Module):
     """One transformer block: x + ls_1(attn(ln_1(x))), then x + ls_2(mlp(ln_2(x))).
 
     Child names are those of the float block, and each child is a real module. As a rule the block
-    calls none of them: it runs seven fused operators. It runs child by child where a child carries
+    calls none of them: it runs the operator int8_block. It runs child by child where a child carries
     a hook, so that the hook sees what it would have seen, and where the scheme cannot be fused (a
     linear kept float, one step per batch). Both ways agree within rounding: fused, LayerNorm
     reaches its quantizer, and each sum its activation or residual, in float32 instead of x's type.
@@ -155,24 +155,21 @@ class Int8Block(nn.Module):
         return c_fc.dtype if isinstance(c_fc, Int8Linear) else cast(nn.Linear, c_fc).weight.dtype
 
     def _forward_fused(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        B, L, D = x.shape
-        in_proj, out_proj, c_fc, c_proj = self._linears()
-        dtype = x.dtype
-        rows = x.reshape(B * L, D)
-        qkv = in_proj.multiply(_norm_quantize(self.ln_1, in_proj, rows), out_dtype=dtype)
-        y = self.attn.attend(qkv.view(B, L, 3 * D), is_causal=is_causal(attn_mask, L))
-        rows = out_proj.multiply(
-            out_proj.quantize(y.view(B * L, D)),
-            residual=rows, layer_scale=_gamma(self.ls_1), out_dtype=dtype,
-        )  # fmt: skip
-        y = c_fc.multiply(
-            _norm_quantize(self.ln_2, c_fc, rows), activation=self.activation, out_dtype=dtype
+        linears, norms = self._linears(), (self.ln_1, self.ln_2)
+        in_proj, out_proj, c_fc, c_proj = (
+            (linear.w, linear.w_scale, linear.w_sum, linear.bias) for linear in linears
         )
-        rows = c_proj.multiply(
-            c_proj.quantize(y),
-            residual=rows, layer_scale=_gamma(self.ls_2), out_dtype=dtype,
+        norm_1, norm_2 = ((norm.weight.float(), norm.bias.float()) for norm in norms)
+        arguments = (
+            x, norm_1, in_proj, (*out_proj, _gamma(self.ls_1)),
+            norm_2, c_fc, (*c_proj, _gamma(self.ls_2)),
+            [norm.eps for norm in norms],
+            [linear.rounding == "row_symmetric" for linear in linears],
+            self.attn.num_heads, is_causal(attn_mask, x.shape[1]), self.activation,
         )  # fmt: skip
-        return rows.view(B, L, D)
+        if implementation(self.attn.backend, x.device) == "cpu":
+            return torch.ops.lraee.int8_block(*arguments)  # type: ignore[no-any-return]
+        return int8_block(*arguments, operators=operators(self.attn.backend))
 
     def _forward_by_child(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         y = self.ln_1(x)
@@ -230,14 +227,6 @@ def is_causal(attn_mask: Tensor | None, L: int) -> bool:
             f" got another one of shape {list(attn_mask.shape)}"
         )
     return True
-
-
-def _norm_quantize(norm: nn.LayerNorm, linear: Int8Linear, rows: Tensor) -> Quantized:
-    """The int8 input of a linear that follows a LayerNorm."""
-    return operators(linear.backend).layer_norm_quantize(  # type: ignore[no-any-return]
-        rows, norm.weight.float(), norm.bias.float(),
-        eps=norm.eps, symmetric=linear.rounding == "row_symmetric",
-    )  # fmt: skip
 
 
 def _gamma(layer_scale: nn.Module) -> Tensor | None:

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lraee.block import Parts
 from lraee.reference import MAX_K, Probe, Quantized
 from lraee.registry import packed_shape
 
@@ -240,6 +241,66 @@ def int8_attention(qkv: Tensor, *, num_heads: int, causal: bool = False) -> Tens
     if qkv.shape[1] < 1:
         raise ValueError(f"{op}: qkv must hold at least one token, got shape {list(qkv.shape)}")
     return torch.ops.lraee.int8_attention(qkv, num_heads, causal)  # type: ignore[no-any-return]
+
+
+def int8_block(
+    x: Tensor,
+    norm_1: Sequence[Tensor],
+    in_proj: Parts,
+    out_proj: Parts,
+    norm_2: Sequence[Tensor],
+    c_fc: Parts,
+    c_proj: Parts,
+    *,
+    eps: tuple[float, float] = (1e-5, 1e-5),
+    symmetric: tuple[bool, bool, bool, bool] = (False,) * 4,
+    num_heads: int,
+    causal: bool = False,
+    activation: Activation = "gelu",
+) -> Tensor:
+    """A whole transformer block: x + ls_1(attention(ln_1(x))), then that + ls_2(mlp(ln_2(that))).
+
+    Arguments, shapes and result: see lraee.block.int8_block; the bits are those of the seven
+    operators that it stands for.
+
+    Raises: ValueError on shape, device, layout or activation, TypeError on dtype.
+    """
+    op = "int8_block"
+    _require_float_rows(op, "x", x, 3)
+    D, device = x.shape[2], x.device
+    if num_heads < 1 or D == 0 or D % num_heads or x.shape[1] < 1:
+        raise ValueError(
+            f"{op}: x must have shape [B, L >= 1, num_heads * d] with num_heads = {num_heads},"
+            f" got {list(x.shape)}"
+        )
+    for name, norm in (("norm_1", norm_1), ("norm_2", norm_2)):
+        gamma, beta = norm
+        _require_vectors(op, D, device, **{f"{name} gamma": gamma, f"{name} beta": beta})
+    hidden = 0 if c_fc[1] is None else len(c_fc[1])
+    shapes = {"in_proj": (3 * D, D), "out_proj": (D, D), "c_fc": (hidden, D), "c_proj": (D, hidden)}
+    for (name, (N, K)), parts in zip(
+        shapes.items(), (in_proj, out_proj, c_fc, c_proj), strict=True
+    ):
+        _require_linear(op, name, parts, N, K, device)
+    if activation not in get_args(Activation):
+        names = ", ".join(get_args(Activation))
+        raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}")
+    return torch.ops.lraee.int8_block(  # type: ignore[no-any-return]
+        x, norm_1, in_proj, out_proj, norm_2, c_fc, c_proj, eps, symmetric, num_heads, causal,
+        activation,
+    )  # fmt: skip
+
+
+def _require_linear(op: str, name: str, parts: Parts, N: int, K: int, device: torch.device) -> None:
+    """Raises unless parts are w, w_scale, w_sum, bias and perhaps layer_scale of [N, K]."""
+    w, w_scale, w_sum, *vectors = parts
+    if w is None or w_scale is None or w_sum is None or len(vectors) not in (1, 2):
+        raise ValueError(f"{op}: {name} must be w, w_scale, w_sum, bias or None, and a layer_scale")
+    _require_weight(op, name, w, N, K, device)
+    named = zip(("bias", "layer_scale"), vectors, strict=False)
+    rest = {f"{name} {key}": vector for key, vector in named}
+    _require_vectors(op, N, device, **{f"{name} w_scale": w_scale}, **rest)
+    _require(op, f"{name} w_sum", w_sum, [N], [torch.int32])
 
 
 def exit_probe(

@@ -6,7 +6,8 @@ there. Callers go through the door in lraee.ops.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from lraee import reference
+from lraee import block, reference
 from lraee.kernels import register
 from lraee.reference import Probe, Quantized
 
@@ -45,6 +46,9 @@ SCHEMAS = {
     ' str activation="none", ScalarType out_dtype=float) -> Tensor',
     "float_linear": "(Tensor x, Tensor w, Tensor? bias=None) -> Tensor",
     "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
+    "int8_block": "(Tensor x, Tensor[] norm_1, Tensor?[] in_proj, Tensor?[] out_proj,"
+    " Tensor[] norm_2, Tensor?[] c_fc, Tensor?[] c_proj, float[] eps, bool[4] symmetric,"
+    " int num_heads, bool causal, str activation) -> Tensor",
     "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
     " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
     " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
@@ -55,10 +59,13 @@ OPERATORS = tuple(SCHEMAS)
 _library = Library("lraee", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _definition = getattr(block if _name == "int8_block" else reference, _name)
+    _library.impl(_name, _definition, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 TRITON_ERROR: str | None = register.register(_library, reference)
 """Why no Triton kernel is registered for CUDA tensors, or None."""
+if TRITON_ERROR is None:  # a block on CUDA is its seven operators
+    _library.impl("int8_block", partial(block.int8_block, operators=torch.ops.lraee), "CUDA")  # type: ignore[no-untyped-call]
 
 
 def packed_shape(N: int, K: int, device: torch.device) -> list[int]:
@@ -132,6 +139,11 @@ def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> T
     return qkv.new_empty((B, L, D3 // 3))
 
 
+@_fake("int8_block")
+def _int8_block_fake(x: Tensor, *arguments: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @_fake("exit_probe")
 def _exit_probe_fake(z: Tensor, *arguments: object) -> Probe:
     classes = arguments[11]
@@ -165,6 +177,16 @@ def _float_linear_flops(x: torch.Size, w: torch.Size, *rest: object, **options: 
 def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
     B, L, D3 = qkv
     return 4 * B * L * L * (D3 // 3)
+
+
+@register_flop_formula(torch.ops.lraee.int8_block)
+def _int8_block_flops(
+    x: torch.Size, norm_1: object, in_proj: object, out_proj: object, norm_2: object,
+    c_fc: Sequence[torch.Size], *rest: object, **options: object,
+) -> int:  # fmt: skip
+    B, L, D = x
+    hidden = int(c_fc[1][0])
+    return 2 * B * L * D * (3 * D + D + 2 * hidden) + 4 * B * L * L * D
 
 
 @register_flop_formula(torch.ops.lraee.exit_probe)

@@ -50,6 +50,7 @@ def test_levels_that_the_cpu_lacks_are_named(monkeypatch: pytest.MonkeyPatch) ->
         "avx2": "runs",
         "avx_vnni": "the CPU, or its operating system, lacks it",
         "avx512_vnni": "the CPU, or its operating system, lacks it",
+        "amx": "the CPU, or its operating system, lacks it",
     }
 
 

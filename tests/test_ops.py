@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lraee import ops, registry
@@ -42,6 +43,25 @@ def _probe_arguments(
     return positional, {"logit_scale": 10.0}
 
 
+def _block_arguments() -> tuple[list[Any], dict[str, Any]]:
+    source = generator(8)
+    B, L, D, hidden = 2, 5, 32, 48
+
+    def linear(N: int, K: int, *scale: Tensor) -> list[Tensor]:
+        w_q = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
+        w, w_sum = ops.pack_weight(w_q)
+        vectors = [torch.rand(N, generator=source) * 0.01 for _ in range(2)]
+        return [w, vectors[0], w_sum, vectors[1], *scale]
+
+    norm = [torch.ones(D), torch.zeros(D)]
+    scale = torch.rand(D, generator=source)
+    positional = [
+        torch.randn(B, L, D, generator=source),
+        norm, linear(3 * D, D), linear(D, D, scale), norm, linear(hidden, D), linear(D, hidden),
+    ]  # fmt: skip
+    return positional, {"num_heads": 2}
+
+
 def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
     source = generator(6)
     x = torch.randn(5, 30, generator=source)
@@ -57,6 +77,7 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
         "pack_weight": (ops.pack_weight, [w_q], {}),
         "unpack_weight": (ops.unpack_weight, [ops.pack_weight(w_q)[0], 18, 30], {}),
         "int8_linear": (ops.int8_linear, *_linear_arguments()),
+        "int8_block": (ops.int8_block, *_block_arguments()),
         "int8_linear_empty": (ops.int8_linear, *_linear_arguments(M=0)),
         "float_linear": (ops.float_linear, [x, x, x[:, 0]], {}),
         "float_linear_column_major": (ops.float_linear, [x, x.T.contiguous().T], {}),
@@ -128,7 +149,7 @@ def test_fake_agrees_with_the_result(name: str) -> None:
 
 
 def _faked(mode: Any, values: Any) -> list[Any]:
-    return [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in values]
+    return [tree_map_only(Tensor, mode.from_tensor, value) for value in values]
 
 
 def test_pack_and_unpack_are_inverse() -> None:
@@ -143,6 +164,7 @@ def test_flops_are_two_for_each_multiply_add() -> None:
     expected = {
         "int8_linear": 2 * 5 * 18 * 30,
         "int8_attention": 2 * 2 * (2 * 7 * 7 * 16),
+        "int8_block": 2 * 2 * 5 * 32 * (4 * 32 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
         "exit_probe": 2 * 3 * (20 * 16 + 16 * 12 + 5 * 12),
         "exit_probe_affine": 2 * 3 * (20 * 12 + 5 * 12),
         "exit_probe_class_token": 2 * 3 * (40 * 16 + 16 * 12 + 5 * 12),
@@ -202,6 +224,13 @@ def _door_errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Excep
          r"int8_attention: qkv must have a last size of 3 \* num_heads \* d"),
         ("int8_attention", {}, {"num_heads": 0}, ValueError, r"num_heads = 0"),
         ("int8_attention", {0: torch.zeros(2, 0, 48)}, {}, ValueError, r"at least one token"),
+        ("int8_block", {}, {"num_heads": 3}, ValueError, r"num_heads = 3, got \[2, 5, 32\]"),
+        ("int8_block", {1: [torch.ones(31), torch.ones(32)]}, {}, ValueError,
+         r"int8_block: norm_1 gamma must have shape \[32\], got \[31\]"),
+        ("int8_block", {6: [None] * 4}, {}, ValueError, r"c_proj must be w, w_scale, w_sum, bias"),
+        ("int8_block", {2: [torch.zeros(2, 2, dtype=torch.int8), *[torch.ones(96)] * 3]}, {},
+         ValueError, r"int8_block: in_proj must have the cpu layout"),
+        ("int8_block", {}, {"activation": "relu"}, ValueError, r"activation must be one of none"),
         ("exit_probe", {0: torch.zeros(3, 1, 20)}, {}, ValueError, r"a class token and a patch"),
         ("exit_probe", {11: torch.zeros(0, 12)}, {}, ValueError, r"classes must have shape"),
         ("exit_probe", {12: torch.ones(3)}, {}, ValueError, r"gate must have shape \[4\]"),

@@ -20,6 +20,12 @@ void int8_linear(Isa isa, const Int8LinearArgs& args, const Int8LinearBlock& blo
                             : int8_linear_avx512vl_vnni(args, block, scratch);
     case Isa::kAvx512Vnni:
       return int8_linear_avx512_vnni(args, block, scratch);
+    case Isa::kAmx:
+#if defined(__linux__)
+      return int8_linear_amx(args, block, scratch);
+#else
+      break;
+#endif
   }
 #endif
   int8_linear_scalar(args, block, scratch);

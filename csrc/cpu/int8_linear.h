@@ -51,5 +51,6 @@ void int8_linear_avx512vl_vnni(const Int8LinearArgs& args, const Int8LinearBlock
                                void* scratch);
 void int8_linear_avx512_vnni(const Int8LinearArgs& args, const Int8LinearBlock& block,
                              void* scratch);
+void int8_linear_amx(const Int8LinearArgs& args, const Int8LinearBlock& block, void* scratch);
 
 }  // namespace lraee::cpu

@@ -78,6 +78,7 @@ struct Tile {
 };
 
 #include "cpu/activation_body.h"
+#include "cpu/int8_linear_epilogue.h"
 #include "cpu/int8_linear_body.h"
 
 }  // namespace

@@ -26,6 +26,7 @@ inline __m256i dpbusd(__m256i sum, __m256i x_u8x32, __m256i w_s8x32) {
 #include "cpu/vec_avx2.h"
 #include "cpu/int8_linear_vnni256_body.h"
 #include "cpu/activation_body.h"
+#include "cpu/int8_linear_epilogue.h"
 #include "cpu/int8_linear_body.h"
 
 }  // namespace

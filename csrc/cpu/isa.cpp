@@ -2,16 +2,42 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace lraee::cpu {
 namespace {
 
-constexpr const char* kNames[kNumIsaLevels] = {"scalar", "avx2", "avx_vnni", "avx512_vnni"};
+constexpr const char* kNames[kNumIsaLevels] = {"scalar", "avx2", "avx_vnni", "avx512_vnni", "amx"};
 
 #if defined(__x86_64__)
+#ifdef __linux__
+// AMX-BF16, AMX-TILE and AMX-INT8 of CPUID leaf 7.
+bool has_tiles() {
+  constexpr unsigned kBits = 1u << 22 | 1u << 24 | 1u << 25;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBits) == kBits;
+}
+
+// Tile registers are large, so Linux saves them only for processes that have asked.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_tiles() { return false; }
+bool may_use_tiles() { return false; }
+#endif
+
 // __builtin_cpu_supports reads CPUID and XGETBV: a register state that the operating system does
 // not save counts as absent.
 struct Probe {
-  bool avx2, avx512, vex_vnni, evex_vnni;
+  bool avx2, avx512, vex_vnni, evex_vnni, tiles;
   Probe() {
     __builtin_cpu_init();
     avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -20,11 +46,12 @@ struct Probe {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     vex_vnni = avx2 && __builtin_cpu_supports("avxvnni");
     evex_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    tiles = evex_vnni && has_tiles() && may_use_tiles();
   }
 };
 #else
 struct Probe {
-  bool avx2 = false, vex_vnni = false, evex_vnni = false;
+  bool avx2 = false, vex_vnni = false, evex_vnni = false, tiles = false;
 };
 #endif
 
@@ -47,6 +74,8 @@ bool isa_available(Isa isa) {
       return probe().vex_vnni || probe().evex_vnni;
     case Isa::kAvx512Vnni:
       return probe().evex_vnni;
+    case Isa::kAmx:
+      return probe().tiles;
   }
   return false;
 }

@@ -8,8 +8,9 @@ namespace lraee::cpu {
 //   avx_vnni     the same and 256-bit vpdpbusd, in the VEX encoding (AVX-VNNI) or the EVEX encoding
 //                (AVX512VL + AVX512-VNNI)
 //   avx512_vnni  AVX512 F, BW, DQ, VL and VNNI
-enum class Isa : int { kScalar, kAvx2, kAvxVnni, kAvx512Vnni };
-inline constexpr int kNumIsaLevels = 4;
+//   amx          the same, and AMX tiles of int8 and bfloat16 (Linux)
+enum class Isa : int { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kAmx };
+inline constexpr int kNumIsaLevels = 5;
 
 const char* isa_name(Isa isa);
 

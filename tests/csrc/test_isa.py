@@ -8,7 +8,7 @@ import pytest
 
 from lraee import _C
 
-LEVELS = ["scalar", "avx2", "avx_vnni", "avx512_vnni"]
+LEVELS = ["scalar", "avx2", "avx_vnni", "avx512_vnni", "amx"]
 
 
 def test_levels_are_ordered_and_the_highest_is_chosen() -> None:
