@@ -1,5 +1,6 @@
 """Which implementation of the operators a tower runs on."""
 
+import functools
 from typing import Any, Literal, get_args
 
 import torch
@@ -51,5 +52,6 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     return f"the Triton kernels are not available ({registry.TRITON_ERROR})"
 
 
+@functools.cache
 def _is_registered(key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("lraee::int8_linear", key)

@@ -88,6 +88,12 @@ class Int8Linear(nn.Module):
         )  # fmt: skip
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """w, w_scale, w_sum and bias, as operators take them."""
+        held = cast(dict[str, Tensor], self._buffers)  # a module's own look-up takes 1 us for each
+        return held["w"], held["w_scale"], held["w_sum"], held["bias"]
+
+    @property
     def w_q(self) -> Tensor:
         """The weight as plain int8 [N, K]."""
         unpack = operators(self.backend).unpack_weight

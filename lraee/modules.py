@@ -125,6 +125,9 @@ class Int8Block(nn.Module):
         self.ls_2 = ls_2
         self.activation: Activation = activation
         self.can_fuse = self._can_fuse()
+        if self.can_fuse:
+            linears = self._linears()
+            self._symmetric = [linear.rounding == "row_symmetric" for linear in linears]
         self.training = False
 
     def forward(
@@ -155,21 +158,17 @@ class Int8Block(nn.Module):
         return c_fc.dtype if isinstance(c_fc, Int8Linear) else cast(nn.Linear, c_fc).weight.dtype
 
     def _forward_fused(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        linears, norms = self._linears(), (self.ln_1, self.ln_2)
-        in_proj, out_proj, c_fc, c_proj = (
-            (linear.w, linear.w_scale, linear.w_sum, linear.bias) for linear in linears
-        )
-        norm_1, norm_2 = ((norm.weight.float(), norm.bias.float()) for norm in norms)
+        in_proj, out_proj, c_fc, c_proj = self._linears()
+        norm_1, norm_2, attn = self.ln_1, self.ln_2, self.attn
         arguments = (
-            x, norm_1, in_proj, (*out_proj, _gamma(self.ls_1)),
-            norm_2, c_fc, (*c_proj, _gamma(self.ls_2)),
-            [norm.eps for norm in norms],
-            [linear.rounding == "row_symmetric" for linear in linears],
-            self.attn.num_heads, is_causal(attn_mask, x.shape[1]), self.activation,
+            x, _vectors(norm_1), in_proj.parts, (*out_proj.parts, _gamma(self.ls_1)),
+            _vectors(norm_2), c_fc.parts, (*c_proj.parts, _gamma(self.ls_2)),
+            (norm_1.eps, norm_2.eps), self._symmetric,
+            attn.num_heads, is_causal(attn_mask, x.shape[1]), self.activation,
         )  # fmt: skip
-        if implementation(self.attn.backend, x.device) == "cpu":
-            return torch.ops.lraee.int8_block(*arguments)  # type: ignore[no-any-return]
-        return int8_block(*arguments, operators=operators(self.attn.backend))
+        if implementation(attn.backend, x.device) == "cpu":
+            return torch.ops.lraee.int8_block.default(*arguments)  # type: ignore[no-any-return]
+        return int8_block(*arguments, operators=operators(attn.backend))
 
     def _forward_by_child(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         y = self.ln_1(x)
@@ -227,6 +226,15 @@ def is_causal(attn_mask: Tensor | None, L: int) -> bool:
             f" got another one of shape {list(attn_mask.shape)}"
         )
     return True
+
+
+def _vectors(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """gamma and beta as float32."""
+    gamma, beta = norm._parameters.values()
+    assert gamma is not None and beta is not None  # see _can_fuse
+    if gamma.dtype is torch.float32 and beta.dtype is torch.float32:
+        return gamma, beta
+    return gamma.float(), beta.float()
 
 
 def _gamma(layer_scale: nn.Module) -> Tensor | None:

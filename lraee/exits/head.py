@@ -122,13 +122,13 @@ class Int8Head(Float32Buffers):
 
     def forward(self, z: Tensor, classes: Tensor, logit_scale: float) -> Probe:
         """Tokens [B, L, D] -> embedding, top1, confidence, margin, variance, score."""
-        first, second = self.first, self.second
-        last = (None,) * 4 if second is None else _parts(second)
+        first, second, held = self.first, self.second, self._buffers
+        last = (None,) * 4 if second is None else second.parts
         return cast(
             Probe,
             operators(self.backend).exit_probe(
-                z, self.gamma, self.beta, EPS, *_parts(first), *last,
-                classes, logit_scale, self.gate,
+                z, held["gamma"], held["beta"], EPS, *first.parts, *last,
+                classes, logit_scale, held["gate"],
             ),
         )  # fmt: skip
 
@@ -136,7 +136,3 @@ class Int8Head(Float32Buffers):
 def _int8(w: Tensor, b: Tensor | None, backend: Backend) -> Int8Linear:
     w_q, w_scale = quantize_weight(w, INT8, backend)
     return Int8Linear(w_q, w_scale, b, backend=backend)
-
-
-def _parts(linear: Int8Linear) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return linear.w, linear.w_scale, linear.w_sum, linear.bias

@@ -36,7 +36,7 @@ def _by_operator(x: Tensor, arguments: list[Any], heads: int, causal: bool, act:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("B", "L", "D", "hidden", "heads"),
-    [(1, 1, 16, 16, 1), (2, 50, 64, 256, 2), (5, 17, 40, 100, 5), (8, 7, 48, 70, 3), (3, 77, 64, 90, 1)],
+    [(1, 1, 16, 16, 1), (2, 50, 64, 256, 2), (5, 17, 40, 100, 5), (8, 7, 48, 70, 3)],
 )  # fmt: skip
 def test_bits_of_the_operators(
     B: int, L: int, D: int, hidden: int, heads: int, dtype: torch.dtype
