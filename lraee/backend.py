@@ -1,6 +1,5 @@
 """Which implementation of the operators a tower runs on."""
 
-import functools
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +9,13 @@ from lraee import reference, registry
 Backend = Literal["auto", "reference", "cpu", "triton"]
 
 _DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
+
+# Known from import on: torch.compile cannot trace the question.
+_REGISTERED = frozenset(
+    key
+    for key in _DISPATCH_KEYS.values()
+    if torch._C._dispatch_has_kernel_for_dispatch_key("lraee::int8_linear", key)
+)
 
 
 def operators(backend: Backend) -> Any:
@@ -52,6 +58,5 @@ def _why_not(backend: str, device: torch.device) -> str | None:
     return f"the Triton kernels are not available ({registry.TRITON_ERROR})"
 
 
-@functools.cache
 def _is_registered(key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("lraee::int8_linear", key)
+    return key in _REGISTERED

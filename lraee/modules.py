@@ -89,10 +89,11 @@ class Int8Block(nn.Module):
     """One transformer block: x + ls_1(attn(ln_1(x))), then x + ls_2(mlp(ln_2(x))).
 
     Child names are those of the float block, and each child is a real module. As a rule the block
-    calls none of them: it runs the operator int8_block. It runs child by child where a child carries
-    a hook, so that the hook sees what it would have seen, and where the scheme cannot be fused (a
-    linear kept float, one step per batch). Both ways agree within rounding: fused, LayerNorm
-    reaches its quantizer, and each sum its activation or residual, in float32 instead of x's type.
+    calls none of them: it runs the operator int8_block. It runs child by child where a child
+    carries a hook, so that the hook sees what it would have seen, and where the scheme cannot be
+    fused (a linear kept float, one step per batch). Both ways agree within rounding: fused,
+    LayerNorm reaches its quantizer, and each sum its activation or residual, in float32 instead of
+    x's type.
 
     Args:
       ln_1, attn, ls_1, ln_2, mlp, ls_2: the children; ls_* Identity or with a vector `gamma`; mlp
