@@ -3,11 +3,12 @@
 // float lanes) and `kMaxRows` (rows of a register tile). No include guard and no includes, on
 // purpose.
 
-// Steps of k between two stores of the partial sums, and rows that share one copy of them. Both
-// copies below together take 136 KB of stack and stay in L2; the copied panels (32 KB) go through
-// L1.
-constexpr int64_t kStepsPerBlock = 256;
-constexpr int64_t kRowsPerBlock = 96;
+// Steps of k between two stores of the partial sums, and rows that share one copy of them. The
+// copied panels (24 KB) leave L1 room for the rows of a tile, both copies (180 KB of stack) stay in
+// L2. On a Xeon with AMX, 784 x 768 x 3072: 256 steps and 96 rows 162 GFLOP/s a core, these 179, of
+// 247.
+constexpr int64_t kStepsPerBlock = 192;
+constexpr int64_t kRowsPerBlock = 192;
 
 // [NOTE: why both operands are copied] Rows of x and steps of w lie a multiple of 4 KB apart in
 // real towers, so the lines of a tile would all fall into one or two sets of L1: 37 GFLOP/s a core
