@@ -24,7 +24,7 @@ from lraee.exits.router import Compaction
 from lraee.exits.scoring import Costs, Found
 from lraee.exits.training import BEST_HEAD, PAPER_HEAD, HeadOptions, train_head
 from lraee.flops import PartFlops
-from lraee.probe_time import ProbeTime, measure
+from lraee.probe_time import BATCHES, OVERHEAD, ProbeTime, measure
 from lraee.stages import Stages
 
 _log = logging.getLogger("lraee")
@@ -231,7 +231,14 @@ class Calibration:
         if not self._task.is_timed:
             return None
         block, head = next(iter(self.heads.items()))
-        return measure(self._pair.fast, block, head, self._classes, self._task.logit_scale)
+        time = measure(self._pair.fast, block, head, self._classes, self._task.logit_scale)
+        if time.probe_share > OVERHEAD:
+            _log.warning(
+                "calibrate: one probe takes %.1f %% of the tower's time here, the worse of batch"
+                " sizes %s: so much slower is a batch in which no image leaves",
+                100 * time.probe_share, BATCHES,
+            )  # fmt: skip
+        return time
 
     def _rules(self) -> Rules:
         """The recipe's, with no more exits than their probes may cost time."""

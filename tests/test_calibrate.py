@@ -246,23 +246,28 @@ def test_towers_and_half_types(images: Tensor) -> None:
     assert y.dtype == torch.bfloat16 and t.flops_saved > 0
 
 
+@pytest.mark.parametrize("probe_us", [1.5, 2.5])
 def test_a_probe_is_timed_where_asked(
-    model: nn.Module, images: Tensor, classes: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The time decides how many exits there are, and when survivors are copied."""
+    probe_us: float, model: nn.Module, images: Tensor, classes: Tensor,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """The time decides how many exits there are, and when survivors are copied; where one probe is
+    beyond what a batch may lose, a warning says so.
+    """
     from lraee import calibration, probe_time
 
     asked: list[Any] = []
 
     def measure(fast: nn.Module, block: int, head: Any, classes: Tensor, scale: float) -> Any:
         asked.append((block, scale))
-        return probe_time.ProbeTime((100.0, 1000.0), (20.0, 200.0), (1.5, 3.0), 0.03125)
+        return probe_time.ProbeTime((100.0, 1000.0), (20.0, 200.0), (probe_us, 3.0), 0.03125)
 
     monkeypatch.setattr(calibration, "measure", measure)
     exits = calibrated(model, images, classes=classes, is_timed=True)
     assert asked == [(3, pytest.approx(model.logit_scale.exp().item()))]
     assert exits.compaction == Compaction(0.03125)
-    assert exits.card["time"]["probe_us"] == (1.5, 3.0)
+    assert exits.card["time"]["probe_us"] == (probe_us, 3.0)
+    assert ("one probe takes 2.5 % of the tower's time" in caplog.text) == (probe_us > 2)
     # 2 % of the tower's time hold one probe of 1.5 %; agreement has its two all the same
     assert len(exits.plans["learned"].blocks) == len(exits.plans["confidence"].blocks) == 1
     assert len(exits.plans["agreement"].blocks) == 2

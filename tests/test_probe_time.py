@@ -37,20 +37,24 @@ def test_how_many_probes_are_worth_their_time(
     assert most == 1 or most * share <= OVERHEAD
 
 
-SECONDS = {"tower": 5e-3, "block": 4e-4, "probe": 2e-5, "copy": 1e-4}
+SECONDS = {"tower": 5e-3, "probed": 5.03e-3, "block": 4e-4, "probe": 2e-5, "copy": 1e-4}
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What measure hands to the clock, and what each call gives; the clock's answer is made up."""
+@pytest.fixture(params=["added", "alone"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What measure hands to the clock, and what each call gives; the clock's answer is made up:
+    a probe takes 30 us, which is what it adds to the tower, or what it takes alone.
+    """
     seen: list[dict[str, Any]] = []
+    alone = {"tower": 5e-3, "probed": 4.9e-3, "probe": 3e-5}
+    seconds = SECONDS if request.param == "added" else SECONDS | alone
 
     def interleaved(
         variants: Mapping[str, Callable[[], Any]], *, budget_s: float
     ) -> dict[str, list[float]]:
         seen.append({"budget_s": budget_s} | {name: call() for name, call in variants.items()})
         factor = len(seen)  # the larger batch takes twice as long
-        return {name: [9.0, factor * SECONDS[name], 0.0] for name in variants}
+        return {name: [9.0, factor * seconds[name], factor * seconds[name]] for name in variants}
 
     monkeypatch.setattr(probe_time, "interleaved", interleaved)
     return seen
@@ -73,7 +77,7 @@ def test_what_is_timed(calls: list[dict[str, Any]], has_exits: bool, is_batch_fi
     assert [call["budget_s"] for call in calls] == [0.5, 0.5]
     assert found.tower_us == pytest.approx((5000.0, 10_000.0))
     assert found.block_us == pytest.approx((400.0, 800.0))
-    assert found.probe_us == pytest.approx((20.0, 40.0))
+    assert found.probe_us == pytest.approx((30.0, 60.0))
     # 16 of 32 images copied in 200 us, beside 800 us for a block on all 32
     assert found.copy_share == pytest.approx((200 / 16) / (800 / 32))
     source = torch.Generator()
@@ -82,6 +86,7 @@ def test_what_is_timed(calls: list[dict[str, Any]], has_exits: bool, is_batch_fi
         z = torch.randn(B, L, D, generator=source.manual_seed(1))
         with torch.no_grad(), lraee.full_depth(fast):
             assert_same(call["tower"], fast.visual(images))
+            assert_same(call["probed"], call["tower"])
             tokens = z if is_batch_first else z.transpose(0, 1)
             assert_same(call["block"], blocks_of(fast)[1](tokens))
         scores: Tensor = Int8Head(head, torch.zeros(4))(z, classes, 20.0)[5]
