@@ -60,7 +60,7 @@ inline void configure(int upper, int lower) {
 template <Activation kActivation, class Out>
 class Pending {
  public:
-  // cols: of y, at most kCols. acc [rows][kCols] stays untouched until the next start.
+  // cols: of y, at most kCols. acc [rows][kCols] stays untouched until all rows are finished.
   void start(const Args& args, const TileOut& out) {
     a_ = args, out_ = out, row_ = 0;
     for (int p = 0; p < kPanels; ++p) {
@@ -124,7 +124,8 @@ struct Weights {
   int64_t steps, full_steps;
 };
 
-// acc[rows][kCols] = x @ w for kTiles tiles of rows and kWide panels.
+// acc[rows][kCols] = x @ w for kTiles tiles of rows and kWide panels; finishes what is pending in
+// acc before.
 template <int kTiles, int kWide, class P>
 inline void multiply(const int8_t* x, int64_t stride, int upper, const Weights& w,
                      const int8_t* next, int64_t next_bytes, int32_t* acc, P& pending) {
@@ -176,10 +177,9 @@ class Runner {
   explicit Runner(const Args& a) : a_(a) {}
 
   void block(const Int8LinearBlock& block, int8_t* scratch) {
-    const bool in_place = a_.K % kLineBytes == 0;
+    const bool in_place = a_.K > 0 && a_.K % kLineBytes == 0;
     constexpr int64_t kChunkBytes = 768 * 1024;  // of x, in L2 while all columns pass
-    int64_t chunk =
-        in_place ? kChunkBytes / (a_.K > 0 ? a_.K : 1) / kRows * kRows : chunk_rows(a_.K);
+    int64_t chunk = in_place ? kChunkBytes / a_.K / kRows * kRows : chunk_rows(a_.K);
     if (chunk < kRows) chunk = kRows;
     for (int64_t m = block.m_begin; m < block.m_end; m += chunk) {
       const int64_t end = m + chunk < block.m_end ? m + chunk : block.m_end;
@@ -212,8 +212,9 @@ class Runner {
     for (int64_t n = block.n_begin; n < block.n_end; n += kCols) {
       const int cols = static_cast<int>(block.n_end - n < kCols ? block.n_end - n : kCols);
       const bool is_wide = cols > kPanelWidth;
+      const int64_t steps = (groups + kStepGroups - 1) / kStepGroups;
       const Weights w{a_.w + n / kPanelWidth * panel_bytes, panel_bytes, tail,
-                      (groups + kStepGroups - 1) / kStepGroups, groups / kStepGroups};
+                      steps > 0 ? steps : 1, groups / kStepGroups};
       if (w.full_steps < w.steps) copy_tail(w, is_wide ? 2 : 1, tail);
       if (is_wide) {
         tiles<2>(rows, m, end, n, cols, w);
@@ -247,14 +248,13 @@ class Runner {
       const int upper = height > kTileRows ? (height + 1) / 2 : height;
       if (height != configured_) configure(upper, height - upper);
       configured_ = height;
-      int32_t* const acc = acc_[turn_ ^= 1];
       if (height > kTileRows) {
-        multiply<2, kWide>(rows.x, rows.stride, upper, w, next, step_bytes, acc, pending_);
+        multiply<2, kWide>(rows.x, rows.stride, upper, w, next, step_bytes, acc_, pending_);
       } else {
-        multiply<1, kWide>(rows.x, rows.stride, upper, w, next, step_bytes, acc, pending_);
+        multiply<1, kWide>(rows.x, rows.stride, upper, w, next, step_bytes, acc_, pending_);
       }
       next += w.steps * step_bytes;
-      pending_.start(a_, {m, n, height, cols, acc});
+      pending_.start(a_, {m, n, height, cols, acc_});
       rows.x += height * rows.stride;
       m += height;
     }
@@ -262,8 +262,8 @@ class Runner {
 
   const Args a_;
   Pending<kActivation, Out> pending_;
-  int turn_ = 0, configured_ = 0;
-  alignas(64) int32_t acc_[2][kRows * kCols];
+  int configured_ = 0;  // height of the tiles
+  alignas(64) int32_t acc_[kRows * kCols];
 };
 
 }  // namespace

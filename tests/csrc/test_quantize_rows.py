@@ -64,6 +64,23 @@ def test_halves_round_to_even(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("exponent", [-62, -60, -30, 0, 58, 62])
+def test_quotients_next_to_ties_round_as_a_division_does(level: str, exponent: int) -> None:
+    """x at scale * (k + 1/2) and two floats to each side, scales on both sides of what fits."""
+    source = generator(exponent)
+    for _ in range(40):
+        top = (1 + torch.rand(1, generator=source)) * 2.0**exponent * 127
+        scale = top / 127
+        ties = (torch.arange(-127, 127) + 0.5) * scale
+        near = [ties]
+        for _ in range(2):
+            near = [torch.nextafter(near[0], near[0] - scale), *near]
+            near = [*near, torch.nextafter(near[-1], near[-1] + scale)]
+        x = torch.cat([top, *near])[None]
+        _assert_defined(x, level, exponent=exponent)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_reads_any_strides(level: str) -> None:
     base = torch.randn(40, 100, generator=generator(1))
     for x in (base[:, 3:80], base[::3], base.T, base[::2, ::3], base[:1].expand(5, 100)):
