@@ -19,8 +19,13 @@ def describe() -> dict[str, str | int]:
         "operators": cpu_operators(),
         "threads": torch.get_num_threads(),
         "versions": ", ".join([f"python {platform.python_version()}", *map(_version, PACKAGES)]),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
     }
+
+
+def _without_folders(word: str) -> str:
+    """The word, or the file name of an absolute path."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def cpu_operators() -> str:
