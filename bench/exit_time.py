@@ -11,7 +11,7 @@ it: time does not depend on what heads know.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -40,8 +40,8 @@ SHARES = {8: 0.101, 10: 0.253, 11: 0.321}
 PHOTOS = 256
 
 
-def random_exits(fast: nn.Module) -> Exits:
-    """Heads that know nothing, after blocks 8, 10 and 11 of 12; nobody leaves yet."""
+def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits:
+    """Heads that know nothing, after these blocks of 12; nobody leaves yet."""
     tower, made = towers.find_tower(fast), acceleration_of(fast)
     assert made is not None
     D, E = cast(nn.Conv2d, tower.conv1).out_channels, vision.embedding_size(tower)
@@ -54,7 +54,7 @@ def random_exits(fast: nn.Module) -> Exits:
         w1, b1, w2, b2 = normal(HIDDEN, 2 * D), normal(HIDDEN), normal(E, HIDDEN), normal(E)
         return HeadWeights(torch.ones(2 * D), torch.zeros(2 * D), w1, b1, w2, b2)
 
-    depths = tuple(block * len(towers.blocks_of(tower)) // 12 for block in SHARES)
+    depths = tuple(block * len(towers.blocks_of(tower)) // 12 for block in shares)
     gate = Gate("confidence", ((0.0,) * 4,) * len(depths), (math.inf,) * len(depths))
     return Exits(
         heads={depth: head() for depth in depths},
@@ -76,13 +76,15 @@ def with_thresholds(exits: Exits, thresholds: tuple[float, ...]) -> Exits:
 
 
 @torch.inference_mode()
-def spread(model: nn.Module, exits: Exits, images: Tensor) -> Exits:
-    """Thresholds by which the images leave in the shares of SHARES."""
+def spread(
+    model: nn.Module, exits: Exits, images: Tensor, shares: Mapping[int, float] = SHARES
+) -> Exits:
+    """Thresholds by which the images leave in these shares."""
     fast = lraee.accelerate(model, exits=exits)
     with lraee.trace(fast) as t:
         run(fast, images, 32)
     thresholds, stays = [], torch.ones(len(images), dtype=torch.bool)
-    for column, share in zip(t.scores.T, SHARES.values(), strict=True):
+    for column, share in zip(t.scores.T, shares.values(), strict=True):
         ranked = column[stays].sort(descending=True).values
         thresholds.append(float(ranked[min(round(share * len(images)), len(ranked) - 1)]))
         stays &= column < thresholds[-1]
