@@ -1,9 +1,10 @@
 """Writes the figures of a report between the marks of a README, so that none is typed by hand.
 
-    python -m bench.readme_figures docs/report.json README.md [--check]
+    python -m bench.readme_figures docs/report.json README.md [--second other.json] [--check]
 
 A block begins with `<!-- report: NAME -->` and ends with `<!-- /report -->`, each on a line of its
-own. NAME: summary (findings), main (the main table), quadrants (one row per backbone and recipe).
+own. NAME: summary (findings), main (the main table), quadrants (one row per backbone and recipe),
+stable (the verdict on each claim beside that of a second model's report).
 """
 
 import re
@@ -64,6 +65,20 @@ def quadrants(report: Report) -> str:
     return markdown(header, rows)
 
 
+def stable(report: Report, second: Report) -> str:
+    """The verdict on each claim in both reports."""
+    others = {finding["claim"]: finding["holds"] for finding in second["findings"]}
+    verdicts = {True: "holds", False: "fails", None: "cannot be told"}
+    rows = [
+        (
+            found["claim"], verdicts[found["holds"]],
+            verdicts[others[found["claim"]]] if found["claim"] in others else "not asked",
+        )
+        for found in report["findings"]
+    ]  # fmt: skip
+    return markdown(("claim", report["model"], second["model"]), rows)
+
+
 BLOCKS: dict[str, Callable[[Report], str]] = {
     "summary": summary,
     "main": main_table,
@@ -82,16 +97,22 @@ def escaped(text: str) -> str:
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
-def filled(text: str, report: Report) -> str:
+def filled(text: str, report: Report, second: Report | None = None) -> str:
     """The README with every block made again.
 
-    Raises: ValueError on a block of another name, and where there is none.
+    Raises: ValueError on a block of another name or without its report, and where there is none.
     """
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
+        if name == "stable":
+            if second is None:
+                raise ValueError("readme_figures: --second must be given for the block stable")
+            return f"{match[1]}\n{stable(report, second)}\n\n{match[4]}"
         if name not in BLOCKS:
-            raise ValueError(f"readme_figures: a block must be one of {list(BLOCKS)}, got {name!r}")
+            raise ValueError(
+                f"readme_figures: a block must be one of {[*BLOCKS, 'stable']}, got {name!r}"
+            )
         return f"{match[1]}\n{BLOCKS[name](report)}\n\n{match[4]}"
 
     result, count = _BLOCK.subn(replace, text)
@@ -104,12 +125,14 @@ def filled(text: str, report: Report) -> str:
 def main(
     report: Path,
     readme: Path,
+    second: Annotated[Path | None, typer.Option(help="Report of another model.")] = None,
     check: Annotated[bool, typer.Option(help="Change nothing; fail if something would.")] = False,
 ) -> None:
     """Write the blocks, or check them."""
     try:
         before = readme.read_text()
-        after = filled(before, read_report(report))
+        other = None if second is None else read_report(second)
+        after = filled(before, read_report(report), other)
     except (CheckpointError, OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error

@@ -63,5 +63,21 @@ def test_refuses_blocks_it_cannot_make(tmp_path: Path, text: str, message: str) 
     assert result.exit_code == 1 and after == text and message in result.output
 
 
+def test_verdicts_beside_those_of_a_second_model(tmp_path: Path) -> None:
+    other = report()
+    other["model"] = "second"
+    other["findings"][0]["holds"] = None
+    del other["findings"][1]
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(other))
+    block = "<!-- report: stable -->\n<!-- /report -->\n"
+    result, text = run(tmp_path, block, "--second", str(path))
+    assert result.exit_code == 0
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(report()["findings"])
+    assert rows[0].endswith("| cannot be told |") and rows[1].endswith("| not asked |")
+    assert run(tmp_path, block)[0].exit_code == 1
+
+
 def test_names_are_no_markup() -> None:
     assert readme_figures.escaped("a|b\n<!-- /report -->") == r"a\|b \<!-- /report --\>"
