@@ -12,7 +12,7 @@ import lraee
 from bench.shapes import B16, B32, L14, Tower
 
 GOLDEN = {B32: 8_817_623_040, B16: 35_126_906_880, L14: 162_025_537_536}
-QUANTIZED = {"lraee.int8_linear", "lraee.int8_attention"}
+QUANTIZED = {"lraee.int8_block"}  # its linears and its attention
 
 towers = pytest.mark.parametrize("tower", GOLDEN, ids=lambda tower: tower.name)
 
