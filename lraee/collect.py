@@ -12,6 +12,7 @@ from lraee import towers
 from lraee.exits.head import HeadWeights, Int8Head, pool
 from lraee.exits.noise import BlockNoise, NoiseMeter
 from lraee.exits.training import augmented, centred
+from lraee.reference import Probe
 from lraee.trace import full_depth
 
 Images = Tensor | Iterable[Tensor]
@@ -81,8 +82,8 @@ class Pair:
         with full_depth(self.fast):
             for images in self.batches("full depth"):
                 x = centred(images, self.size)
-                teacher.append(_encode(self.teacher, x))
-                full.append(_encode(self.fast, x))
+                teacher.append(encode(self.teacher, x))
+                full.append(encode(self.fast, x))
         if not teacher:
             raise ValueError("calibrate: images must be one at least, got none")
         return {"teacher": torch.cat(teacher), "full": torch.cat(full)}
@@ -96,8 +97,8 @@ class Pair:
         with full_depth(self.fast), tapped(tower) as z, tapped(fast_tower) as z_int8:
             for images in self.batches("noise"):
                 x = centred(images[:left], self.size)
-                _encode(self.teacher, x)
-                _encode(self.fast, x)
+                encode(self.teacher, x)
+                encode(self.fast, x)
                 meter.add(z[0], z[1:], z_int8[1:])
                 left -= len(x)
                 if left <= 0:
@@ -125,8 +126,8 @@ class Pair:
                     x = centred(images, self.size)
                 else:
                     x = augmented(images, size=self.size, generator=source)
-                teacher.append(_encode(self.teacher, x))
-                _encode(self.fast, x)
+                teacher.append(encode(self.teacher, x))
+                encode(self.fast, x)
                 seen = [pool(z[block], has_class_token=True) for block in blocks]
                 pooled.append(torch.stack(seen, dim=1).half().cpu())
         return {"pooled": torch.cat(pooled), "teacher": torch.cat(teacher)}
@@ -149,16 +150,14 @@ class Pair:
         gate = torch.zeros(4)
         modules = {block: Int8Head(head, gate).to(device) for block, head in heads.items()}
         classes = classes.to(device)
-        found: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
         with full_depth(self.fast), tapped(towers.find_tower(self.fast)) as z:
-            for images in self._marked(rows, "probes"):
-                _encode(self.fast, centred(images, self.size))
-                probes = [head(z[block], classes, logit_scale) for block, head in modules.items()]
-                found["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
-                found["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
-                features = [torch.stack(p[2:5], 1) for p in probes]
-                found["features"].append(torch.stack(features, 1).cpu())
-        return {name: torch.cat(parts) for name, parts in found.items()}
+
+            def batches() -> Iterator[list[Probe]]:
+                for images in self._marked(rows, "probes"):
+                    encode(self.fast, centred(images, self.size))
+                    yield [head(z[block], classes, logit_scale) for block, head in modules.items()]
+
+            return joined(batches())
 
     def _marked(self, rows: Tensor, description: str) -> Iterator[Tensor]:
         start = 0
@@ -205,7 +204,17 @@ def _require_images(part: object, size: tuple[int, int]) -> None:
         raise ValueError(f"calibrate: images must be at least {size[0]} x {size[1]}, got {H} x {W}")
 
 
-def _encode(model: nn.Module, images: Tensor) -> Tensor:
+def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
+    """What the probes of m heads found, batch by batch, as Pair.probed gives it, on the CPU."""
+    found: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
+    for probes in batches:
+        found["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
+        found["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
+        found["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def encode(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings float32 [B, E] on the CPU."""
     like = next(model.parameters())
     encode = getattr(model, "encode_image", model)

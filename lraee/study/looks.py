@@ -1,16 +1,17 @@
 """One pass of a backbone over photos, kept: all heads, gates and plans learn from it."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lraee import towers
-from lraee.collect import Images, Pair, tapped
+from lraee.collect import Images, Pair, encode, joined, tapped
 from lraee.exits.head import HeadWeights, Int8Head, pool
 from lraee.exits.noise import BlockNoise
 from lraee.exits.training import augmented, centred
+from lraee.reference import Probe
 from lraee.stages import Stages
 from lraee.trace import full_depth
 
@@ -84,7 +85,7 @@ class KeptPair(Pair):
         parts: dict[str, list[Tensor]] = {"pooled": [], "variance": [], "full": []}
         with full_depth(self.fast), tapped(tower) as z:
             for x in self._crops(view, self.name):
-                parts["full"].append(_encode(self.fast, x))
+                parts["full"].append(encode(self.fast, x))
                 tokens = z[1 : depth + 1]
                 pooled = torch.stack([pool(each, has_class_token=True) for each in tokens], 1)
                 parts["pooled"].append(pooled.half().cpu())
@@ -93,7 +94,7 @@ class KeptPair(Pair):
 
     @torch.inference_mode()
     def _teach(self, view: int) -> dict[str, Tensor]:
-        said = [_encode(self.teacher, x) for x in self._crops(view, self._teacher_name)]
+        said = [encode(self.teacher, x) for x in self._crops(view, self._teacher_name)]
         return {"teacher": torch.cat(said)}
 
     def _crops(self, view: int, description: str) -> Iterator[Tensor]:
@@ -148,23 +149,22 @@ class KeptPair(Pair):
         """See Pair; blocks up to the last have heads here."""
         look, gate = self.look(0), torch.zeros(4)
         modules = {block: Int8Head(head, gate) for block, head in heads.items()}
-        found: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
-        for some in torch.split(rows.nonzero()[:, 0], _PROBED_AT_ONCE):
-            probes = [
-                head(
-                    tokens_like(
-                        self._led(look["pooled"][some, block - 1].float()),
-                        look["variance"][some, block - 1],
-                    ),
-                    classes,
-                    logit_scale,
-                )
-                for block, head in modules.items()
-            ]
-            found["embedding"].append(torch.stack([p[0] for p in probes], 1))
-            found["top1"].append(torch.stack([p[1] for p in probes], 1))
-            found["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1))
-        return {name: torch.cat(parts) for name, parts in found.items()}
+
+        def batches() -> Iterator[list[Probe]]:
+            for some in torch.split(rows.nonzero()[:, 0], _PROBED_AT_ONCE):
+                yield [
+                    head(
+                        tokens_like(
+                            self._led(look["pooled"][some, block - 1].float()),
+                            look["variance"][some, block - 1],
+                        ),
+                        classes,
+                        logit_scale,
+                    )
+                    for block, head in modules.items()
+                ]
+
+        return joined(batches())
 
     def class_tokens(self) -> Tensor:
         """After each block, float32 [n, depth, D]."""
@@ -187,9 +187,3 @@ def tokens_like(pooled: Tensor, variance: Tensor) -> Tensor:
     mean, class_token = pooled.chunk(2, dim=1)
     d = (variance / mean.shape[1]).sqrt()[:, None]
     return torch.stack([class_token, mean + d, mean - d], dim=1)
-
-
-def _encode(model: nn.Module, images: Tensor) -> Tensor:
-    like = next(model.parameters())
-    encode = getattr(model, "encode_image", model)
-    return cast(Tensor, encode(images.to(like.device, like.dtype))).float().cpu()
