@@ -95,45 +95,50 @@ def normalise_row(row, gamma_ptr, beta_ptr, eps, D):
     result = ()
     for c in tl.static_range(len(row)):
         cols = c * LANES + tl.arange(0, LANES)
-        gamma = tl.load(gamma_ptr + cols, mask=cols < D, other=0.0)
-        beta = tl.load(beta_ptr + cols, mask=cols < D, other=0.0)
+        gamma = tl.load(gamma_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
         y = (centred[c] * rstd[:, None]) * gamma[None, :] + beta[None, :]
         result = result + (y,)  # type: ignore[assignment]
     return result
 
 
 @triton.jit
-def tile_range(x):
-    """Smallest, largest and (as 0 or 1) non-finite value of each row of a tile, 0 among them."""
+def value_range(x):
+    """(min(x, 0), max(x, 0)) of each value; what is not finite makes the range infinite."""
     is_finite = tl.abs(x) < INFINITY
-    x = tl.where(is_finite, x, 0.0)
-    lo = tl.minimum(tl.min(x, axis=1), 0.0)
-    hi = tl.maximum(tl.max(x, axis=1), 0.0)
-    return lo, hi, tl.max(tl.where(is_finite, 0, 1), axis=1)
+    lo = tl.where(is_finite, tl.minimum(x, 0.0), 0.0)
+    return lo, tl.where(is_finite, tl.maximum(x, 0.0), INFINITY)
+
+
+@triton.jit
+def tile_range(x):
+    """Smallest and largest value of each row of a tile, 0 among them."""
+    lo, hi = value_range(x)
+    return tl.min(lo, axis=1), tl.max(hi, axis=1)
 
 
 @triton.jit
 def row_range(row):
-    """tile_range of a row held as chunks."""
-    lo, hi, is_bad = tile_range(row[0])
+    """tile_range of a row held as chunks: lanes first, so that threads exchange values once."""
+    lo, hi = value_range(row[0])
     for c in tl.static_range(1, len(row)):
-        chunk_lo, chunk_hi, chunk_bad = tile_range(row[c])
+        chunk_lo, chunk_hi = value_range(row[c])
         lo, hi = tl.minimum(lo, chunk_lo), tl.maximum(hi, chunk_hi)
-        is_bad = tl.maximum(is_bad, chunk_bad)
-    return lo, hi, is_bad
+    return tl.min(lo, axis=1), tl.max(hi, axis=1)
 
 
 @triton.jit
-def quantizer(lo, hi, is_bad, SYMMETRIC: tl.constexpr):
+def quantizer(lo, hi, SYMMETRIC: tl.constexpr):
     """Scale, zero point (as float32) and validity of rows with this range; see quantize_rows.
 
-    A row that is not valid must be given q = 0; its scale is NaN and its zero point 0.
+    A row that is not valid, of an infinite range, must be given q = 0; its scale is NaN and its
+    zero point 0.
     """
     if SYMMETRIC:
         scale = tl.div_rn(tl.maximum(-lo, hi), tl.full(lo.shape, 127.0, tl.float32))
     else:
         scale = tl.div_rn(hi - lo, tl.full(lo.shape, 255.0, tl.float32))
-    is_valid = (is_bad == 0) & (scale < INFINITY)
+    is_valid = scale < INFINITY
     scale = tl.where(is_valid & (scale >= SMALLEST_SCALE), scale, 1.0)
     if SYMMETRIC:
         zero = tl.zeros_like(scale)

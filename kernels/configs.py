@@ -39,6 +39,17 @@ class Config:
 
 
 @dataclass(frozen=True)
+class FloatConfig:
+    """One tiling of float_linear; block_k is part of the order of sums."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """Rows of one program of a row-wise kernel, and its warps."""
 
@@ -48,11 +59,15 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Queries of one program of int8_attention, its warps and pipeline stages."""
+    """Queries of one program of int8_attention, its warps and pipeline stages.
+
+    unroll: tokens whose keys are asked for at once while their mean is summed in order.
+    """
 
     block_i: int
     num_warps: int
     num_stages: int = 2
+    unroll: int = 32
 
 
 @dataclass(frozen=True)
@@ -254,3 +269,36 @@ def attention_config(heads: int, L: int, d: int, arch: Arch) -> AttentionConfig:
 def probe_config(B: int) -> ProbeConfig:
     """exit_probe: a program an image while there is one, otherwise 16 images a program."""
     return ProbeConfig(rows=1 if B == 1 else 16)
+
+
+SEGMENT_K = 512
+"""Values of K that float_linear sums before it adds them to the sum of those before."""
+
+
+def float_config(M: int, x_bytes: int) -> FloatConfig:
+    """float_linear: the patches of an image fill one tile of 64 rows; larger tiles for many.
+
+    Tiles differ in what they share, not in how an element is summed: blocks of K are the same.
+    """
+    block_k = 64 if x_bytes == 2 else 32
+    if M <= 512:
+        return FloatConfig(64, 64, block_k, num_warps=4, num_stages=4)
+    return FloatConfig(128, 128, block_k, num_warps=8, num_stages=3)
+
+
+def segments_at_once(tiles: int, K: int, arch: Arch) -> int:
+    """Programs of a tile of float_linear: one, or one a segment where tiles are fewer than SMs."""
+    return max(1, math.ceil(K / SEGMENT_K)) if tiles < arch.sms else 1
+
+
+ON_LOAD_ROWS = 64
+"""Most rows that are quantized while they are loaded."""
+
+
+def quantizes_on_load(shape: Shape, arch: Arch) -> bool:
+    """Whether int8_linear_from_float is worth its repeated work: it saves a launch.
+
+    Args:
+      shape: of the product, x_bytes those of its float rows.
+    """
+    return shape.M <= ON_LOAD_ROWS and bool(candidates(shape, arch))

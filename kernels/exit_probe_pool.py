@@ -76,8 +76,8 @@ def _pool_kernel(
         tl.store(variance_ptr + rows, lane_sum(spread))
         pooled = load_row(pooled_row, offs_row, everything, P, P_CHUNKS)
         x = normalise_row(pooled, gamma_ptr, beta_ptr, eps, P)
-        lo, hi, is_bad = row_range(x)
-        scale, zero, is_valid = quantizer(lo, hi, is_bad, False)
+        lo, hi = row_range(x)
+        scale, zero, is_valid = quantizer(lo, hi, False)
         tl.store(x_scale_ptr + rows, scale)
         tl.store(x_zero_ptr + rows, zero.to(tl.int32))
         for c in tl.static_range(P_CHUNKS):

@@ -29,13 +29,10 @@ BLOCK_J = tl.constexpr(64)
 RESIDENT_TOKENS = 320
 """Five tiles of keys: 197 and 257 tokens fit, and scores of 64 queries still fit in registers."""
 
-UNROLL = tl.constexpr(16)
-"""Tokens whose keys are asked for at once while their mean is summed in order."""
-
 
 @triton.jit
-def _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D: tl.constexpr):
-    """Mean of the keys of one head over tokens, summed in token order."""
+def _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
+    """Mean of the keys of one head over tokens, summed in token order, UNROLL asked for at once."""
     total = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, L, UNROLL):
         for u in tl.static_range(UNROLL):
@@ -51,8 +48,8 @@ def _quantize_heads(ptr, mean, offs_l, L, stride_l, offs_d, d):
     mask = (offs_l < L)[:, None] & (offs_d < d)[None, :]
     x = tl.load(ptr + offs_l[:, None] * stride_l + offs_d[None, :], mask=mask, other=0.0)
     x = tl.where(mask, x.to(tl.float32) - mean[None, :], 0.0)
-    lo, hi, is_bad = tile_range(x)
-    scale, zero, is_valid = quantizer(lo, hi, is_bad, True)
+    lo, hi = tile_range(x)
+    scale, zero, is_valid = quantizer(lo, hi, True)
     return quantize_tile(x, scale, zero, is_valid, True), scale
 
 
@@ -129,6 +126,7 @@ def _streamed(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
 def _int8_attention_kernel(
     qkv_ptr, y_ptr, L, H, d, stride_b, stride_l, root,
     IS_CAUSAL: tl.constexpr, KEY_TILES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I queries of one head of one image.
 
@@ -146,7 +144,7 @@ def _int8_attention_kernel(
     nothing = tl.zeros((BLOCK_D,), tl.float32)
     q_q, q_scale = _quantize_heads(q_ptr, nothing, offs_i, L, stride_l, offs_d, d)
     q_step = q_scale * root
-    k_mean = _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D)
+    k_mean = _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D, UNROLL)
     if KEY_TILES > 0:
         y = _resident(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
                       IS_CAUSAL, KEY_TILES)  # fmt: skip
@@ -185,6 +183,7 @@ def int8_attention(
             IS_CAUSAL=causal,
             KEY_TILES=triton.cdiv(L, 64) if L <= RESIDENT_TOKENS else 0,
             BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
+            UNROLL=config.unroll,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y

@@ -16,14 +16,14 @@ from lraee.kernels.common import (
     last_to_arrive,
     quantize_tile,
     quantizer,
-    tile_range,
+    value_range,
 )
 from lraee.kernels.configs import Config, Shape, pick
 from lraee.kernels.workspace import Workspace
 
 
 @triton.jit
-def _tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Tile of program pid: GROUP_M rows of tiles at a time, so that neighbours share w in L2."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -38,16 +38,14 @@ def _tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
 def row_quantizer(x_rows, row_mask, K, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip  # noqa: E501
     """Quantizer of BLOCK_M float rows, from one reading of them."""
     offs_k = tl.arange(0, BLOCK_K)
-    lo = tl.zeros((BLOCK_M,), tl.float32)
-    hi = tl.zeros((BLOCK_M,), tl.float32)
-    is_bad = tl.zeros((BLOCK_M,), tl.int32)
+    lo = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    hi = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
         mask = row_mask[:, None] & (k + offs_k[None, :] < K)
         x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        tile_lo, tile_hi, tile_bad = tile_range(x)
+        tile_lo, tile_hi = value_range(x)
         lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
-        is_bad = tl.maximum(is_bad, tile_bad)
-    return quantizer(lo, hi, is_bad, SYMMETRIC)
+    return quantizer(tl.min(lo, axis=1), tl.max(hi, axis=1), SYMMETRIC)
 
 
 @triton.jit
@@ -70,7 +68,8 @@ def _store_output(
         y += tl.load(bias_ptr + offs_n, mask=col_mask, other=0.0)[None, :]
     y = activate(y, ACTIVATION)
     if HAS_LAYER_SCALE:
-        y *= tl.load(layer_scale_ptr + offs_n, mask=col_mask, other=0.0)[None, :]
+        layer_scale = tl.load(layer_scale_ptr + offs_n, mask=col_mask, other=0.0)
+        y *= layer_scale.to(tl.float32)[None, :]
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows * stride_rm + offs_n[None, :], mask=mask, other=0.0)
         y += residual.to(tl.float32)
@@ -78,8 +77,10 @@ def _store_output(
 
 
 @triton.jit
-def _gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K: tl.constexpr):
-    """Stores this program's partial sums; in the last program of the tile, returns their total."""
+def gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K: tl.constexpr):
+    """Stores this program's partial sums; in the last program of the tile, returns their total,
+    added in the order of the parts.
+    """
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
@@ -110,7 +111,7 @@ def _int8_linear_kernel(
     their sum does not depend on the split; the last program to arrive adds them and stores y.
     """
     tile = tl.program_id(0)
-    pid_m, pid_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -138,7 +139,7 @@ def _int8_linear_kernel(
         acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
 
     if SPLIT_K > 1:
-        acc, is_last = _gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K)
+        acc, is_last = gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K)
     else:
         is_last = True
     if is_last:

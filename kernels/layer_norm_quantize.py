@@ -33,8 +33,8 @@ def _layer_norm_quantize_kernel(
     row_mask = offs_m < M
     x = load_row(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, D, CHUNKS)
     y = normalise_row(x, gamma_ptr, beta_ptr, eps, D)
-    lo, hi, is_bad = row_range(y)
-    scale, zero, is_valid = quantizer(lo, hi, is_bad, SYMMETRIC)
+    lo, hi = row_range(y)
+    scale, zero, is_valid = quantizer(lo, hi, SYMMETRIC)
     tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
     tl.store(x_zero_ptr + offs_m, zero.to(tl.int32), mask=row_mask)
     x_q_rows = x_q_ptr + offs_m.to(tl.int64)[:, None] * D
@@ -57,8 +57,7 @@ def layer_norm_quantize(
 
     Args:
       x: float32, bfloat16 or float16 [M, D].
-      gamma: float32 [D].
-      beta: float32 [D].
+      gamma, beta: any float type [D].
       eps: added to the variance.
       symmetric: as in quantize_rows.
       config: rows and warps of a program; chosen by shape when None.

@@ -29,15 +29,14 @@ def _quantize_rows_kernel(
     x_q_rows = x_q_ptr + offs_m.to(tl.int64)[:, None] * K
     mask = row_mask[:, None] & (offs_k[None, :] < K)
     x = tl.load(x_rows + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    lo, hi, is_bad = tile_range(x)
+    lo, hi = tile_range(x)
     if not IS_ONE_TILE:
         for k in range(BLOCK_K, K, BLOCK_K):
             mask = row_mask[:, None] & (k + offs_k[None, :] < K)
             x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-            tile_lo, tile_hi, tile_bad = tile_range(x)
+            tile_lo, tile_hi = tile_range(x)
             lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
-            is_bad = tl.maximum(is_bad, tile_bad)
-    scale, zero, is_valid = quantizer(lo, hi, is_bad, SYMMETRIC)
+    scale, zero, is_valid = quantizer(lo, hi, SYMMETRIC)
     tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
     tl.store(x_zero_ptr + offs_m, zero.to(tl.int32), mask=row_mask)
     if IS_ONE_TILE:

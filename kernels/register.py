@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ LAUNCHERS = (
     "quantize_rows",
     "layer_norm_quantize",
     "int8_linear",
+    "float_linear",
     "int8_attention",
+    "int8_block",
     "exit_probe",
 )
 """Operators with a kernel; each is a module of this package with a launcher of its name."""
@@ -44,7 +46,7 @@ def is_interpreted() -> bool:
 
 
 @functools.cache
-def _reason_of(device: torch.device) -> str | None:
+def reason_of(device: torch.device) -> str | None:
     """Why the kernels do not run on this CUDA device, or None."""
     from lraee.kernels.archs import unsupported_reason
 
@@ -62,7 +64,7 @@ def implementation(name: str, definition: Callable[..., Any]) -> Callable[..., A
 
     @functools.wraps(definition)
     def call(first: Tensor, *arguments: Any, **options: Any) -> Any:
-        if first.device.type == "cuda" and _reason_of(first.device) is not None:
+        if first.device.type == "cuda" and reason_of(first.device) is not None:
             return definition(first, *arguments, **options)
         launcher = getattr(importlib.import_module(f"lraee.kernels.{name}"), name)
         return launcher(first, *arguments, **options)
@@ -70,17 +72,17 @@ def implementation(name: str, definition: Callable[..., Any]) -> Callable[..., A
     return call
 
 
-def register(library: Library, definitions: Any) -> str | None:
+def register(library: Library, definitions: Mapping[str, Callable[..., Any]]) -> str | None:
     """Registers every launcher for the CUDA key of library, unless this installation cannot run it.
 
     Args:
       library: the one that defines the operators.
-      definitions: module that holds each operator in plain torch under its name.
+      definitions: each operator in plain torch.
     Returns: None, or the reason why nothing was registered.
     """
     reason = unavailable_reason()
     if reason is None:
         for name in LAUNCHERS:
-            function = implementation(name, getattr(definitions, name))
+            function = implementation(name, definitions[name])
             library.impl(name, function, "CUDA")
     return reason

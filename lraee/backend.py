@@ -1,10 +1,12 @@
 """Which implementation of the operators a tower runs on."""
 
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 
-from lraee import reference, registry
+from lraee import registry
+from lraee.kernels import register
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 
@@ -18,9 +20,12 @@ _REGISTERED = frozenset(
 )
 
 
+_DEFINITIONS = SimpleNamespace(**registry.DEFINITIONS)
+
+
 def operators(backend: Backend) -> Any:
     """The operators by name: the plain-torch definitions, or what PyTorch's dispatcher chooses."""
-    return reference if backend == "reference" else torch.ops.lraee
+    return _DEFINITIONS if backend == "reference" else torch.ops.lraee
 
 
 def implementation(backend: Backend, device: torch.device) -> str:
@@ -29,7 +34,8 @@ def implementation(backend: Backend, device: torch.device) -> str:
         return "reference"
     for name, key in _DISPATCH_KEYS.items():
         if device.type == key.lower() and _is_registered(key):
-            return name
+            is_known = device.type != "cuda" or register.reason_of(device) is None
+            return name if is_known else "reference"
     return "reference"
 
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee.backend import Backend, implementation, operators
-from lraee.block import int8_block
+from lraee.backend import Backend, operators
 from lraee.linear import Int8Linear
 from lraee.ops import Activation
 
@@ -167,9 +166,9 @@ class Int8Block(nn.Module):
             (norm_1.eps, norm_2.eps), self._symmetric,
             attn.num_heads, is_causal(attn_mask, x.shape[1]), self.activation,
         )  # fmt: skip
-        if implementation(attn.backend, x.device) == "cpu":
+        if attn.backend != "reference":  # .default spares the search for an overload
             return torch.ops.lraee.int8_block.default(*arguments)  # type: ignore[no-any-return]
-        return int8_block(*arguments, operators=operators(attn.backend))
+        return operators(attn.backend).int8_block(*arguments)  # type: ignore[no-any-return]
 
     def _forward_by_child(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         y = self.ln_1(x)
@@ -230,14 +229,14 @@ def is_causal(attn_mask: Tensor | None, L: int) -> bool:
 
 
 def _vectors(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """gamma and beta as float32."""
+    """gamma and beta as float32; as they are on a GPU, whose kernels read any float type."""
     gamma, beta = norm._parameters.values()
     assert gamma is not None and beta is not None  # see _can_fuse
-    if gamma.dtype is torch.float32 and beta.dtype is torch.float32:
+    if gamma.is_cuda or (gamma.dtype is torch.float32 and beta.dtype is torch.float32):
         return gamma, beta
     return gamma.float(), beta.float()
 
 
 def _gamma(layer_scale: nn.Module) -> Tensor | None:
     gamma = getattr(layer_scale, "gamma", None)
-    return None if gamma is None else gamma.float()
+    return gamma if gamma is None or gamma.is_cuda else gamma.float()

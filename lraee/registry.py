@@ -7,8 +7,7 @@ there. Callers go through the door in lraee.ops.
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,15 +56,16 @@ SCHEMAS = {
 OPERATORS = tuple(SCHEMAS)
 
 _library = Library("lraee", "DEF")  # type: ignore[no-untyped-call]
+DEFINITIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(block if name == "int8_block" else reference, name) for name in SCHEMAS
+}
+
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
-    _definition = getattr(block if _name == "int8_block" else reference, _name)
-    _library.impl(_name, _definition, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _library.impl(_name, DEFINITIONS[_name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
-TRITON_ERROR: str | None = register.register(_library, reference)
+TRITON_ERROR: str | None = register.register(_library, DEFINITIONS)
 """Why no Triton kernel is registered for CUDA tensors, or None."""
-if TRITON_ERROR is None:  # a block on CUDA is its seven operators
-    _library.impl("int8_block", partial(block.int8_block, operators=torch.ops.lraee), "CUDA")  # type: ignore[no-untyped-call]
 
 
 def packed_shape(N: int, K: int, device: torch.device) -> list[int]:

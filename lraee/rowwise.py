@@ -1,8 +1,8 @@
 """The float layers around the blocks, computed row by row: the same bits in any batch.
 
 A library's convolution or matrix product may choose another order of summation for another batch
-size or number of threads. On the CPU these layers go through torch.ops.lraee.float_linear instead,
-whose order is fixed. On other devices they are torch's own.
+size or number of threads. These layers go through torch.ops.lraee.float_linear instead, whose order
+is fixed, on the CPU and where its CUDA kernel runs. On other devices they are torch's own.
 """
 
 from typing import Any, cast
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lraee.backend import Backend, operators
+from lraee.backend import Backend, implementation, operators
 
 
 class RowwiseConv2d(nn.Conv2d):
@@ -43,7 +43,8 @@ class RowwiseConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, D, H / kernel, W / kernel], remainders cut off as a Conv2d does."""
         weight = self.weight
-        if input.device.type != "cpu" or input.dim() != 4 or input.dtype != weight.dtype:
+        is_own = is_fixed(input.device, self.backend)
+        if not is_own or input.dim() != 4 or input.dtype != weight.dtype:
             return super().forward(input)
         B, C, H, W = input.shape
         height, width = self.kernel_size
@@ -118,8 +119,9 @@ class RowwiseAttention(nn.MultiheadAttention):
         need_weights: bool = True,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention; without weights and masks on the CPU, row by row."""
-        if query.device.type != "cpu" or need_weights or options or not self.batch_first:
+        """As nn.MultiheadAttention; without weights and masks, row by row."""
+        is_own = is_fixed(query.device, self.backend)
+        if not is_own or need_weights or options or not self.batch_first:
             return super().forward(query, key, value, need_weights=need_weights, **options)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
@@ -148,8 +150,13 @@ class RowwiseAttention(nn.MultiheadAttention):
         return torch.stack(images)
 
 
+def is_fixed(device: torch.device, backend: Backend) -> bool:
+    """Whether float_linear has one order of sums on this device, and time to keep it."""
+    return device.type == "cpu" or implementation(backend, device) != "reference"
+
+
 def rowwise_linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
-    """x @ w.T + bias, summed in float32 in one fixed order on the CPU.
+    """x @ w.T + bias, summed in float32 in one fixed order.
 
     Args:
       x: any float type [..., K].
@@ -158,12 +165,15 @@ def rowwise_linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: Backend) 
       backend: which implementation to run on.
     Returns: [..., N] in the type of x, or of autocast where that is on, as torch's linear.
     """
-    if x.device.type != "cpu":
+    if not is_fixed(x.device, backend):
         return torch.nn.functional.linear(x, w, bias)
-    rows = x.reshape(-1, w.shape[1]).float()
-    b = None if bias is None else bias.float()
-    y = cast(Tensor, operators(backend).float_linear(rows, w.float(), b))
-    return y.to(output_dtype(x)).view(*x.shape[:-1], w.shape[0])
+    dtype = output_dtype(x)
+    is_native = x.device.type != "cpu" and dtype in (torch.float16, torch.bfloat16)
+    inside = dtype if is_native else torch.float32
+    rows = x.reshape(-1, w.shape[1]).to(inside)
+    b = None if bias is None else bias.to(inside)
+    y = cast(Tensor, operators(backend).float_linear(rows, w.to(inside), b))
+    return y.to(dtype).view(*x.shape[:-1], w.shape[0])
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
