@@ -1,6 +1,9 @@
 """Memory that programs of one launch meet in: split-K partial sums and arrival tickets."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +30,31 @@ class Workspace:
         return Workspace(partials, torch.zeros(WORKSPACE_TICKETS, dtype=torch.int32, device=device))
 
 
+_given: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
+
+
+@contextmanager
+def using(space: Workspace) -> Iterator[None]:
+    """Inside, launches of this thread meet in `space`, on whatever stream: for a capture."""
+    token = _given.set(space)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 _lock = threading.Lock()
 
 
 def of_current_stream(device: torch.device) -> Workspace:
-    """The workspace of the device's current stream, allocated at its first use."""
+    """The workspace that this thread was given, or that of the device's current stream.
+
+    The latter is allocated at its first use.
+    """
+    given = _given.get()
+    if given is not None:
+        return given
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream)
     with _lock:

@@ -1,14 +1,17 @@
 """The image tower around its blocks: fixed sums in its float layers, and early exits."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lraee.backend import Backend
+from lraee import graphs
+from lraee.backend import Backend, implementation
 from lraee.exits.head import Int8Head
-from lraee.exits.router import Block, Router
+from lraee.exits.router import EAGER, Block, Router, Runner
 from lraee.rowwise import RowwiseAttention, RowwiseConv2d, rowwise_linear
 from lraee.towers import blocks_of
 
@@ -20,21 +23,53 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
     """
 
     rowwise_backend: Backend
+    cuda_graphs: bool = True
+    """Whether calls on a GPU that ask for no more than numbers are CUDA graphs (lraee.graphs)."""
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> pooled [B, E], or (pooled, tokens) with `output_tokens`."""
-        z = self._embeds(x)
         router = exits_of(self)
-        if router is not None and not router.is_off:
-            require_no_tokens(self)
-            return cast(Tensor, router(self._blocks(), z, self._finish))
+        if router is not None and router.is_off:
+            router.note_full_depth(x.shape[0], len(blocks_of(self)))
+            router = None
         if router is not None:
-            router.note_full_depth(z.shape[0], len(blocks_of(self)))
-        z = self.transformer(z)
+            require_no_tokens(self)
+        if self._is_for_graphs(x):
+            with graphs.of(self, x.device) as run:
+                if router is not None:
+                    return self._route(router, x, run)
+                (pooled,) = run("tower", lambda x: (self._finish(self._tokens(x)),), x)
+                return run.own(pooled)
+        if router is not None:
+            return self._route(router, x, EAGER)
+        z = self._tokens(x)
         if not self.output_tokens:
             return self._finish(z)
         pooled, tokens = self._pool(z)
         return self._project(pooled), tokens
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Images -> tokens after the last block."""
+        return cast(Tensor, self.transformer(self._embeds(x)))
+
+    def _route(self, router: Router, x: Tensor, run: Runner) -> Tensor:
+        return cast(Tensor, router(self._blocks(), x, self._finish, embed=self._embeds, run=run))
+
+    def _is_for_graphs(self, x: Tensor) -> bool:
+        """Whether graphs may be made of this call; a tower that was refused runs without them."""
+        return (
+            not torch.compiler.is_compiling()
+            and x.is_cuda
+            and self.cuda_graphs
+            and not self.output_tokens
+            and implementation(self.rowwise_backend, x.device) == "triton"
+            and graphs.is_plain_call(x)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowwiseTower":
+        """Moved or cast, its numbers lie elsewhere: graphs of where they were are let go."""
+        graphs.drop(self)
+        return cast(RowwiseTower, super()._apply(fn, recurse))
 
     def _blocks(self) -> list[Block]:
         """The blocks on [B, L, D], whichever order the transformer runs them in."""
@@ -86,8 +121,10 @@ def unmake_rowwise(tower: nn.Module) -> None:
     for pooler in _poolers(tower):
         RowwiseAttention.release(pooler.get_submodule("attn"))
     if isinstance(tower, RowwiseTower):
+        graphs.drop(tower)
         tower.__class__ = VisionTransformer
         del tower.rowwise_backend
+        tower.__dict__.pop("cuda_graphs", None)
 
 
 # Exits
@@ -108,11 +145,13 @@ def attach_exits(tower: nn.Module, router: Router) -> None:
     Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
     """
     require_exits_fit(tower, router)
+    graphs.drop(tower)
     tower.exits = router
 
 
 def detach_exits(tower: nn.Module) -> None:
     """The way back from attach_exits; nothing where there are none."""
+    graphs.drop(tower)
     tower._modules.pop("exits", None)
 
 

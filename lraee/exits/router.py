@@ -5,11 +5,11 @@ Everything is row by row: the same image leaves at the same exit with the same b
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lraee.rowwise import output_dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 Block = Callable[[Tensor], Tensor]
+Segment = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ class Record:
         """B images of which nothing is known yet."""
         return cls([blocks] * B, [0] * blocks, [0] * exits)
 
+    def note_exit(self, places: list[int], leaving: list[int], first: int, last: int) -> None:
+        """Takes in that blocks first to last ran on these places, and which rows left then."""
+        for depth in range(first, last):
+            self.block_rows[depth] += len(places)
+        for row in leaving:
+            self.exit_block[places[row]] = last
+
     def note_probe(self, e: int, places: list[int], probe: Probe, scores: Tensor) -> None:
         """Takes in what exit e found of the images of these places; -1 is no image.
 
@@ -96,6 +104,48 @@ _switched_off: ContextVar[frozenset["Router"]] = ContextVar("switched_off", defa
 def _eager(function: F) -> F:
     """Keeps torch.compile out: where images leave depends on their numbers."""
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+class Runner(Protocol):
+    """How a segment is run: as it stands, or as a CUDA graph (lraee.graphs)."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether results are overwritten when a segment runs again."""
+
+    def __call__(self, name: Hashable, segment: Segment, z: Tensor) -> tuple[Tensor, ...]:
+        """segment(z); the name tells segments of one tower apart."""
+
+    def own(self, result: Tensor) -> Tensor:
+        """A result that stays as it is."""
+
+
+class Eager:
+    """Segments as they stand."""
+
+    is_static = False
+
+    def __call__(self, name: Hashable, segment: Segment, z: Tensor) -> tuple[Tensor, ...]:
+        """segment(z)."""
+        return segment(z)
+
+    def own(self, result: Tensor) -> Tensor:
+        """Result itself."""
+        return result
+
+
+EAGER = Eager()
+
+
+def _chain(steps: Sequence[Block]) -> Segment:
+    """One step after the other; its result as a tuple."""
+
+    def segment(z: Tensor) -> tuple[Tensor, ...]:
+        for step in steps:
+            z = step(z)
+        return (z,)
+
+    return segment
 
 
 def _is_unseen(block: Block) -> bool:
@@ -179,44 +229,69 @@ class Router(Float32Buffers):
         return self in _switched_off.get()
 
     @_eager
-    def forward(self, blocks: Sequence[Block], z: Tensor, finish: Block) -> Tensor:
+    def forward(
+        self,
+        blocks: Sequence[Block],
+        z: Tensor,
+        finish: Block,
+        *,
+        embed: Block | None = None,
+        run: Runner = EAGER,
+    ) -> Tensor:
         """Tokens [B, L, D] -> embeddings [B, E], in the type that the full tower gives.
 
         Args:
           blocks: of the tower, in order, [R, L, D] -> the same.
-          z: tokens before the first block.
+          z: tokens before the first block, or what `embed` makes them of.
           finish: what follows the last block, [R, L, D] -> [R, E].
+          embed: [B, …] -> [B, L, D], part of the first segment.
+          run: how the segments between exits are run.
         """
-        B = z.shape[0]
+        B, depth = z.shape[0], 0
         record = self._new_record(B, len(blocks))
         flow, result = _Flow(z, list(range(B))), None
-        for depth, block in enumerate(blocks, 1):
-            flow.z = block(flow.z)
+        for e, exit_depth in enumerate(self.blocks):
+            steps = (
+                blocks[depth:exit_depth] if embed is None or e else (embed, *blocks[:exit_depth])
+            )
+            flow.z, *probe = run(("exit", e, self.logit_scale), self._to_exit(e, steps), flow.z)
+            embedding, leaving = self._leaving(e, flow, cast(Probe, probe), record, run)
             if record is not None:
-                record.block_rows[depth - 1] += len(flow.places)
-            if depth not in self.blocks:
-                continue
-            e = self.blocks.index(depth)
-            embedding, leaving = self._leaving(e, flow, record)
+                record.note_exit(flow.places, leaving, depth, exit_depth)
+            depth = exit_depth
             if not leaving:
                 continue
-            places = [flow.places[row] for row in leaving]
-            if record is not None:
-                for place in places:
-                    record.exit_block[place] = depth
-            embedding = embedding.to(output_dtype(z))
+            embedding = embedding.to(output_dtype(flow.z))
             if len(leaving) == B:
-                return embedding
+                return run.own(embedding)
             if result is None:
                 result = embedding.new_empty(B, embedding.shape[1])
-            result[places] = embedding[leaving]
-            if not self._drop(flow, leaving, len(blocks) - depth, is_own=_is_unseen(block)):
+            result[[flow.places[row] for row in leaving]] = embedding[leaving]
+            is_own = run.is_static or _is_unseen(blocks[depth - 1])
+            if not self._drop(flow, leaving, len(blocks) - depth, is_own=is_own):
                 return result
-        return self._finish(flow, result, finish, record)
+        steps = blocks[depth:] if embed is None or self.blocks else (embed, *blocks)
+        (flow.z,) = run("end", _chain(steps), flow.z)
+        if record is not None:
+            record.note_exit(flow.places, [], depth, len(blocks))
+        return self._finish(flow, result, finish, record, run)
 
-    def _leaving(self, e: int, flow: _Flow, record: Record | None) -> tuple[Tensor, list[int]]:
+    def _to_exit(self, e: int, steps: Sequence[Block]) -> Segment:
+        """The segment that ends with the probe of exit e: z, and the six of the probe."""
+        steps_to = _chain(steps)
+
+        def segment(z: Tensor) -> tuple[Tensor, ...]:
+            (z,) = steps_to(z)
+            return (z, *self.heads[e](z, self.classes, self.logit_scale))
+
+        return segment
+
+    def _leaving(
+        self, e: int, flow: _Flow, probe: Probe, record: Record | None, run: Runner
+    ) -> tuple[Tensor, list[int]]:
         """Embeddings of all rows at exit e, and the rows that leave there."""
-        probe = cast(Probe, self.heads[e](flow.z, self.classes, self.logit_scale))
+        if record is not None or self.gate.remembers:  # read again after the next segment
+            probe = cast(Probe, tuple(run.own(part) for part in probe))
         scores, flow.memory = score(self.gate, e, probe, flow.memory)
         if record is not None:
             record.note_probe(e, flow.places, probe, scores)
@@ -236,17 +311,22 @@ class Router(Float32Buffers):
         return bool(rows)
 
     def _finish(
-        self, flow: _Flow, result: Tensor | None, finish: Block, record: Record | None
+        self,
+        flow: _Flow,
+        result: Tensor | None,
+        finish: Block,
+        record: Record | None,
+        run: Runner,
     ) -> Tensor:
         """The full-depth embeddings of those that stayed, put among the others."""
         rows = flow.survivors()
         if len(rows) < len(flow.places):  # some that left were carried along
             flow.keep(rows, is_own=False)
-        y = finish(flow.z)
+        (y,) = run("finish", _chain([finish]), flow.z)
         if record is not None:
             record.finish_rows += len(flow.places)
         if result is None:
-            return y
+            return run.own(y)
         result[flow.places] = y.to(result.dtype)
         return result
 

@@ -1,0 +1,218 @@
+"""CUDA graphs of an accelerated tower: one per segment between exits and per bucket of the batch.
+
+A block on a GPU takes some ten microseconds, starting its kernels from Python takes ten times as
+long. So a segment is captured when it is first used with a batch of some bucket, and replayed from
+then on: images are copied into the memory that the graph reads, behind them rows that are nobody's.
+Every operator works row by row, so the results are those of the same calls without a graph.
+"""
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+from lraee.kernels import workspace
+from lraee.kernels.workspace import Workspace
+
+Segment = Callable[[Tensor], tuple[Tensor, ...]]
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Batch sizes that graphs are made for; larger batches keep a GPU busy without them."""
+
+_log = logging.getLogger("lraee")
+
+
+class Captured(NamedTuple):
+    """A segment for batches of one size: replay() makes `made` from `given`."""
+
+    replay: Callable[[], None]
+    given: Tensor
+    made: tuple[Tensor, ...]
+
+
+class _State:
+    """What a graph has taken for granted: modules, where their tensors lie, and no hooks."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        parts = [*tower.modules()]
+        children = [(m._modules, name) for m in parts for name in m._modules]
+        held = [(d, n) for m in parts for d in (m._parameters, m._buffers) for n in d]
+        self._children = [(*place, place[0][place[1]]) for place in children]
+        # The tensors themselves: as long as they live, no other can lie where they do
+        self._tensors = [(d, n, d[n], _address(d[n])) for d, n in held]
+        self._hooks = [h for m in parts for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += [modules._global_forward_hooks, modules._global_forward_pre_hooks]
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a hook wants to see what a graph would not show it."""
+        return any(self._hooks)
+
+    def is_that_of_now(self) -> bool:
+        """Whether a graph made then still computes what the tower would."""
+        return all(d.get(name) is child for d, name, child in self._children) and all(
+            d.get(name) is tensor and _address(tensor) == address
+            for d, name, tensor, address in self._tensors
+        )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Graphs:
+    """The graphs of one tower, for one call at a time: `with graphs.of(tower) as run`.
+
+    Calls of other threads wait for the lock, and their streams for what the last call reads.
+    """
+
+    is_static = True
+    """Results lie where graphs write: all share one pool of memory."""
+
+    def __init__(self, tower: nn.Module, device: torch.device) -> None:
+        """See the class."""
+        self.device = device
+        self._tower = weakref.ref(tower)
+        self._lock = threading.RLock()
+        self._clear()
+        self._space = Workspace.allocate(device)
+        self._pool: Any = None
+        self._reads = new_event(device)
+
+    def _clear(self) -> None:
+        tower = self._tower()
+        assert tower is not None
+        self._captured: dict[Hashable, Captured] = {}
+        self._state = _State(tower)
+        self._refusal: str | None = None
+
+    def are_welcome(self) -> bool:
+        """Whether nobody looks into the tower, and it could be captured so far."""
+        return self._refusal is None and not self._state.has_hooks
+
+    def __enter__(self) -> "Graphs":
+        self._lock.acquire()
+        self._reads.wait()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reads.record()
+        self._lock.release()
+
+    def __call__(self, name: Hashable, segment: Segment, z: Tensor) -> tuple[Tensor, ...]:
+        """segment(z), each result with z's number of rows, valid until any segment is called.
+
+        Args:
+          name: of the segment and of all numbers in it that are not tensors of the tower.
+          segment: [bucket, …] -> tensors [bucket, …], row by row.
+          z: 1 to BUCKETS[-1] rows.
+        """
+        B = z.shape[0]
+        key = (name, bucket_of(B), z.dtype, z.shape[1:])
+        found = self._captured.get(key)
+        if found is not None and not self._state.has_hooks:
+            found.given[:B].copy_(z)
+            found.replay()
+            # While the GPU is at it; what it reads is held by the state
+            if self._state.is_that_of_now():
+                return tuple(made[:B] for made in found.made)
+            self._clear()
+        if not self.are_welcome():
+            return segment(z)
+        try:
+            found = self._captured[key] = self._capture(segment, z, key[1])
+        except CaptureError as error:
+            self._refusal = str(error)
+            _log.warning("accelerate: no CUDA graphs for this tower, calls are slower: %s", error)
+            return segment(z)
+        found.replay()
+        return tuple(made[:B] for made in found.made)
+
+    def _capture(self, segment: Segment, z: Tensor, bucket: int) -> Captured:
+        # Not inference tensors: these could not be written to outside of inference mode
+        with torch.inference_mode(False), torch.no_grad(), workspace.using(self._space):
+            given = torch.zeros((bucket, *z.shape[1:]), dtype=z.dtype, device=z.device)
+            given[: z.shape[0]].copy_(z)
+            captured, self._pool = capture(segment, given, self._pool)
+            return captured
+
+    @staticmethod
+    def own(result: Tensor) -> Tensor:
+        """A copy for the caller to keep."""
+        return result.clone()
+
+
+class CaptureError(RuntimeError):
+    """A segment that runs cannot be captured."""
+
+
+def capture(segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
+    """The graph of segment(given), and the memory pool that it shares with those before it.
+
+    Raises: CaptureError if the segment does something that no graph can hold.
+    """
+    device = given.device
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        segment(given)  # compiles kernels and allocates what stays
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # thread_local: what other threads do meanwhile neither fails nor breaks the capture
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            made = segment(given)
+    except RuntimeError as error:
+        raise CaptureError(" ".join(str(error).split())[:300]) from error
+    current.wait_stream(side)
+    return Captured(graph.replay, given, made), graph.pool()
+
+
+def new_event(device: torch.device) -> torch.cuda.Event:
+    """An event of the device, not recorded yet: waiting for it is no wait."""
+    with torch.cuda.device(device):
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
+_all: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
+"""Neither copied nor pickled with a tower, and gone when it is."""
+_lock = threading.Lock()
+
+
+def of(tower: nn.Module, device: torch.device) -> Graphs:
+    """The graphs of this tower, to be used in a with statement."""
+    with _lock:
+        found = _all.get(tower)
+        if found is None or found.device != device:
+            found = _all[tower] = Graphs(tower, device)
+        return found
+
+
+def drop(tower: nn.Module) -> None:
+    """Forgets the graphs of this tower and gives their memory back."""
+    with _lock:
+        _all.pop(tower, None)
+
+
+def bucket_of(B: int) -> int:
+    """The smallest bucket that holds B rows."""
+    return next(bucket for bucket in BUCKETS if bucket >= B)
+
+
+def is_plain_call(x: Tensor) -> bool:
+    """Whether this call on a GPU asks for numbers and nothing else: no gradients, no autocast, no
+    tracing, counting or capturing by the caller, and a batch that has a bucket.
+    """
+    return (
+        0 < x.shape[0] <= BUCKETS[-1]
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.cuda.is_current_stream_capturing()
+    )
