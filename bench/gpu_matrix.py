@@ -32,6 +32,7 @@ from lraee.kernels.configs import Config, Shape
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
+from lraee.kernels.launch import FIRST_TO_OVERLAP
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.quantize_rows import quantize_rows
 
@@ -178,9 +179,10 @@ def subset(arch: Arch) -> Iterator[tuple[str, Launch]]:
 
 def compile_cell(launch: Launch, arch: Arch) -> Record:
     """Compiles one launch for one architecture and reads its machine code."""
-    options = {**launch.options, "enable_fp_fusion": False}
+    overlaps = arch.capability >= FIRST_TO_OVERLAP
+    options = {**launch.options, "enable_fp_fusion": False, "launch_pdl": overlaps}
     target = GPUTarget("cuda", arch.capability, 32)
-    compiled = triton.compile(launch.source(), target=target, options=options)
+    compiled = triton.compile(launch.source(overlaps=overlaps), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

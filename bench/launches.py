@@ -45,17 +45,17 @@ class Launch:
         """Size of the grid."""
         return int(torch.Size(self.grid).numel())
 
-    def source(self) -> ASTSource:
+    def source(self, *, overlaps: bool = False) -> ASTSource:
         """What Triton compiles for this launch, with the specialisations of its own launcher.
 
         An argument of 1 becomes a constant; one that 16 divides is marked so.
         """
         signature: dict[str, str] = {}
-        constants = dict(self.constants)
+        constants = {**self.constants, "PDL": overlaps}
         attributes: dict[tuple[int], list[list[object]]] = {}
         for index, parameter in enumerate(self.kernel.params):
             name = parameter.name
-            if name in self.constants:
+            if name in constants:
                 signature[name] = "constexpr"
                 continue
             value = self.arguments[name]

@@ -24,6 +24,17 @@ ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Lets the next kernel of the stream get ready, and waits for the end of the one before.
+
+    First in every kernel: nothing of another kernel may be read or written over earlier.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def round_half_even(x):
     """The nearest integer of |x| < 2**22, ties to even."""
     return (x + ROUNDER) - ROUNDER

@@ -20,6 +20,7 @@ from lraee.kernels.common import (
     quantize_tile,
     quantizer,
     tile_range,
+    wait_for_previous,
 )
 from lraee.kernels.configs import AttentionConfig, attention_config
 
@@ -126,13 +127,14 @@ def _streamed(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
 def _int8_attention_kernel(
     qkv_ptr, y_ptr, L, H, d, stride_b, stride_l, root,
     IS_CAUSAL: tl.constexpr, KEY_TILES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I queries of one head of one image.
 
     k is centred on its mean over tokens; logit_ij = s_ij * ((q_scale_i * root) * k_scale_j) with
     s the int8 product and root = d^-1/2. KEY_TILES = 0 streams the keys.
     """
+    wait_for_previous(PDL)
     tiles = tl.cdiv(L, BLOCK_I)
     head = (tl.program_id(0) // tiles) % H
     image = (tl.program_id(0) // tiles // H).to(tl.int64)

@@ -110,3 +110,22 @@ def decision(embedding: Tensor, variance: Tensor, given: Sequence[Any]) -> dict[
     weighted = gate[0] * confidence + gate[1] * margin
     score = torch.sigmoid((weighted + gate[2] * variance) + gate[3])
     return {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
+
+
+def of_float_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Largest error of float_linear on tensor cores, per output.
+
+    Products of float16 or bfloat16 are exact in float32. A float32 is multiplied as three products
+    of its two leading parts of 11 bits each; what is left out, low times low and what neither part
+    holds, is below 3 * 2^-21 of a product. A tensor core may cut off a sum where the definition
+    rounds it: 2^-23 of the sum of magnitudes for each of K additions and of the segments, and
+    2^-24 for each of the definition. The sum is then rounded to the type of x.
+    """
+    K = x.shape[1]
+    b = torch.zeros(()).double() if bias is None else bias.double()
+    size = x.double().abs() @ w.double().abs().t() + b.abs()
+    error = size * (K + 8) * 3 * EPS32
+    if x.dtype is torch.float32:
+        error += size * 3 * 2.0**-21
+    result = (x.double() @ w.double().t() + b).abs()
+    return error + 2 * HALF_STEP[x.dtype] * (result + error) + 2.0**-24

@@ -1,0 +1,109 @@
+"""float_linear in the interpreter: within its bound, the same bits by any tiling, row by row."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lraee import bounds, reference
+from lraee.kernels import workspace
+from lraee.kernels.configs import SEGMENT_K, FloatConfig, float_config
+from lraee.kernels.float_linear import float_linear
+from lraee.poison import guarded_outputs, poisoned
+from lraee.selftest_inputs import TYPES, generator
+from tests.support import assert_same, assert_within
+
+TINY = FloatConfig(16, 16, 32, num_warps=4, num_stages=3)
+SHAPES = [
+    (M, N, K)
+    for M in (1, 2, 7, 16, 17, 33, 50, 70)
+    for N, K in (
+        (1, 1),
+        (16, 2),
+        (17, 31),
+        (31, 65),
+        (32, 96),
+        (33, 97),
+        (40, 130),
+        (3, SEGMENT_K),
+        (20, SEGMENT_K + 1),
+        (5, 2 * SEGMENT_K - 40),
+        (9, 3 * SEGMENT_K),
+    )
+] + [(M, N, K) for M in (197, 257) for N, K in ((48, 64), (35, 77), (7, SEGMENT_K + 65))]
+# fmt: skip
+
+
+def given(M: int, N: int, K: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, w and, for every other seed, a bias; w lies by row or by step."""
+    dtype, source = TYPES[seed % 3], generator(seed)
+    x, w = (torch.randn(n, K, generator=source).to(dtype) for n in (M, N))
+    w = w if seed % 4 < 2 else w.t().contiguous().t()
+    return x, w, torch.randn(N, generator=source).to(dtype) if seed % 2 else None
+
+
+def definition(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    y = reference.float_linear(x.float(), w.float(), None if bias is None else bias.float())
+    return y.to(x.dtype)
+
+
+def check(M: int, N: int, K: int, seed: int, config: FloatConfig | None = None) -> None:
+    x, w, bias = given(M, N, K, seed)
+    segments = -(-K // SEGMENT_K)
+    with guarded_outputs():
+        made = [
+            float_linear(poisoned(x, (0, 16, 3)[seed % 3]), w, bias, config=config, splits=splits)
+            for splits in {1, segments}
+        ]
+    bound = bounds.of_float_linear(x, w, bias)
+    for y in made:
+        assert_within(y, definition(x, w, bias), bound, M=M, N=N, K=K, seed=seed)
+        assert_same(y, made[0], M=M, N=N, K=K, seed=seed)
+
+
+def test_float_linear() -> None:
+    for seed, shape in enumerate(SHAPES[::4]):
+        check(*shape, seed, TINY)
+
+
+@pytest.mark.slow
+def test_float_linear_every_shape() -> None:
+    shapes = SHAPES * 3
+    assert len(shapes) >= 200
+    for seed, shape in enumerate(shapes):
+        check(*shape, seed, TINY if seed % 2 else None)
+
+
+def test_tilings_make_the_same_sums() -> None:
+    for seed in range(3):
+        x, w, bias = given(130, 70, SEGMENT_K + 40, seed)
+        found = [
+            float_linear(x, w, bias, config=float_config(M, x.element_size())) for M in (1, 1 << 20)
+        ]
+        assert_same(found[0], found[1], seed=seed)
+
+
+def test_a_row_alone_and_in_any_batch() -> None:
+    x, w, bias = given(70, 33, SEGMENT_K + 33, 1)
+    x[5] = torch.nan
+    whole = float_linear(x, w, bias)
+    for first, last in ((0, 1), (4, 5), (6, 70)):
+        assert_same(float_linear(x[first:last], w, bias), whole[first:last], rows=(first, last))
+        assert whole[first:last].isfinite().all()
+    assert whole[5].isnan().all()
+
+
+def test_tickets_are_zero_after_each_launch() -> None:
+    check(17, 33, SEGMENT_K + 1, 1)
+    assert not workspace.of_current_stream(torch.device("cpu")).tickets.any()
+
+
+def test_no_rows_no_columns_and_no_terms() -> None:
+    for M, N, K in ((0, 5, 8), (5, 0, 8), (5, 3, 0)):
+        x, w, bias = given(M, N, K, 1)
+        assert_same(float_linear(x, w, bias), definition(x, w, bias))
+
+
+def test_w_of_another_type_is_refused() -> None:
+    x, w, _ = given(2, 3, 4, 1)
+    with pytest.raises(AssertionError, match="float_linear: w must be"):
+        float_linear(x, w.double())
