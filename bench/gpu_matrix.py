@@ -30,10 +30,11 @@ from lraee.kernels import configs
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
 from lraee.kernels.exit_probe import exit_probe
+from lraee.kernels.float_linear import float_linear
 from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
-from lraee.kernels.launch import FIRST_TO_OVERLAP
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.measured import MEASURED
 from lraee.kernels.quantize_rows import quantize_rows
 
 GOLDEN = Path(__file__).parent / "golden" / f"gpu_matrix_triton-{triton.__version__}.json"
@@ -42,6 +43,7 @@ ROWS_OF_BUCKET = (1, 50, 197, 1600)
 """A number of rows in each bucket of the config table."""
 INSTRUCTIONS = {
     "int8_products": r"\b(?:IMMA|IGMMA|UTCIMMA|UTCOMMA)\b",
+    "float_products": r"\b(?:HMMA|HGMMA|UTCHMMA)\b",
     "async_copies": r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b",
     "byte_loads": r"\bLDS\.[US]8\b",
     "spills": r"\b(?:STL|LDL)\b",
@@ -49,8 +51,10 @@ INSTRUCTIONS = {
 CALL_FRAME = 8
 """Bytes of stack that ptxas gives to a caller of its division routine and never touches."""
 HAS_PRODUCT = ("int8_linear", "int8_attention", "score")
-HAS_PIPELINE = ("int8_linear", "score")
-"""Attention reads each tile once and centres it in registers: nothing to copy ahead.
+HAS_FLOAT_PRODUCT = ("float_linear", "int8_attention")
+HAS_PIPELINE = ("int8_linear", "float_linear", "score")
+"""Attention reads each tile once and centres it in registers: nothing to copy ahead. Rows of floats
+that do not start at 16 bytes (K = 588, the patches of ViT-L/14) cannot be copied so.
 
 A head of one layer leaves its only product to int8_linear, so its score has neither.
 """
@@ -65,6 +69,7 @@ class Record:
     local: int
     shared: int
     int8_products: int
+    float_products: int
     async_copies: int
     byte_loads: int
     spills: int
@@ -94,6 +99,10 @@ def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
         for row in rows:
             if configs.legal(row, Shape(M, 768, 3072), arch):
                 yield f"M={M} {_label(row)}", launch(M, 3072, row, False)
+    for rows_of_layer in MEASURED.get(arch.capability, {}).values():
+        for _, numbers in rows_of_layer:
+            row = Config(*numbers)
+            yield f"measured {_label(row)}", launch(1600, 3072, row, False)
     for row in configs.QUANTIZING_TABLE:
         if configs.legal(row, Shape(50, 768, 3072, 2), arch):
             yield f"float M=50 {_label(row)}", launch(50, 3072, row, True)
@@ -102,6 +111,16 @@ def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
 def _label(config: Config) -> str:
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
     return f"{tile} w{config.num_warps} s{config.num_stages} k{config.split_k}"
+
+
+def float_linear_cells() -> Iterator[tuple[str, Launch]]:
+    """The patch embedding and projection of real towers, few rows and many, both layouts of w."""
+    for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32")):
+        for M, N, K in ((49, 768, 3072), (1568, 768, 3072), (256, 1024, 588), (32, 512, 768)):
+            w = meta(K, N, dtype=dtype).t() if N == 512 else meta(N, K, dtype=dtype)
+            x = meta(M, K, dtype=dtype)
+            call = lambda x=x, w=w: float_linear(x, w, meta(w.shape[0]))  # noqa: E731
+            yield f"{name} M={M} N={N} K={K}", launches_of(call)[0]  # type: ignore[arg-type]
 
 
 def row_cells() -> Iterator[tuple[str, Launch]]:
@@ -117,12 +136,12 @@ def row_cells() -> Iterator[tuple[str, Launch]]:
         yield f"{M}x{D}", launches_of(call)[0]  # type: ignore[arg-type]
 
 
-def attention_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
+def attention_cells() -> Iterator[tuple[str, Launch]]:
     """Attention at the token counts of real towers, resident and streamed, and causal text."""
     for B, L, H, d in ((1, 50, 12, 64), (32, 50, 12, 64), (32, 77, 8, 64), (32, 197, 12, 64),
                        (32, 257, 16, 64), (8, 257, 16, 80), (8, 577, 16, 64)):  # fmt: skip
         qkv = meta(B, L, 3 * H * d, dtype=torch.float16)
-        config = configs.attention_config(B * H, L, d, arch)
+        config = configs.attention_config(L, d)
         call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
         yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
 
@@ -161,7 +180,9 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
 def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     """Every (name, launch) of an architecture, each name once."""
     seen = set()
-    for sub in (linear_cells(arch), row_cells(), attention_cells(arch), probe_cells()):
+    for sub in (
+        linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(), probe_cells()
+    ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"
             if name not in seen:
@@ -179,10 +200,9 @@ def subset(arch: Arch) -> Iterator[tuple[str, Launch]]:
 
 def compile_cell(launch: Launch, arch: Arch) -> Record:
     """Compiles one launch for one architecture and reads its machine code."""
-    overlaps = arch.capability >= FIRST_TO_OVERLAP
-    options = {**launch.options, "enable_fp_fusion": False, "launch_pdl": overlaps}
+    options = {**launch.options, "enable_fp_fusion": False}
     target = GPUTarget("cuda", arch.capability, 32)
-    compiled = triton.compile(launch.source(overlaps=overlaps), target=target, options=options)
+    compiled = triton.compile(launch.source(), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -219,7 +239,10 @@ def failures(record: Record, launch: Launch, arch: Arch) -> list[str]:
     is_affine = launch.constants.get("HAS_W2") is False
     if launch.name in HAS_PRODUCT and not is_affine and not record.int8_products:
         found.append("no int8 tensor-core instruction")
-    if launch.name in HAS_PIPELINE and not is_affine and not record.async_copies:
+    if launch.name in HAS_FLOAT_PRODUCT and not record.float_products:
+        found.append("no float tensor-core instruction")
+    is_aligned = launch.name != "float_linear" or launch.arguments["K"] % 16 == 0  # type: ignore[operator]
+    if launch.name in HAS_PIPELINE and is_aligned and not is_affine and not record.async_copies:
         found.append("no asynchronous copy")
     if record.byte_loads:
         found.append(f"{record.byte_loads} byte-wide loads from shared memory")

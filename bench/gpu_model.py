@@ -98,7 +98,7 @@ def block_launches(
         heads = tower.num_heads
         layer_norm_quantize(x, gamma, beta, 1e-5, False)
         linear(3 * D, D, "none", None)
-        config = attention_config(batch * heads, tower.L, D // heads, arch)
+        config = attention_config(tower.L, D // heads)
         int8_attention(meta(batch, tower.L, 3 * D, dtype=half), heads, config=config)
         linear_of_float(D, D)
         layer_norm_quantize(x, gamma, beta, 1e-5, False)

@@ -45,17 +45,17 @@ class Launch:
         """Size of the grid."""
         return int(torch.Size(self.grid).numel())
 
-    def source(self, *, overlaps: bool = False) -> ASTSource:
+    def source(self) -> ASTSource:
         """What Triton compiles for this launch, with the specialisations of its own launcher.
 
         An argument of 1 becomes a constant; one that 16 divides is marked so.
         """
         signature: dict[str, str] = {}
-        constants = {**self.constants, "PDL": overlaps}
+        constants = dict(self.constants)
         attributes: dict[tuple[int], list[list[object]]] = {}
         for index, parameter in enumerate(self.kernel.params):
             name = parameter.name
-            if name in constants:
+            if name in self.constants:
                 signature[name] = "constexpr"
                 continue
             value = self.arguments[name]

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from lraee.kernels.archs import Arch
+from lraee.kernels.measured import MEASURED
 
 WORKSPACE_PARTIALS = 1 << 22
 WORKSPACE_TICKETS = 1 << 16
@@ -67,7 +68,7 @@ class AttentionConfig:
     block_i: int
     num_warps: int
     num_stages: int = 2
-    unroll: int = 32
+    unroll: int = 64
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
     return float(max(busy_us, dram_us))
 
 
-# The table: candidates per family and bucket of M, chosen by the cost model above. A row measured
-# on a GPU names it and the date; none is so far.
+# The table: candidates per family and bucket of M, chosen by the cost model above where nothing was
+# measured (see measured.py).
 
 _TINY = (
     Config(16, 64, 128, num_warps=4, num_stages=4),
@@ -230,40 +231,47 @@ def candidates(shape: Shape, arch: Arch) -> tuple[Config, ...]:
     return tuple(row for row in rows if legal(row, shape, arch))
 
 
+def measured(shape: Shape, arch: Arch) -> Config | None:
+    """The legal config that was measured to be the fastest for about this shape, if any was."""
+    if shape.x_bytes > 1:
+        return None
+    rows = MEASURED.get(arch.capability, {}).get((shape.N, shape.K), ())
+    found = next((Config(*row) for most, row in rows if shape.M <= most), None)
+    return found if found is not None and legal(found, shape, arch) else None
+
+
 @functools.lru_cache(maxsize=4096)
 def pick(shape: Shape, arch: Arch) -> Config:
-    """The legal config of the table that the cost model finds fastest."""
+    """The config measured for this shape, or the one of the table that the model finds fastest."""
+    found = measured(shape, arch)
+    if found is not None:
+        return found
     rows = candidates(shape, arch)
     assert rows, f"no legal config for {shape} on sm_{arch.capability}"
     return min(rows, key=lambda row: predicted_us(row, shape, arch))
 
 
 def row_config(M: int, K: int) -> RowConfig:
-    """quantize_rows: about 16 values a thread; single rows while M is small."""
-    width = min(max(K, 16), 4096)
-    block_m = 1 if M <= 512 or width > 1024 else 4
-    return RowConfig(block_m, num_warps=8 if width > 2048 else 4)
+    """quantize_rows: a row a program; 8 warps for wide or few rows (measured on an H200)."""
+    return RowConfig(1, num_warps=8 if K > 1024 or M <= 128 else 4)
 
 
 def chunk_config(M: int, D: int) -> RowConfig:
-    """layer_norm_quantize: a warp a row, more warps where a row would fill its registers."""
+    """layer_norm_quantize: a warp a row (measured on an H200), more for few rows or wide ones."""
     if D > 4096:
         return RowConfig(1, num_warps=4)
-    return RowConfig(1, num_warps=1) if M <= 512 else RowConfig(4, num_warps=4)
+    return RowConfig(1, num_warps=2 if M <= 512 else 1)
 
 
-def attention_config(heads: int, L: int, d: int, arch: Arch) -> AttentionConfig:
-    """int8_attention: 64 queries a program; fewer where that leaves most of the GPU without work.
+def attention_config(L: int, d: int) -> AttentionConfig:
+    """int8_attention: 64 queries a program, or 16 where there are no more.
 
-    Beyond 128 tokens the scores of 64 queries take too many registers, so 32; 4 or 8 warps as
-    bench/gpu_matrix found them to spill nowhere (Triton 3.8).
+    By the image alone, never by the batch: how the threads of a program lie decides in which order
+    they add up a row of probabilities.
     """
-    is_idle = heads * math.ceil(L / 64) < arch.sms // 2
-    if L <= 16 or (is_idle and L <= 128):
+    if L <= 16:
         return AttentionConfig(16, num_warps=4)
-    if L <= 128 and d <= 64:
-        return AttentionConfig(64, num_warps=4)
-    return AttentionConfig(32, num_warps=4 if L <= 256 and d <= 64 else 8)
+    return AttentionConfig(64, num_warps=4 if d <= 64 else 8)
 
 
 def probe_config(B: int) -> ProbeConfig:
@@ -281,14 +289,16 @@ def float_config(M: int, x_bytes: int) -> FloatConfig:
     Tiles differ in what they share, not in how an element is summed: blocks of K are the same.
     """
     block_k = 64 if x_bytes == 2 else 32
-    if M <= 512:
+    if M <= 512 or x_bytes > 2:  # float32 in the larger tile spills on sm_90
         return FloatConfig(64, 64, block_k, num_warps=4, num_stages=4)
     return FloatConfig(128, 128, block_k, num_warps=8, num_stages=3)
 
 
-def segments_at_once(tiles: int, K: int, arch: Arch) -> int:
+def segments_at_once(config: FloatConfig, tiles: int, K: int, arch: Arch) -> int:
     """Programs of a tile of float_linear: one, or one a segment where tiles are fewer than SMs."""
-    return max(1, math.ceil(K / SEGMENT_K)) if tiles < arch.sms else 1
+    segments = max(1, math.ceil(K / SEGMENT_K))
+    partials = tiles * segments * config.block_m * config.block_n
+    return segments if tiles < arch.sms and partials <= WORKSPACE_PARTIALS else 1
 
 
 ON_LOAD_ROWS = 64

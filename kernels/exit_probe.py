@@ -45,7 +45,6 @@ from lraee.kernels.common import (
     last_to_arrive,
     quantize_tile,
     sum_16,
-    wait_for_previous,
 )
 from lraee.kernels.configs import ProbeConfig, probe_config
 from lraee.kernels.exit_probe_pool import pool_tokens
@@ -208,10 +207,9 @@ def _score_kernel(
     variance_ptr, embedding_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr,
     part_ptr, ticket_ptr, B, H, E, K, CLASSES, PARTS,
     HAS_W2: tl.constexpr, HAS_BIAS: tl.constexpr, E_CHUNKS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Embedding of ROWS images, its best two of CLASSES classes, and in the last part the score."""
-    wait_for_previous(PDL)
     if HAS_W2:
         _embed(
             hidden_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, B, H, E,

@@ -18,7 +18,6 @@ from lraee.kernels.common import (
     quantize_tile,
     quantizer,
     row_range,
-    wait_for_previous,
 )
 from lraee.kernels.configs import ProbeConfig
 from lraee.kernels.workspace import Workspace
@@ -38,12 +37,11 @@ def _pool_kernel(
     z_ptr, gamma_ptr, beta_ptr, eps, pooled_ptr, spread_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr,
     variance_ptr, ticket_ptr, B, N, D, P, stride_b, stride_l,
     HAS_CLASS_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
-    D_CHUNKS: tl.constexpr, P_CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    D_CHUNKS: tl.constexpr, P_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Mean and variance of BLOCK_D channels of one image, and their class token as it is; in the
     image's last program also variance = sum over channels and x_q = quantize(LayerNorm(pooled)).
     """
-    wait_for_previous(PDL)
     image = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = offs_d < D

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lraee.kernels import device, launch, workspace
-from lraee.kernels.common import INTERPRETED, convert, wait_for_previous
+from lraee.kernels.common import INTERPRETED, convert
 from lraee.kernels.configs import (
     SEGMENT_K,
     WORKSPACE_PARTIALS,
@@ -46,10 +46,8 @@ def _float_linear_kernel(
     stride_xm, stride_wn, stride_wk,
     HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: all segments one after the other, or one of SPLITS."""
-    wait_for_previous(PDL)
     tile = tl.program_id(0)
     pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,7 +102,7 @@ def float_linear(
     x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
     config = config or float_config(M, x.element_size())
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    splits = splits or segments_at_once(tiles, K, device.arch(x.device))
+    splits = splits or segments_at_once(config, tiles, K, device.arch(x.device))
     if splits > 1:
         space = space or workspace.of_current_stream(x.device)
         size = tiles * splits * config.block_m * config.block_n

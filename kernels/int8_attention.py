@@ -1,8 +1,8 @@
 """int8_attention for CUDA: int8 scores, float probabilities, one launch.
 
-Q, K and V are read where the projection left them (qkv [B, L, 3 D], any token stride). Up to
-RESIDENT_TOKENS tokens, all keys of a head stay on chip with their scores, so that softmax sees a
-whole row at once; longer rows are gone through twice, first for the largest score and the sum.
+Q, K and V are read where the projection left them (qkv [B, L, 3 D], any token stride), and gone
+through once, 64 keys at a time. Holding the scores of all keys in registers, as far as 320 tokens,
+left room for 8 warps an SM and was ten times slower than torch's attention at 197 tokens (H200).
 """
 
 import math
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import device, launch
+from lraee.kernels import launch
 from lraee.kernels.common import (
     INFINITY,
     INTERPRETED,
@@ -20,15 +20,11 @@ from lraee.kernels.common import (
     quantize_tile,
     quantizer,
     tile_range,
-    wait_for_previous,
 )
 from lraee.kernels.configs import AttentionConfig, attention_config
 
 BLOCK_J = tl.constexpr(64)
 """Keys of one tile."""
-
-RESIDENT_TOKENS = 320
-"""Five tiles of keys: 197 and 257 tokens fit, and scores of 64 queries still fit in registers."""
 
 
 @triton.jit
@@ -77,64 +73,40 @@ def _add_values(acc, p, v_ptr, offs_j, L, stride_l, offs_d, d):
 
 
 @triton.jit
-def _resident(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
-              IS_CAUSAL: tl.constexpr, KEY_TILES: tl.constexpr):  # fmt: skip
-    """Output of one tile of queries while the scores of all keys are in registers."""
-    logits = ()
+def _attend(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
+            IS_CAUSAL: tl.constexpr):  # fmt: skip
+    """Output of one tile of queries in one pass over the keys, tile by tile.
+
+    p = exp(logit - best so far) is added up as it comes; where a later tile holds a larger logit,
+    sums made before shrink by exp(best - new best). Dividing by the total comes last.
+    """
     best = tl.full(q_step.shape, -INFINITY, tl.float32)
-    for c in tl.static_range(KEY_TILES):
-        offs_j = c * BLOCK_J + tl.arange(0, BLOCK_J)
-        k_q, k_scale = _quantize_heads(k_ptr, k_mean, offs_j, L, stride_l, offs_d, d)
-        logit = _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL)
-        best = tl.maximum(best, tl.max(logit, axis=1))
-        logits = logits + (logit,)  # type: ignore[assignment]
     total = tl.zeros_like(best)
-    for c in tl.static_range(KEY_TILES):
-        total += tl.sum(tl.exp(logits[c] - best[:, None]), axis=1)
     acc = tl.zeros(q_q.shape, tl.float32)
-    for c in tl.static_range(KEY_TILES):
-        offs_j = c * BLOCK_J + tl.arange(0, BLOCK_J)
-        p = tl.exp(logits[c] - best[:, None]) / total[:, None]
-        acc = _add_values(acc, p, v_ptr, offs_j, L, stride_l, offs_d, d)
-    return acc
-
-
-@triton.jit
-def _streamed(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
-              IS_CAUSAL: tl.constexpr):  # fmt: skip
-    """Output of one tile of queries in two passes over the keys, for any number of them."""
-    best = tl.full(q_step.shape, -INFINITY, tl.float32)
-    total = tl.zeros_like(best)
     for j in range(0, L, BLOCK_J):
         offs_j = j + tl.arange(0, BLOCK_J)
         k_q, k_scale = _quantize_heads(k_ptr, k_mean, offs_j, L, stride_l, offs_d, d)
         logit = _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL)
         new_best = tl.maximum(best, tl.max(logit, axis=1))
-        total = total * tl.exp(best - new_best)
-        total += tl.sum(tl.exp(logit - new_best[:, None]), axis=1)
+        shrink = tl.exp(best - new_best)
+        p = tl.exp(logit - new_best[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = _add_values(acc * shrink[:, None], p, v_ptr, offs_j, L, stride_l, offs_d, d)
         best = new_best
-    acc = tl.zeros(q_q.shape, tl.float32)
-    for j in range(0, L, BLOCK_J):
-        offs_j = j + tl.arange(0, BLOCK_J)
-        k_q, k_scale = _quantize_heads(k_ptr, k_mean, offs_j, L, stride_l, offs_d, d)
-        logit = _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL)
-        p = tl.exp(logit - best[:, None]) / total[:, None]
-        acc = _add_values(acc, p, v_ptr, offs_j, L, stride_l, offs_d, d)
-    return acc
+    return acc / total[:, None]
 
 
 @triton.jit(do_not_specialize=["L"])
 def _int8_attention_kernel(
     qkv_ptr, y_ptr, L, H, d, stride_b, stride_l, root,
-    IS_CAUSAL: tl.constexpr, KEY_TILES: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr, PDL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I queries of one head of one image.
 
     k is centred on its mean over tokens; logit_ij = s_ij * ((q_scale_i * root) * k_scale_j) with
-    s the int8 product and root = d^-1/2. KEY_TILES = 0 streams the keys.
+    s the int8 product and root = d^-1/2.
     """
-    wait_for_previous(PDL)
     tiles = tl.cdiv(L, BLOCK_I)
     head = (tl.program_id(0) // tiles) % H
     image = (tl.program_id(0) // tiles // H).to(tl.int64)
@@ -147,12 +119,7 @@ def _int8_attention_kernel(
     q_q, q_scale = _quantize_heads(q_ptr, nothing, offs_i, L, stride_l, offs_d, d)
     q_step = q_scale * root
     k_mean = _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D, UNROLL)
-    if KEY_TILES > 0:
-        y = _resident(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
-                      IS_CAUSAL, KEY_TILES)  # fmt: skip
-    else:
-        y = _streamed(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
-                      IS_CAUSAL)  # fmt: skip
+    y = _attend(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d, IS_CAUSAL)
     y_rows = y_ptr + (image * L + offs_i)[:, None] * (H * d) + head * d
     mask = (offs_i < L)[:, None] & (offs_d < d)[None, :]
     tl.store(y_rows + offs_d[None, :], convert(y, y_ptr.dtype.element_ty), mask=mask)
@@ -174,7 +141,7 @@ def int8_attention(
     D = D3 // 3
     d = D // num_heads
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    config = config or attention_config(B * num_heads, L, d, device.arch(qkv.device))
+    config = config or attention_config(L, d)
     y = torch.empty((B, L, D), dtype=qkv.dtype, device=qkv.device)
     programs = B * num_heads * triton.cdiv(L, config.block_i)
     if programs:
@@ -183,7 +150,6 @@ def int8_attention(
             (programs,),
             qkv, y, L, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
             IS_CAUSAL=causal,
-            KEY_TILES=triton.cdiv(L, 64) if L <= RESIDENT_TOKENS else 0,
             BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
             UNROLL=config.unroll,
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -6,13 +6,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lraee.block import Parts
 from lraee.kernels import device
 from lraee.kernels.configs import Shape, quantizes_on_load
 from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.quantize_rows import quantize_rows
+
+Parts = Sequence[Tensor | None]
+"""Of a linear: w, w_scale, w_sum, bias or None, and layer_scale where there is one."""
 
 
 def _project(

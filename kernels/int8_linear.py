@@ -17,7 +17,6 @@ from lraee.kernels.common import (
     quantize_tile,
     quantizer,
     value_range,
-    wait_for_previous,
 )
 from lraee.kernels.configs import Config, Shape, pick
 from lraee.kernels.workspace import Workspace
@@ -104,7 +103,6 @@ def _int8_linear_kernel(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, IS_FLOAT: tl.constexpr,
     EVEN_K: tl.constexpr, SYMMETRIC: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M, BLOCK_N] of y over one of SPLIT_K parts of K.
 
@@ -112,7 +110,6 @@ def _int8_linear_kernel(
     quantizers and quantizes each tile as it loads it. The parts of a split tile are int32, so that
     their sum does not depend on the split; the last program to arrive adds them and stores y.
     """
-    wait_for_previous(PDL)
     tile = tl.program_id(0)
     pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -13,7 +13,6 @@ from lraee.kernels.common import (
     quantize_tile,
     quantizer,
     row_range,
-    wait_for_previous,
 )
 from lraee.kernels.configs import RowConfig, chunk_config
 
@@ -23,14 +22,13 @@ Quantized = tuple[Tensor, Tensor, Tensor]
 @triton.jit(do_not_specialize=["M"])
 def _layer_norm_quantize_kernel(
     x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, D, stride_xm, eps,
-    SYMMETRIC: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    SYMMETRIC: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """x_q[m] = quantize(((x[m] - mean) * rstd) * gamma + beta) for BLOCK_M rows, each read once.
 
     The row is held as chunks (see common, [NOTE: a row as chunks]), so that the two sums and with
     them x_q are bit-equal to the definition.
     """
-    wait_for_previous(PDL)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = offs_m < M
     x = load_row(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, D, CHUNKS)

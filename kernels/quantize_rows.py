@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lraee.kernels import launch
-from lraee.kernels.common import quantize_tile, quantizer, tile_range, wait_for_previous
+from lraee.kernels.common import quantize_tile, quantizer, tile_range
 from lraee.kernels.configs import RowConfig, row_config
 
 Quantized = tuple[Tensor, Tensor, Tensor]
@@ -16,13 +16,12 @@ Quantized = tuple[Tensor, Tensor, Tensor]
 def _quantize_rows_kernel(
     x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, K, stride_xm,
     SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x_q[m] = clamp(round(x[m] / scale_m) + zero_m) for BLOCK_M rows.
 
     A row of at most BLOCK_K values is read once; a longer one twice (range, then values).
     """
-    wait_for_previous(PDL)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = offs_m < M
     offs_k = tl.arange(0, BLOCK_K)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lraee import doctor, interpreter, machine, selftest_cases, selftest_time
+from lraee import doctor, interpreter, machine, selftest_cases, selftest_sizes, selftest_time
 from lraee.interpreter import Device
 from lraee.kernels import device as devices
 from lraee.kernels import register
 from lraee.kernels.archs import DEFAULT_ARCH
-from lraee.selftest_cases import Case, Sizes, Target
+from lraee.selftest_sizes import Case, Sizes, Target
 
 SCHEMA = "lraee.selftest/1"
 
@@ -61,9 +61,9 @@ def examine(device: Device, *, quick: bool = False, progress: bool = True) -> di
     Raises: NotImplementedError with the reason where the kernels cannot run.
     """
     target = find_target(device)
-    sizes = selftest_cases.QUICK if quick else selftest_cases.FULL
+    sizes = selftest_sizes.QUICK if quick else selftest_sizes.FULL
     if device == "interpreter":
-        sizes = selftest_cases.TINY
+        sizes = selftest_sizes.TINY
     rows = list(run(target, sizes, progress=progress))
     found = {
         "schema": SCHEMA,

@@ -6,101 +6,34 @@ device, and what it gives is compared on the CPU again.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from lraee import bounds, reference, selftest_inputs
+from lraee import block, bounds, reference, selftest_inputs
 from lraee.kernels import (
     configs,
     exit_probe,
+    float_linear,
     int8_attention,
+    int8_block,
     int8_linear,
     layer_norm_quantize,
     quantize_rows,
     workspace,
 )
-from lraee.kernels.archs import Arch
 from lraee.kernels.configs import Config, Shape
+from lraee.kernels.measured import MEASURED
 from lraee.ops import Activation
 from lraee.poison import guarded_outputs, is_intact, poisoned, poisoned_all
+from lraee.selftest_sizes import Case, Difference, Sizes, Target
 
 ACTIVATIONS = get_args(Activation)
 ROW_PADS = (0, 16, 3)
 """Elements between rows of an input: none, or as many as keep rows aligned to 16, or do not."""
-
-Difference = Callable[[], str | None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One launch; `difference` says where it first differs from the definition, or None."""
-
-    kernel: str
-    config: str
-    shape: str
-    difference: Difference
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the kernels run. The CPU stands for Triton's interpreter, with configs of `arch`."""
-
-    device: torch.device
-    arch: Arch
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes to run on.
-
-    Args:
-      rows: M of linears and row-wise kernels.
-      layers: N, K of linears.
-      widths: K of row-wise kernels.
-      attention: B, L, H, d.
-      probes: B, L, D, H (None: one layer), E, K.
-    """
-
-    rows: tuple[int, ...]
-    layers: tuple[tuple[int, int], ...]
-    widths: tuple[int, ...]
-    attention: tuple[tuple[int, int, int, int], ...]
-    probes: tuple[tuple[int, int, int, int | None, int, int], ...]
-
-
-FULL = Sizes(
-    rows=(1, 50, 197, 257),
-    # Off every block and alignment; whole blocks; 16 divides K, no block does
-    layers=((33, 77), (768, 768), (72, 1040)),
-    widths=(33, 768, 4097),
-    attention=(
-        (2, 1, 3, 64), (2, 50, 3, 64), (1, 77, 2, 33), (1, 197, 2, 64), (1, 257, 2, 80),
-        (1, 330, 1, 64),
-    ),
-    probes=(
-        (1, 50, 768, 768, 512, 300), (17, 50, 768, None, 512, 70), (2, 197, 96, 130, 65, 7),
-        (1, 257, 1024, 512, 768, 40), (3, 10, 33, 48, 20, 1),
-    ),
-)  # fmt: skip
-QUICK = Sizes(
-    rows=(1, 50),
-    layers=((33, 77), (72, 1040)),
-    widths=(33, 768),
-    attention=((2, 50, 3, 64), (1, 257, 1, 64)),
-    probes=((1, 50, 768, 512, 512, 300), (17, 50, 96, None, 65, 70)),
-)
-TINY = Sizes(
-    rows=(1, 17),
-    layers=((33, 77), (20, 1040)),
-    widths=(33,),
-    attention=((1, 17, 2, 8), (1, 65, 1, 8)),
-    probes=((1, 10, 64, 48, 32, 70), (3, 4, 33, None, 20, 7)),
-)
-"""For the interpreter, which multiplies about 1e9 integers a second."""
 
 
 def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
@@ -108,8 +41,10 @@ def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     yield from row_cases(target, sizes)
     yield from weight_cases(target, sizes)
     yield from linear_cases(target, sizes)
+    yield from on_load_cases(target, sizes)
     yield from float_linear_cases(target, sizes)
     yield from attention_cases(target, sizes)
+    yield from block_cases(target, sizes)
     yield from probe_cases(target, sizes)
 
 
@@ -140,7 +75,9 @@ def row_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         for row in dict.fromkeys(configs.row_config(m, K) for m in (1, 513)):
             find = _rows_difference(target, M, K, seed, symmetric, dtype, row)
             yield Case("quantize_rows", _label(row), shape, find)
-        for row in dict.fromkeys(configs.chunk_config(m, K) for m in (1, 513)):
+        # Twice as wide compiles six times as long: a minute or two, for a width that no tower has
+        rows = (configs.chunk_config(m, K) for m in (1, 513) if K <= 2048)
+        for row in dict.fromkeys(rows):
             find = _norm_difference(target, M, K, seed, symmetric, dtype, row)
             yield Case("layer_norm_quantize", _label(row), shape, find)
 
@@ -197,6 +134,8 @@ def linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """int8_linear with every row of the table, split or not, and every part of its epilogue."""
     table = configs.TABLE[target.arch.capability]
     rows = dict.fromkeys(row for bucket in table for row in bucket)
+    for measured in MEASURED.get(target.arch.capability, {}).values():
+        rows |= dict.fromkeys(Config(*numbers) for _, numbers in measured)
     seeds = itertools.count()
     for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
         for row in rows:
@@ -228,21 +167,21 @@ def _linear_difference(
     return find
 
 
-def float_linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+def on_load_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """int8_linear_from_float: the bits of quantize_rows and int8_linear one after the other."""
     seeds = itertools.count(1)
     for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
         for row in configs.QUANTIZING_TABLE:
             if configs.legal(row, Shape(M, N, K, x_bytes=4), target.arch):
                 seed = next(seeds)
-                find = _float_linear_difference(target, M, N, K, seed, row)
+                find = _on_load_difference(target, M, N, K, seed, row)
                 given = selftest_inputs.linear(1, 1, 1, seed) | {"x_zero": None}
                 kind = "symmetric" if seed % 2 == 0 else "asymmetric"
                 shape = f"M={M} N={N} K={K} {kind} {_epilogue(given, 'none')}"
                 yield Case("int8_linear_from_float", _label(row), shape, find)
 
 
-def _float_linear_difference(
+def _on_load_difference(
     target: Target, M: int, N: int, K: int, seed: int, config: Config
 ) -> Difference:
     def find() -> str | None:
@@ -281,6 +220,68 @@ def _space_difference(space: workspace.Workspace | None) -> str | None:
     return "workspace: tickets are not zero after the launch" if space.tickets.any() else None
 
 
+def float_linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """float_linear in each tiling, its segments in one program or in many, w by row and by step."""
+    seeds = itertools.count()
+    for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
+        for many, splits in itertools.product((1, 1 << 20), {1, -(-K // configs.SEGMENT_K)}):
+            seed = next(seeds)
+            x, w, bias = selftest_inputs.float_linear(M, N, K, seed)
+            row = configs.float_config(many, x.element_size())
+            find = _float_linear_difference(target, (x, w, bias), seed, row, splits)
+            parts = f"{'no ' if bias is None else ''}bias splits={splits}"
+            layout = "by row" if w.is_contiguous() else "by step"
+            shape = f"M={M} N={N} K={K} {_short(x.dtype)} w {layout} {parts}"
+            yield Case("float_linear", _label(row), shape, find)
+
+
+def _float_linear_difference(
+    target: Target, given: tuple[Tensor, Tensor, Tensor | None], seed: int, config: Any, splits: int
+) -> Difference:
+    def find() -> str | None:
+        x, w, bias = given
+        size = -(-x.shape[0] // config.block_m) * -(-w.shape[0] // config.block_n)
+        if splits * size * config.block_m * config.block_n > configs.WORKSPACE_PARTIALS:
+            return None
+        expected = reference.float_linear(*(None if t is None else t.float() for t in given))  # type: ignore[arg-type]
+        there = [None if t is None else t.to(target.device) for t in (w, bias)]
+        with guarded_outputs():
+            actual = float_linear.float_linear(
+                poisoned(x, ROW_PADS[seed % 3], target.device), *there,
+                config=config, splits=splits,
+            )  # fmt: skip
+        return _first([("y", actual, expected.to(x.dtype), bounds.of_float_linear(x, w, bias))])
+
+    return find
+
+
+def block_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """int8_block: the bits of the operators that it is made of, one after the other."""
+    for seed, (B, L, H, d) in enumerate(sizes.attention[:2]):
+        for images in (B, 2 * B + 1):
+            shape = f"B={images} L={L} D={H * d} H={H}"
+            yield Case("int8_block", "", shape, _block_difference(target, (images, L, H, d), seed))
+
+
+def _block_difference(target: Target, shape: tuple[int, int, int, int], seed: int) -> Difference:
+    def find() -> str | None:
+        given = selftest_inputs.block(*shape, seed, target.device)
+        ops = torch.ops.lraee if target.device.type == "cuda" else launchers()
+        expected = block.int8_block(*given, operators=ops)
+        with guarded_outputs():
+            actual = int8_block.int8_block(*given)
+        return _exact(("y",), (actual,), (expected.cpu(),))
+
+    return find
+
+
+def launchers() -> Any:
+    """The launchers by name, which run in the interpreter on tensors of the CPU."""
+    kernels = (quantize_rows, layer_norm_quantize, int8_linear, int8_attention)
+    by_name = {module.__name__.split(".")[-1]: module for module in kernels}
+    return SimpleNamespace(**{name: getattr(module, name) for name, module in by_name.items()})
+
+
 def attention_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """int8_attention, causal and not, with each config that a number of heads would choose."""
     for seed, ((B, L, H, d), causal) in enumerate(
@@ -288,11 +289,9 @@ def attention_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     ):
         dtype = selftest_inputs.TYPES[seed % 3]
         shape = f"B={B} L={L} H={H} d={d} {_short(dtype)}{' causal' if causal else ''}"
-        heads = (B * H, 1 << 20)
-        rows = dict.fromkeys(configs.attention_config(n, L, d, target.arch) for n in heads)
-        for row in rows:
-            find = _attention_difference(target, (B, L, H, d), seed, causal, row)
-            yield Case("int8_attention", _label(row), shape, find)
+        row = configs.attention_config(L, d)
+        find = _attention_difference(target, (B, L, H, d), seed, causal, row)
+        yield Case("int8_attention", _label(row), shape, find)
 
 
 def _attention_difference(

@@ -116,3 +116,32 @@ def probe(
     classes = F.normalize(normal(K, E), dim=1)
     gate = torch.tensor([2.0, 1.5, 1e-3, -1.0])
     return [z, normal(P), normal(P), 1e-5, *first, *second, classes, 20.0, gate]
+
+
+def float_linear(M: int, N: int, K: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, w and, for every other seed, a bias; w lies by row or by step."""
+    dtype, source = TYPES[seed % 3], generator(seed)
+    x, w = (torch.randn(n, K, generator=source).to(dtype) for n in (M, N))
+    w = w if seed % 4 < 2 else w.t().contiguous().t()
+    return x, w, torch.randn(N, generator=source).to(dtype) if seed % 2 else None
+
+
+def block(B: int, L: int, H: int, d: int, seed: int, device: torch.device) -> list[Any]:
+    """Arguments of int8_block on the device; weights in the CUDA layout."""
+    source, D = generator(seed), H * d
+
+    def linear(N: int, K: int, *scale: Tensor | None) -> list[Tensor | None]:
+        w = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
+        w_scale = torch.rand(N, generator=source) * 0.02 / K**0.5
+        w_sum = w.sum(1, dtype=torch.int32)
+        parts = (w, w_scale, w_sum, torch.randn(N, generator=source), *scale)
+        return [None if part is None else part.to(device) for part in parts]
+
+    x = torch.randn(B, L, D, generator=source).to(TYPES[seed % 3]).to(device)
+    norms = [list(torch.randn(2, D, generator=source).to(device).unbind()) for _ in range(2)]
+    scale = torch.rand(D, generator=source) if seed % 2 else None
+    return [
+        x, norms[0], linear(3 * D, D), linear(D, D, scale), norms[1], linear(2 * D, D),
+        linear(D, 2 * D, None), [1e-5, 1e-6], [False, seed % 3 == 0, False, seed % 3 == 1], H,
+        seed % 4 == 3, "gelu" if seed % 2 else "quick_gelu",
+    ]  # fmt: skip

@@ -13,11 +13,21 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from lraee import bounds, cli, interpreter, poison, selftest, selftest_cases, selftest_time
+from lraee import (
+    bounds,
+    cli,
+    interpreter,
+    poison,
+    selftest,
+    selftest_cases,
+    selftest_sizes,
+    selftest_time,
+)
 from lraee.interpreter import Device
 from lraee.kernels import configs, int8_linear, register
 from lraee.kernels.archs import ARCHS
-from lraee.selftest_cases import FULL, QUICK, TINY, Sizes, Target
+from lraee.kernels.measured import MEASURED
+from lraee.selftest_sizes import FULL, QUICK, TINY, Sizes, Target
 from tests.clip_models import make_model
 
 CPU = torch.device("cpu")
@@ -43,7 +53,7 @@ def one_line(result: Result) -> str:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest_cases, "TINY", FEW)
+    monkeypatch.setattr(selftest_sizes, "TINY", FEW)
 
 
 def test_every_case_in_the_interpreter(tmp_path: Path) -> None:
@@ -73,6 +83,8 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
     assert len(cases) == len({(case.kernel, case.config, case.shape) for case in cases})
     linears = [case for case in cases if case.kernel == "int8_linear"]
     labels = {selftest_cases._label(row) for b in configs.TABLE[capability] for row in b}
+    for rows in MEASURED.get(capability, {}).values():
+        labels |= {selftest_cases._label(configs.Config(*numbers)) for _, numbers in rows}
     assert labels == {case.config for case in linears}
     parts = {part for case in linears for part in case.shape.split()[3:]}
     names = {"x_zero", "bias", "layer_scale", "residual"}
@@ -100,7 +112,9 @@ def test_a_kernel_that_differs_is_reported(
     assert result.exit_code == 1 and "first difference" in result.stdout
     found = json.loads(out.read_text())
     assert not found["is_ok"]
-    assert {row["kernel"] for row in found["rows"] if row["difference"]} == {"int8_linear"}
+    # A block has its own hold of the right one, and no longer gives what its operators give
+    differ = {row["kernel"] for row in found["rows"] if row["difference"]}
+    assert differ == {"int8_linear", "int8_block"}
     assert all(
         row["difference"].startswith("y: 1 of 60 differ, first at [2, 3]: ")
         for row in found["rows"]

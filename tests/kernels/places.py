@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lraee
-from lraee import reference, registry
+from lraee import registry
 from lraee.backend import Backend
 from lraee.exits.exits import Exits
 from lraee.kernels import register
@@ -42,13 +42,11 @@ INTERPRETER = Place(
     torch.device("cpu"),
     SimpleNamespace(
         **{
-            name: getattr(reference, name)
-            for name in registry.OPERATORS
-            if name != "int8_block"  # a block is its seven operators here
-        }
-        | {
-            name: register.implementation(name, getattr(reference, name))
-            for name in register.LAUNCHERS
+            **registry.DEFINITIONS,
+            **{
+                name: register.implementation(name, registry.DEFINITIONS[name])
+                for name in register.LAUNCHERS
+            },
         }
     ),
 )

@@ -14,10 +14,12 @@ from lraee.kernels.configs import (
     bucket,
     candidates,
     legal,
+    measured,
     pick,
     predicted_us,
     shared_bytes,
 )
+from lraee.kernels.measured import ANY_M, MEASURED
 
 SHAPES = [
     Shape(M, N, K, x_bytes)
@@ -33,8 +35,26 @@ def test_pick_is_legal_and_the_cheapest_candidate(arch: Arch) -> None:
         config = pick(shape, arch)
         assert legal(config, shape, arch)
         assert shared_bytes(config, shape.x_bytes) <= arch.shared_per_block
-        cheapest = min(predicted_us(row, shape, arch) for row in candidates(shape, arch))
-        assert predicted_us(config, shape, arch) == cheapest
+        if measured(shape, arch) is None:
+            cheapest = min(predicted_us(row, shape, arch) for row in candidates(shape, arch))
+            assert predicted_us(config, shape, arch) == cheapest
+
+
+def test_what_was_measured_is_chosen() -> None:
+    arch = ARCHS[90]
+    for (N, K), rows in MEASURED[90].items():
+        first = 1
+        for most, row in rows:
+            for M in (first, most):
+                found = measured(Shape(M, N, K), arch)
+                # A split of many rows may not fit its workspace; then the model chooses
+                assert found == Config(*row) or not legal(Config(*row), Shape(M, N, K), arch)
+                assert found is None or pick(Shape(M, N, K), arch) == found
+            assert legal(Config(*row), Shape(first, N, K), arch), (N, K, row)
+            first = most + 1
+        assert rows[-1][0] == ANY_M
+    assert measured(Shape(50, 768, 768, x_bytes=2), arch) is None
+    assert measured(Shape(50, 768, 768), ARCHS[80]) is None
 
 
 def test_every_row_of_the_tables_is_legal_for_some_layer() -> None:

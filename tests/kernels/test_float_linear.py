@@ -9,7 +9,7 @@ from lraee.kernels import workspace
 from lraee.kernels.configs import SEGMENT_K, FloatConfig, float_config
 from lraee.kernels.float_linear import float_linear
 from lraee.poison import guarded_outputs, poisoned
-from lraee.selftest_inputs import TYPES, generator
+from lraee.selftest_inputs import float_linear as inputs
 from tests.support import assert_same, assert_within
 
 TINY = FloatConfig(16, 16, 32, num_warps=4, num_stages=3)
@@ -33,21 +33,13 @@ SHAPES = [
 # fmt: skip
 
 
-def given(M: int, N: int, K: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, w and, for every other seed, a bias; w lies by row or by step."""
-    dtype, source = TYPES[seed % 3], generator(seed)
-    x, w = (torch.randn(n, K, generator=source).to(dtype) for n in (M, N))
-    w = w if seed % 4 < 2 else w.t().contiguous().t()
-    return x, w, torch.randn(N, generator=source).to(dtype) if seed % 2 else None
-
-
 def definition(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     y = reference.float_linear(x.float(), w.float(), None if bias is None else bias.float())
     return y.to(x.dtype)
 
 
 def check(M: int, N: int, K: int, seed: int, config: FloatConfig | None = None) -> None:
-    x, w, bias = given(M, N, K, seed)
+    x, w, bias = inputs(M, N, K, seed)
     segments = -(-K // SEGMENT_K)
     with guarded_outputs():
         made = [
@@ -75,7 +67,7 @@ def test_float_linear_every_shape() -> None:
 
 def test_tilings_make_the_same_sums() -> None:
     for seed in range(3):
-        x, w, bias = given(130, 70, SEGMENT_K + 40, seed)
+        x, w, bias = inputs(130, 70, SEGMENT_K + 40, seed)
         found = [
             float_linear(x, w, bias, config=float_config(M, x.element_size())) for M in (1, 1 << 20)
         ]
@@ -83,7 +75,7 @@ def test_tilings_make_the_same_sums() -> None:
 
 
 def test_a_row_alone_and_in_any_batch() -> None:
-    x, w, bias = given(70, 33, SEGMENT_K + 33, 1)
+    x, w, bias = inputs(70, 33, SEGMENT_K + 33, 1)
     x[5] = torch.nan
     whole = float_linear(x, w, bias)
     for first, last in ((0, 1), (4, 5), (6, 70)):
@@ -99,11 +91,11 @@ def test_tickets_are_zero_after_each_launch() -> None:
 
 def test_no_rows_no_columns_and_no_terms() -> None:
     for M, N, K in ((0, 5, 8), (5, 0, 8), (5, 3, 0)):
-        x, w, bias = given(M, N, K, 1)
+        x, w, bias = inputs(M, N, K, 1)
         assert_same(float_linear(x, w, bias), definition(x, w, bias))
 
 
 def test_w_of_another_type_is_refused() -> None:
-    x, w, _ = given(2, 3, 4, 1)
+    x, w, _ = inputs(2, 3, 4, 1)
     with pytest.raises(AssertionError, match="float_linear: w must be"):
         float_linear(x, w.double())

@@ -1,11 +1,12 @@
 """int8_attention in the interpreter, within the error of exp and of the order of sums."""
 
+import inspect
+
 import pytest
 import torch
 
 from lraee import bounds, reference
-from lraee.kernels import int8_attention as module
-from lraee.kernels.configs import AttentionConfig
+from lraee.kernels.configs import AttentionConfig, attention_config
 from lraee.kernels.int8_attention import int8_attention
 from lraee.poison import guarded_outputs, poisoned
 from lraee.selftest_inputs import attention
@@ -47,11 +48,24 @@ def test_heads_images_and_widths() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_more_tokens_than_stay_on_chip(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tiles_of_keys(causal: bool) -> None:
     check(1, 330, 1, 8, seed=0, causal=causal, block_i=128)
-    monkeypatch.setattr(module, "RESIDENT_TOKENS", 0)
-    for seed, L in enumerate((1, 17, 64, 65, 130)):
-        check(1, L, 1, 8, seed=seed, causal=causal)
+
+
+def test_a_later_tile_with_larger_scores() -> None:
+    """What was added up before shrinks to nothing, or almost."""
+    qkv = torch.randn(1, 150, 3 * 8)
+    for factor in (1.0, 30.0, 3000.0):
+        qkv[:, 70:, 8:16] *= factor
+        expected = reference.int8_attention(qkv, 1)
+        assert_within(
+            int8_attention(qkv, 1), expected, bounds.of_attention(qkv, expected, 1), factor=factor
+        )
+
+
+def test_the_config_does_not_depend_on_the_batch() -> None:
+    """Nor then does the order in which threads add up probabilities."""
+    assert list(inspect.signature(attention_config).parameters) == ["L", "d"]
 
 
 def test_a_value_that_is_not_finite_stays_in_its_image() -> None:

@@ -31,16 +31,8 @@ def test_a_kernel_starts_on_the_gpu_of_its_tensors(
             return lambda *arguments, **options: started.append((current[-1], grid, options))
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    launch._overlap_of.cache_clear()
     monkeypatch.setattr(torch.cuda, "device", Switched)
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
     launch.start(Kernel(), (3,), x, 5, SIZE=7)
-    assert started == [(index, (3,), {"enable_fp_fusion": False, "SIZE": 7, "PDL": False})]
+    assert started == [(index, (3,), {"enable_fp_fusion": False, "SIZE": 7})]
     assert current == [0]
-    launch._overlap_of.cache_clear()
-
-
-def test_launches_overlap_from_hopper_on() -> None:
-    assert launch.overlap(89) == {"PDL": False}
-    assert launch.overlap(90) == launch.overlap(120) == {"PDL": True, "launch_pdl": True}

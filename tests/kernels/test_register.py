@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lraee import reference
+from lraee import reference, registry
 from lraee.kernels import archs, register
 from tests.support import assert_same
 
@@ -29,13 +29,13 @@ def test_every_launcher_is_registered_for_cuda() -> None:
         def impl(self, name: str, function: Any, key: str) -> None:
             registered[name] = key
 
-    assert register.register(Recorder(), reference) is None  # type: ignore[arg-type]
+    assert register.register(Recorder(), registry.DEFINITIONS) is None  # type: ignore[arg-type]
     assert registered == dict.fromkeys(register.LAUNCHERS, "CUDA")
 
 
 def test_an_old_triton_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.__version__", "3.2.0")
-    assert register.register(None, reference) == "triton must be 3.4 or newer, got 3.2.0"  # type: ignore[arg-type]
+    assert register.register(None, registry.DEFINITIONS) == "triton must be 3.4 or newer, got 3.2.0"  # type: ignore[arg-type]
 
 
 def test_gpus_without_an_int8_path_have_a_reason() -> None:
@@ -53,6 +53,6 @@ def test_an_unsupported_gpu_runs_the_definition(monkeypatch: pytest.MonkeyPatch)
     class OnTuring:
         device = torch.device("cuda", 0)
 
-    monkeypatch.setattr(register, "_reason_of", lambda device: "sm_75: too old")
+    monkeypatch.setattr(register, "reason_of", lambda device: "sm_75: too old")
     call = register.implementation("quantize_rows", lambda x, symmetric: ("definition", symmetric))
     assert call(OnTuring(), True) == ("definition", True)  # type: ignore[arg-type]
