@@ -141,7 +141,7 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
     for B, L, H, d in ((1, 50, 12, 64), (32, 50, 12, 64), (32, 77, 8, 64), (32, 197, 12, 64),
                        (32, 257, 16, 64), (8, 257, 16, 80), (8, 577, 16, 64)):  # fmt: skip
         qkv = meta(B, L, 3 * H * d, dtype=torch.float16)
-        config = configs.attention_config(L, d)
+        config = configs.attention_config(L, d, L == 77)
         call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
         yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
 

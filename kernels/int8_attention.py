@@ -141,7 +141,7 @@ def int8_attention(
     D = D3 // 3
     d = D // num_heads
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    config = config or attention_config(L, d)
+    config = config or attention_config(L, d, causal)
     y = torch.empty((B, L, D), dtype=qkv.dtype, device=qkv.device)
     programs = B * num_heads * triton.cdiv(L, config.block_i)
     if programs:
