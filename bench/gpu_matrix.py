@@ -46,6 +46,7 @@ INSTRUCTIONS = {
     "float_products": r"\b(?:HMMA|HGMMA|UTCHMMA)\b",
     "async_copies": r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b",
     "byte_loads": r"\bLDS\.[US]8\b",
+    "saturating": r"\bF2IP?\.[US]8\b",
     "spills": r"\b(?:STL|LDL)\b",
 }
 CALL_FRAME = 8
@@ -72,6 +73,7 @@ class Record:
     float_products: int
     async_copies: int
     byte_loads: int
+    saturating: int
     spills: int
     warps_per_sm: int
 
@@ -246,6 +248,8 @@ def failures(record: Record, launch: Launch, arch: Arch) -> list[str]:
         found.append("no asynchronous copy")
     if record.byte_loads:
         found.append(f"{record.byte_loads} byte-wide loads from shared memory")
+    if record.saturating:
+        found.append(f"{record.saturating} floats made bytes by saturation (see quantize_tile)")
     if not record.warps_per_sm:
         found.append("does not fit on an SM")
     return found
