@@ -185,10 +185,10 @@ def quantize_tile(x, scale, zero, is_valid, SYMMETRIC: tl.constexpr):
         steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)
     else:
         steps = tl.minimum(tl.maximum(steps + zero[:, None], -128.0), 127.0)
-    # The sum's lowest byte is steps + 64: a conversion of floats runs at an eighth of the speed. The
-    # 64 is there to be taken off as an integer. Without it the lowest byte of the float would be
-    # stored as it is, for which ptxas 12.8 makes a saturating conversion: every step -1 (seen on an
-    # H200 where values are stored to shared memory one by one).
+    # The sum's lowest byte is steps + 64: converting floats runs at an eighth of the speed. The 64
+    # is there to be taken off as an integer. Without it the lowest byte of the float is stored as
+    # it is, for which ptxas 12.8 makes a saturating conversion: every step came out as -1 (seen on
+    # an H200 where values go to shared memory one by one).
     return ((steps + (ROUNDER + 64.0)).to(tl.int32, bitcast=True) - 64).to(tl.int8)
 
 
