@@ -6,7 +6,9 @@ Times follow from datasheet peaks (dense) and the utilisations below, which are 
 INT8 products in Triton at 45 % of peak and cuBLAS FP16 at 70 % (published figures for A100 and Ada
 lie at 45-50 % and 65-80 %), less on tiles that are not full; memory at 75 %. Launches, and the
 bytes and products of each, are those that the launchers would make (bench/launches.py).
-Two launch costs are shown: 5 us each (eager) and 1.5 us (replayed from a CUDA graph).
+Two launch costs are shown: 5 us each (eager) and 1.5 us (replayed from a CUDA graph). An H200 took
+1.8 to 3.4 times these times for INT8 and 1.0 to 3.7 times for FP16 (bench/NOTES.md, "a first GPU"):
+they serve to compare designs, not to promise.
 """
 
 import math
@@ -69,8 +71,8 @@ def block_launches(
 ) -> list[Launch]:
     """The launches of one INT8 block in float16.
 
-    Nine through the operators, as towers run them. Seven where out and fc2 quantize their float
-    rows on load (int8_linear_from_float, which no operator reaches yet).
+    Nine as a rule. Seven where out and fc2 quantize their float rows on load
+    (int8_linear_from_float; configs.quantizes_on_load says where towers do).
     """
     M, D = batch * tower.L, tower.D
     half = torch.float16
