@@ -50,7 +50,9 @@ def time_tower(name: str, dtype: torch.dtype, batches: list[int], budget_s: floa
     for B in batches:
         x = images[:B].to(dtype).contiguous()
         graph = captured(partial(base, x), device)
-        calls: dict[str, Callable[[], object]] = {"lraee": partial(fast, x), "torch": partial(base, x), "graph": graph}
+        calls: dict[str, Callable[[], object]] = {
+            "lraee": partial(fast, x), "torch": partial(base, x), "graph": graph,
+        }  # fmt: skip
         seconds = cuda_interleaved(calls, device, budget_s=budget_s)
         ms = {call: f"{1e3 * median(each):.3f} ms" for call, each in seconds.items()}
         ours = seconds["lraee"]
