@@ -89,7 +89,7 @@ def float_linear(
       x: float32, bfloat16 or float16 [M, K].
       w: the type of x [N, K], any strides.
       bias: any float type [N] or None.
-      config: tiling; that of the type when None.
+      config: tiling; that of the type and K when None.
       splits: 1, or all segments of K at once; chosen by shape when None; the same bits.
       space: where the programs of a tile meet; that of the current stream when None.
     Returns: [M, N] in the type of x. float32 is multiplied in three TF32 products, about 21 bits.
@@ -100,7 +100,7 @@ def float_linear(
     if not M or not N:
         return y
     x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
-    config = config or float_config(x.element_size())
+    config = config or float_config(K, x.element_size())
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     splits = splits or segments_at_once(config, tiles, K, device.arch(x.device))
     if splits > 1:

@@ -10,6 +10,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,9 @@ class Graphs:
         self._clear()
         self._space = Workspace.allocate(device)
         self._pool: Any = None
-        self._reads = new_event(device)
+        self._on_device = on_device(device)
+        with self._on_device:
+            self._reads = new_event()
 
     def _clear(self) -> None:
         tower = self._tower()
@@ -97,11 +100,13 @@ class Graphs:
 
     def __enter__(self) -> "Graphs":
         self._lock.acquire()
+        self._on_device.__enter__()
         self._reads.wait()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._reads.record()
+        self._on_device.__exit__(*error)
         self._lock.release()
 
     def __call__(self, name: Hashable, segment: Segment, z: Tensor) -> tuple[Tensor, ...]:
@@ -173,10 +178,14 @@ def capture(segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
     return Captured(graph.replay, given, made), graph.pool()
 
 
-def new_event(device: torch.device) -> torch.cuda.Event:
-    """An event of the device, not recorded yet: waiting for it is no wait."""
-    with torch.cuda.device(device):
-        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, this GPU is the current one: replays, streams and events are its own."""
+    return torch.cuda.device(device)
+
+
+def new_event() -> torch.cuda.Event:
+    """An event of the current GPU, not recorded yet: waiting for it is no wait."""
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 _all: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()

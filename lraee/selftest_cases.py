@@ -227,7 +227,7 @@ def float_linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         for splits in {1, -(-K // configs.SEGMENT_K)}:
             seed = next(seeds)
             x, w, bias = selftest_inputs.float_linear(M, N, K, seed)
-            row = configs.float_config(x.element_size())
+            row = configs.float_config(K, x.element_size())
             find = _float_linear_difference(target, (x, w, bias), seed, row, splits)
             parts = f"{'no ' if bias is None else ''}bias splits={splits}"
             layout = "by row" if w.is_contiguous() else "by step"

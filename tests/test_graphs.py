@@ -8,6 +8,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -68,7 +69,8 @@ class StandIn:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     made = StandIn()
     monkeypatch.setattr(graphs, "capture", made.capture)
-    monkeypatch.setattr(graphs, "new_event", lambda device: NoEvent())
+    monkeypatch.setattr(graphs, "new_event", NoEvent)
+    monkeypatch.setattr(graphs, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(
         vision.RowwiseTower,
         "_is_for_graphs",

@@ -70,7 +70,7 @@ def test_float_linear_every_shape() -> None:
 def test_tilings_make_the_same_sums() -> None:
     for seed in range(3):
         x, w, bias = inputs(130, 70, SEGMENT_K + 40, seed)
-        own = float_config(x.element_size())
+        own = float_config(x.shape[1], x.element_size())
         others = [replace(own, block_m=m, block_n=n) for m, n in ((128, 64), (16, 128))]
         found = [float_linear(x, w, bias, config=config) for config in (own, *others)]
         for y in found:
