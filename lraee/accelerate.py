@@ -78,6 +78,9 @@ def accelerate(
     With exits each image leaves the tower at the depth where its gate is sure; the model then has
     `set_classes(text_features)`, which gives the gate other classes.
 
+    On a GPU a call without gradients replays CUDA graphs, made when the tower first sees a batch of
+    about its size; `model.visual.cuda_graphs = False` turns them off.
+
     Args:
       model: open_clip's CLIP or CustomTextCLIP with a VisionTransformer, in eval mode; or such a
         VisionTransformer alone.
