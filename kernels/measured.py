@@ -1,8 +1,8 @@
 """Tilings of int8_linear that were measured, by GPU family; configs.pick prefers them to its model.
 
 One NVIDIA H200, 2026-11-27, Triton 3.6, float16 results, linears of ViT-B and ViT-L at 1, 8, 32 and
-128 images: the fastest legal of up to 18 configs (bench/tune_int8_linear.py), in CUDA graphs, each
-call with other weights. The model's own choices took 1.00 to 1.38 times as long, 1.1 on average.
+128 images: the fastest legal of up to 18 configs, in CUDA graphs, each call with other weights, as
+bench/tune_int8_linear.py measures. The model's own choices took 1.00 to 1.38 times as long.
 """
 
 Row = tuple[int, tuple[int, int, int, int, int, int]]
