@@ -80,7 +80,7 @@ def spread(
     model: nn.Module, exits: Exits, images: Tensor, shares: Mapping[int, float] = SHARES
 ) -> Exits:
     """Thresholds by which the images leave in these shares."""
-    fast = lraee.accelerate(model, exits=exits)
+    fast = lraee.accelerate(model, scheme=exits.scheme, exits=exits)
     with lraee.trace(fast) as t:
         run(fast, images, 32)
     thresholds, stays = [], torch.ones(len(images), dtype=torch.bool)
@@ -140,13 +140,14 @@ def main(
     photos: Annotated[Path | None, typer.Argument()] = None,
     exits: Path | None = None,
     tower: str = "lraee-tiny",
+    scheme: str = "int8",
     batch: list[int] = [1, 8, 32],  # noqa: B006 (typer's way to give a list)
     count: int = PHOTOS,
     budget_s: float = 60.0,
 ) -> None:
     """Print the table."""
     opened = open_model(tower, may_be_random=True)
-    plain = lraee.accelerate(opened.model)
+    plain = lraee.accelerate(opened.model, scheme=scheme)
     size = cast(tuple[int, int], towers.find_tower(plain).image_size)
     if photos is None:
         images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -156,7 +157,7 @@ def main(
         made = spread(opened.model, random_exits(plain), images)
     else:
         made = Exits.load(exits)
-    fast = lraee.accelerate(opened.model, exits=made)
+    fast = lraee.accelerate(opened.model, scheme=scheme, exits=made)
     for key, value in describe().items():
         typer.echo(f"{key:<10} {value}")
     gate = made.plan.gate.kind

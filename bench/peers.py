@@ -139,8 +139,14 @@ def lraee_int8(tower: nn.Module, images: Tensor) -> Encode:
     return lraee.accelerate(tower)
 
 
+def lraee_int8_patches(tower: nn.Module, images: Tensor) -> Encode:
+    """The patch embedding in int8 as well, as NNCF has it."""
+    return lraee.accelerate(tower, scheme="int8-patches")
+
+
 PEERS: dict[str, Build] = {
     "lraee int8": lraee_int8,
+    "lraee int8-patches": lraee_int8_patches,
     "torch float32": torch_float32,
     "torch bfloat16": torch_bfloat16,
     "torch quantize_dynamic": torch_quantize_dynamic,

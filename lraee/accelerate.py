@@ -16,7 +16,6 @@ from lraee.backend import Backend, implementation, require_backend
 from lraee.class_setter import ClassSetter
 from lraee.exits.exits import Exits
 from lraee.fidelity import compare, require_fidelity
-from lraee.linear import Int8Linear
 from lraee.modules import TRAIN_REFUSED
 from lraee.quantize import Scheme, find_scheme
 
@@ -35,7 +34,7 @@ class Acceleration:
       scheme: how it was quantized.
       backend: which implementation it asked for.
       base_hash: towers.tower_hash of the float tower.
-      skeletons: the float blocks without their numbers.
+      skeletons: the float blocks, and the patch embedding where it is int8, without their numbers.
       original: the float tower, as long as its owner keeps it; not pickled.
       exits: its early exits, or None.
     """
@@ -75,6 +74,7 @@ def accelerate(
 
     It is an instance of the model's own class and answers as before; the text tower, the patch
     embedding and the last projection stay float. The blocks hold no float copy of their weights.
+    The scheme "int8-patches" quantizes the patch embedding as well.
     With exits each image leaves the tower at the depth where its gate is sure; the model then has
     `set_classes(text_features)`, which gives the gate other classes.
 
@@ -84,7 +84,8 @@ def accelerate(
     Args:
       model: open_clip's CLIP or CustomTextCLIP with a VisionTransformer, in eval mode; or such a
         VisionTransformer alone.
-      scheme: "int8", "paper" (torch's quantize_dynamic, for comparison) or a Scheme.
+      scheme: "int8", "int8-patches", "paper" (torch's quantize_dynamic, for comparison) or a
+        Scheme.
       backend: "auto" takes what the device has; "reference" plain torch; "cpu" or "triton" that
         implementation or an error.
       exits: from lraee.calibrate, or where Exits.save put them; made for this tower and scheme.
@@ -105,14 +106,14 @@ def accelerate(
     if exits is not None:
         _require_same_tower(exits, made)
         vision.require_exits_fit(tower, exits.router(backend=backend))
-    float_blocks = list(towers.blocks_of(tower)) if check is not None else []
+    float_parts = _parts(tower, scheme) if check is not None else []
     fast = _swap_blocks(model, made) if inplace else _copy_with_blocks(model, made)
     if check is not None and expected is not None:
         try:
             require_fidelity(compare(expected, _encode(fast, check)))
         except Exception:
             if inplace:
-                _mark_float(model, float_blocks)
+                _mark_float(model, float_parts)
             raise
     if exits is not None:
         add_exits(fast, exits)
@@ -163,16 +164,16 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
             " base=<model or state dict with the original weights>"
         )
     memo: dict[int, Any] = {}
-    blocks = [copy.deepcopy(skeleton) for skeleton in made.skeletons]
-    for fast_block, block in zip(towers.blocks_of(fast_tower), blocks, strict=True):
-        towers.carry_hooks(fast_block, block, _copier(memo))
-        memo[id(fast_block)] = block
+    parts = [copy.deepcopy(skeleton) for skeleton in made.skeletons]
+    for fast_part, part in zip(_parts(fast_tower, made.scheme), parts, strict=True):
+        towers.carry_hooks(fast_part, part, _copier(memo))
+        memo[id(fast_part)] = part
     result = copy.deepcopy(model, memo)
     vision.detach_exits(towers.find_tower(result))
     device = next(fast_tower.parameters()).device
     copies = {name: tensor.detach().to(device, copy=True) for name, tensor in weights.items()}
     towers.find_tower(result).load_state_dict(copies, assign=True)
-    _mark_float(result, blocks)
+    _mark_float(result, parts)
     return result
 
 
@@ -224,6 +225,12 @@ def add_exits(model: nn.Module, exits: Exits) -> None:
 # Making
 
 
+def _parts(tower: nn.Module, scheme: Scheme) -> list[nn.Module]:
+    """What the scheme replaces: the blocks, and last the patch embedding where it is int8."""
+    conv = tower.get_submodule(towers.PATCH_EMBEDDING)
+    return [*towers.blocks_of(tower), *([conv] if scheme.patch_embedding == "int8" else [])]
+
+
 def checked_tower(model: nn.Module, scheme: Scheme, backend: Backend) -> nn.Module:
     """The float tower of a model that can be accelerated so; raises one line if it cannot."""
     tower = towers.find_tower(model)
@@ -248,7 +255,7 @@ def _describe(
         scheme=scheme,
         backend=backend,
         base_hash=base_hash or towers.tower_hash(tower.state_dict()),
-        skeletons=tuple(towers.without_numbers(block) for block in towers.blocks_of(tower)),
+        skeletons=tuple(towers.without_numbers(part) for part in _parts(tower, scheme)),
         original=weakref.ref(tower) if is_kept else None,
     )
 
@@ -258,11 +265,17 @@ def _copy_with_blocks(
 ) -> Model:
     """A deep copy in which each block is already int8: no float weight is ever copied."""
     memo: dict[int, Any] = {}
-    for i, block in enumerate(towers.blocks_of(towers.find_tower(model))):
+    tower = towers.find_tower(model)
+    for i, block in enumerate(towers.blocks_of(tower)):
         memo[id(block)] = towers.build_block(
             block, f"resblocks.{i}", scheme=made.scheme, backend=made.backend, take=_copier(memo),
             quantize=quantize,
         )  # fmt: skip
+    if made.scheme.patch_embedding == "int8":
+        conv = tower.get_submodule(towers.PATCH_EMBEDDING)
+        memo[id(conv)] = towers.build_patch_embedding(
+            conv, scheme=made.scheme, backend=made.backend, take=_copier(memo), quantize=quantize
+        )
     fast = copy.deepcopy(model, memo)
     _mark_fast(fast, made)
     return fast
@@ -270,7 +283,13 @@ def _copy_with_blocks(
 
 def _swap_blocks(model: Model, made: Acceleration) -> Model:
     """Swaps block by block, so that the float weights of each are freed before the next."""
-    blocks = towers.blocks_of(towers.find_tower(model))
+    tower = towers.find_tower(model)
+    blocks = towers.blocks_of(tower)
+    if made.scheme.patch_embedding == "int8":
+        conv = tower.get_submodule(towers.PATCH_EMBEDDING)
+        tower.conv1 = towers.build_patch_embedding(
+            conv, scheme=made.scheme, backend=made.backend, take=_as_is
+        )
     for i in range(len(blocks)):
         blocks[i] = towers.build_block(
             blocks[i], f"resblocks.{i}", scheme=made.scheme, backend=made.backend, take=_as_is
@@ -299,7 +318,7 @@ def _encode(model: nn.Module, images: Tensor) -> Tensor:
 
 def _log_result(tower: nn.Module, name: str) -> None:
     blocks = towers.blocks_of(tower)
-    count = sum(isinstance(module, Int8Linear) for module in blocks.modules())
+    count = len(towers.int8_linears(tower))
     macs = flops.count_macs(tower)
     _log.info(
         "accelerate: %d of %d linears in int8, %.1f %% of the tower's multiply-adds in int8"
@@ -352,12 +371,14 @@ def _mark_fast(model: nn.Module, made: Acceleration) -> None:
         module.__dict__["train"] = _TrainGuard(module)
 
 
-def _mark_float(model: nn.Module, float_blocks: list[nn.Module]) -> None:
-    """Puts the float blocks (back) in, and takes marks and guards off."""
+def _mark_float(model: nn.Module, float_parts: list[nn.Module]) -> None:
+    """Puts the float parts (back) in, and takes marks and guards off."""
     tower = towers.find_tower(model)
     blocks = towers.blocks_of(tower)
-    for i, block in enumerate(float_blocks):
+    for i, block in enumerate(float_parts[: len(blocks)]):
         blocks[i] = block
+    for conv in float_parts[len(blocks) :]:
+        tower.conv1 = conv
     delattr(tower, _ATTRIBUTE)
     vision.unmake_rowwise(tower)
     for module in _guarded(model):

@@ -21,8 +21,7 @@ from lraee.backend import Backend
 from lraee.exits.exits import Exits, one_class
 from lraee.exits.files import from_parts, tensor_shapes, to_parts
 from lraee.files import is_sha256, parse_options, refuse, refusing, require_keys
-from lraee.linear import Int8Linear
-from lraee.quantize import Scheme
+from lraee.quantize import SINCE, Scheme
 from lraee.sealed import Format, Shapes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,7 +74,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if made is None:
         raise ValueError("save: model must be accelerated, got a float one")
     tower = towers.find_tower(model)
-    for block, skeleton in zip(towers.blocks_of(tower), made.skeletons, strict=True):
+    for block, skeleton in zip(towers.blocks_of(tower), made.skeletons, strict=False):
         found, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
         if found != base:
             raise ValueError(
@@ -102,10 +101,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def _tensors_of(tower: nn.Module) -> dict[str, Tensor]:
     tensors = {}
-    for name, module in towers.blocks_of(tower).named_modules(prefix="resblocks"):
-        if isinstance(module, Int8Linear):
-            tensors[f"{name}.w_q"] = module.w_q.cpu().contiguous()
-            tensors[f"{name}.w_scale"] = module.w_scale.cpu().contiguous()
+    for name, linear in towers.int8_linears(tower).items():
+        tensors[f"{name}.w_q"] = linear.w_q.cpu().contiguous()
+        tensors[f"{name}.w_scale"] = linear.w_scale.cpu().contiguous()
     return tensors
 
 
@@ -189,22 +187,21 @@ def _parse_fields(path: Path, raw: dict[str, Any]) -> _Fields:
             refuse(path, f"versions.{name} must be a string", text)
     if raw["backend"] not in get_args(Backend):
         refuse(path, f"backend must be one of {', '.join(get_args(Backend))}", raw["backend"])
-    scheme = parse_options(path, "scheme", raw["scheme"], Scheme())
+    scheme = parse_options(path, "scheme", raw["scheme"], Scheme(), since=SINCE)
     hashes = raw["base_sha256"], raw["state_sha256"]
     return _Fields(scheme, raw["backend"], *hashes, raw["exits"])
 
 
 def _expected_shapes(path: Path, tower: nn.Module, fields: _Fields) -> Shapes:
     """Type and shape of each tensor that the scheme makes of this tower, and of its exits."""
-    linears, scheme = towers.linear_shapes(tower), fields.scheme
-    unknown = set(scheme.keep_float) - set(linears)
+    scheme = fields.scheme
+    unknown = set(scheme.keep_float) - set(towers.linear_shapes(tower))
     if unknown:
         refuse(path, "scheme.keep_float must name linears of the model", sorted(unknown))
     shapes: Shapes = {}
-    for name, (N, K) in linears.items():
-        if name not in scheme.keep_float:
-            shapes[f"{name}.w_q"] = (torch.int8, (N, K))
-            shapes[f"{name}.w_scale"] = (torch.float32, (N,))
+    for name, (N, K) in towers.int8_shapes(tower, scheme).items():
+        shapes[f"{name}.w_q"] = (torch.int8, (N, K))
+        shapes[f"{name}.w_scale"] = (torch.float32, (N,))
     own = {} if fields.exits is None else tensor_shapes(path, fields.exits)
     return shapes | {_EXITS + name: shape for name, shape in own.items()}
 

@@ -155,7 +155,7 @@ def calibrate(
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
     scheme: Annotated[
-        str, typer.Option(help="int8 or paper: how the tower is quantized.")
+        str, typer.Option(help="int8, int8-patches or paper: how the tower is quantized.")
     ] = "int8",
     recipe: Annotated[str, typer.Option(help="best, or paper: LRA-EE as published.")] = "best",
     gate: Annotated[
@@ -230,7 +230,8 @@ def evaluate(
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
     scheme: Annotated[
-        list[str] | None, typer.Option(help="int8 or paper; again for more. Both by default.")
+        list[str] | None,
+        typer.Option(help="int8, int8-patches or paper; again for more. Default: int8, paper."),
     ] = None,
     exits: Annotated[
         Path | None,

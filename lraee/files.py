@@ -5,7 +5,7 @@ import os
 import reprlib
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -141,14 +141,19 @@ def is_sha256(value: object) -> bool:
     return type(value) is str and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-def parse_options(path: Path, where: str, value: object, defaults: T) -> T:
+def parse_options(
+    path: Path, where: str, value: object, defaults: T, *, since: Mapping[str, object] = {}
+) -> T:
     """A dataclass of strings, flags and tuples of strings from its JSON object.
 
     Args:
       path, where: for messages.
       value: the object, with exactly the fields of the dataclass.
       defaults: one such dataclass; its values show the types.
+      since: fields that older files lack, and what these files stand for.
     """
+    if type(value) is dict:
+        value = {**since, **value}
     raw = dict(require_keys(path, where, value, vars(defaults)))
     for name, default in vars(defaults).items():
         wanted = list if type(default) is tuple else type(default)

@@ -4,6 +4,7 @@ Importing this file also teaches FlopCounterMode the two attention operators tha
 CPU and counts as 0.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -46,11 +47,11 @@ class Macs:
 
 def count_macs(tower: nn.Module) -> Macs:
     """The multiply-adds of one image of the tower's own size, float tower or accelerated."""
-    conv1 = cast(nn.Conv2d, tower.conv1)
     L = int(cast(Tensor, tower.positional_embedding).shape[0])
-    D = conv1.out_channels
-    linear = attention = 0
-    total = (L - 1) * conv1.weight.numel()
+    D = cast(nn.Conv2d, tower.conv1).out_channels
+    total = _embed_macs(tower)
+    linear = total if isinstance(tower.conv1, Int8Linear) else 0
+    attention = 0
     for block in towers.blocks_of(tower):
         total += _block_macs(block, L, D)
         linear += L * _int8_weight_count(block)
@@ -66,6 +67,12 @@ def count_macs(tower: nn.Module) -> Macs:
     if proj is not None:
         total += _pooled_tokens(tower, L) * proj.numel()
     return Macs(linear, attention, total)
+
+
+def _embed_macs(tower: nn.Module) -> int:
+    conv = cast(nn.Conv2d, tower.conv1)
+    patches = int(cast(Tensor, tower.positional_embedding).shape[0]) - 1
+    return patches * conv.out_channels * conv.in_channels * math.prod(conv.kernel_size)
 
 
 def _pooler_macs(pooler: nn.Module, L: int) -> int:
@@ -123,8 +130,7 @@ class PartFlops:
     @classmethod
     def of(cls, visual: nn.Module) -> "PartFlops":
         """The parts of a tower, float or accelerated; their sum is tower_flops."""
-        L = int(cast(Tensor, visual.positional_embedding).shape[0])
-        embed = 2 * (L - 1) * cast(nn.Conv2d, visual.conv1).weight.numel()
+        embed = 2 * _embed_macs(visual)
         blocks = tuple(block_flops(visual))
         return cls(embed, blocks, tower_flops(visual) - embed - sum(blocks))
 

@@ -24,13 +24,12 @@ class RowwiseConv2d(nn.Conv2d):
     @classmethod
     def adopt(cls, conv: nn.Module, backend: Backend) -> None:
         """Turns a Conv2d into this class where it can be one; leaves any other module alone."""
-        if type(conv) is not nn.Conv2d or conv.kernel_size != conv.stride:
-            return
-        if conv.padding not in ((0, 0), "valid") or conv.dilation != (1, 1) or conv.groups != 1:
+        if not is_by_patch(conv):
             return
         conv.__class__ = cls
-        cast(RowwiseConv2d, conv).backend = backend
-        _lay_by_step(conv.weight)
+        adopted = cast(RowwiseConv2d, conv)
+        adopted.backend = backend
+        _lay_by_step(adopted.weight)
 
     @classmethod
     def release(cls, conv: nn.Module) -> None:
@@ -47,17 +46,40 @@ class RowwiseConv2d(nn.Conv2d):
         if not is_own or input.dim() != 4 or input.dtype != weight.dtype:
             return super().forward(input)
         B, C, H, W = input.shape
-        height, width = self.kernel_size
-        rows, columns = H // height, W // width
-        if C != self.in_channels or rows == 0 or columns == 0:
+        height, width = cast(tuple[int, int], self.kernel_size)
+        if C != self.in_channels or height > H or width > W:
             return super().forward(input)  # which says what is wrong
-        whole = input[:, :, : rows * height, : columns * width]
-        patches = whole.reshape(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-        y = rowwise_linear(
-            patches.reshape(B * rows * columns, C * height * width),
-            weight.flatten(1), self.bias, self.backend,
-        )  # fmt: skip
+        patches, rows, columns = patches_of(input, (height, width))
+        y = rowwise_linear(patches, weight.flatten(1), self.bias, self.backend)
         return y.view(B, rows * columns, -1).transpose(1, 2).view(B, -1, rows, columns)
+
+
+def is_by_patch(conv: nn.Module) -> bool:
+    """Whether this is a plain Conv2d that is one linear of each patch."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride
+        and conv.padding in ((0, 0), "valid")
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def patches_of(images: Tensor, kernel: tuple[int, int]) -> tuple[Tensor, int, int]:
+    """The patches of images, each a row in the order of a convolution's weight.
+
+    Args:
+      images: [B, C, H, W]; what does not fill a patch at the right and the bottom is cut off.
+      kernel: height and width of a patch.
+    Returns: [B * rows * columns, C * height * width], and how many rows and columns of patches an
+      image has.
+    """
+    B, C, H, W = images.shape
+    height, width = kernel
+    rows, columns = H // height, W // width
+    whole = images[:, :, : rows * height, : columns * width]
+    patches = whole.reshape(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(B * rows * columns, C * height * width), rows, columns
 
 
 class RowwiseLinear(nn.Linear):

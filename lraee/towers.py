@@ -17,6 +17,7 @@ from lraee.backend import Backend
 from lraee.linear import Int8Linear
 from lraee.modules import Int8Attention, Int8Block, Int8MultiheadAttention
 from lraee.ops import FLOAT_TYPES, Activation
+from lraee.patch_embedding import Int8PatchEmbedding, require_by_patch
 from lraee.quantize import SITES, Scheme, Site, quantize_weight
 from lraee.rowwise import RowwiseLinear
 
@@ -32,8 +33,10 @@ class Take(Protocol):
 
 
 Quantize = Callable[[str, Tensor], tuple[Tensor, Tensor]]
-"""Name of a linear in the transformer, such as "resblocks.3.mlp.c_fc", and its float weight [N, K]
--> w_q int8 [N, K], w_scale float32 [N]."""
+"""Name of a linear in the transformer, such as "resblocks.3.mlp.c_fc", or PATCH_EMBEDDING, and its
+float weight [N, K] -> w_q int8 [N, K], w_scale float32 [N]."""
+
+PATCH_EMBEDDING = "conv1"
 
 PATHS: dict[Site, str] = {
     "in_proj": "attn.in_proj",
@@ -173,6 +176,52 @@ def linear_shapes(tower: nn.Module) -> dict[str, tuple[int, int]]:
             N, K = block.get_parameter(f"{_source(site)}weight").shape
             shapes[f"resblocks.{i}.{path}"] = (N, K)
     return shapes
+
+
+def int8_shapes(tower: nn.Module, scheme: Scheme) -> dict[str, tuple[int, int]]:
+    """[N, K] of each linear that the scheme quantizes, of a float tower."""
+    shapes = {
+        name: shape for name, shape in linear_shapes(tower).items() if name not in scheme.keep_float
+    }
+    if scheme.patch_embedding == "int8":
+        conv = cast(nn.Conv2d, tower.conv1)
+        shapes[PATCH_EMBEDDING] = conv.out_channels, conv.weight[0].numel()
+    return shapes
+
+
+def int8_linears(tower: nn.Module) -> dict[str, Int8Linear]:
+    """The int8 linears of an accelerated tower, by the names that int8_shapes gives them."""
+    found = {
+        name: module
+        for name, module in blocks_of(tower).named_modules(prefix="resblocks")
+        if isinstance(module, Int8Linear)
+    }
+    conv = tower.get_submodule(PATCH_EMBEDDING)
+    return found | ({PATCH_EMBEDDING: conv} if isinstance(conv, Int8Linear) else {})
+
+
+def build_patch_embedding(
+    conv: nn.Module,
+    *,
+    scheme: Scheme,
+    backend: Backend,
+    take: Take,
+    quantize: Quantize | None = None,
+) -> Int8PatchEmbedding:
+    """The int8 patch embedding that stands for a float conv1; arguments as build_block's.
+
+    Raises: NotImplementedError if it is no linear of each patch.
+    """
+    require_by_patch(conv)
+    conv = cast(nn.Conv2d, conv)
+    weight = conv.weight.flatten(1)
+    if quantize is None:
+        w_q, w_scale = quantize_weight(weight, scheme, backend)
+    else:
+        w_q, w_scale = quantize(PATCH_EMBEDDING, weight)
+    result = Int8PatchEmbedding(conv, w_q, w_scale, backend=backend).eval()
+    carry_hooks(conv, result, take)
+    return result
 
 
 def _source(site: Site) -> str:

@@ -235,7 +235,7 @@ def test_refusals_are_one_line(model):
         (
             lambda: lraee.accelerate(model, scheme="int4"),
             ValueError,
-            "scheme must be one of int8, p",
+            "scheme must be one of int8, int8-p",
         ),
         (
             lambda: lraee.accelerate(model, backend="gpu"),

@@ -38,7 +38,9 @@ def test_named_schemes():
 
 
 def test_unknown_scheme_names_the_choices():
-    with pytest.raises(ValueError, match=r"scheme must be one of int8, paper or a Scheme, got 'i'"):
+    with pytest.raises(
+        ValueError, match=r"scheme must be one of int8, int8-patches, paper or a Scheme, got 'i'"
+    ):
         find_scheme("i")
     with pytest.raises(TypeError, match="scheme must be a str or a Scheme, got int"):
         find_scheme(8)

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("quantize", "doctor"),
     ("linear",),
     ("modules", "rowwise"),
-    ("exits", "graphs"),
+    ("exits", "graphs", "patch_embedding"),
     ("towers",),
     ("vision",),
     ("flops", "class_setter"),

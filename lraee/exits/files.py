@@ -28,7 +28,7 @@ from lraee.files import (
     require_list,
     require_number,
 )
-from lraee.quantize import Scheme
+from lraee.quantize import SINCE, Scheme
 from lraee.sealed import Format, Shapes
 
 FORMAT = Format(
@@ -199,7 +199,7 @@ def from_parts(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Exits:
             classes=classes,
             logit_scale=logit_scale,
             compaction=Compaction(copy_share),
-            scheme=parse_options(path, "scheme", fields["scheme"], Scheme()),
+            scheme=parse_options(path, "scheme", fields["scheme"], Scheme(), since=SINCE),
             base_hash=fields["base_hash"],
             card=fields["card"],
         )
