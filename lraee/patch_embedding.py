@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lraee.backend import Backend
 from lraee.linear import Int8Linear
 from lraee.rowwise import is_by_patch, output_dtype, patches_of
 
@@ -16,7 +17,7 @@ class Int8PatchEmbedding(Int8Linear):
     convolution's weight.
     """
 
-    def __init__(self, conv: nn.Conv2d, w_q: Tensor, w_scale: Tensor, *, backend: str) -> None:
+    def __init__(self, conv: nn.Conv2d, w_q: Tensor, w_scale: Tensor, *, backend: Backend) -> None:
         """Stands for `conv` with this quantized weight.
 
         Args:
@@ -25,7 +26,7 @@ class Int8PatchEmbedding(Int8Linear):
           w_scale: float32 [D].
           backend: which implementation to run on.
         """
-        super().__init__(w_q, w_scale, conv.bias, dtype=conv.weight.dtype, backend=backend)  # type: ignore[arg-type]
+        super().__init__(w_q, w_scale, conv.bias, dtype=conv.weight.dtype, backend=backend)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size = self.stride = cast(tuple[int, int], conv.kernel_size)
 
@@ -50,8 +51,8 @@ class Int8PatchEmbedding(Int8Linear):
             raise ValueError(f"conv1: images must be {self.dtype}, got {input.dtype}")
         patches, rows, columns = patches_of(input, self.kernel_size)
         y = self.multiply(self.quantize(patches), out_dtype=output_dtype(input))
-        B = input.shape[0]
-        return y.view(B, rows * columns, -1).transpose(1, 2).view(B, -1, rows, columns)
+        B, D = input.shape[0], self.out_channels
+        return y.view(B, rows * columns, D).transpose(1, 2).view(B, D, rows, columns)
 
     @property
     def weight(self) -> Tensor:

@@ -51,7 +51,8 @@ class RowwiseConv2d(nn.Conv2d):
             return super().forward(input)  # which says what is wrong
         patches, rows, columns = patches_of(input, (height, width))
         y = rowwise_linear(patches, weight.flatten(1), self.bias, self.backend)
-        return y.view(B, rows * columns, -1).transpose(1, 2).view(B, -1, rows, columns)
+        D = self.out_channels
+        return y.view(B, rows * columns, D).transpose(1, 2).view(B, D, rows, columns)
 
 
 def is_by_patch(conv: nn.Module) -> bool:

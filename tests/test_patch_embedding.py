@@ -87,6 +87,14 @@ def test_cuts_off_what_fills_no_patch() -> None:
     assert found.shape[2:] == (2, 3)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-patches"])
+def test_a_batch_of_no_image(scheme: str) -> None:
+    model = make_model()
+    fast, images = lraee.accelerate(model, scheme=scheme), make_images(2)[:0]
+    with torch.no_grad():
+        assert fast.visual.conv1(images).shape == model.visual.conv1(images).shape
+
+
 @pytest.mark.parametrize("variant", NAMES)
 def test_same_bits_alone_and_in_any_batch(variant: str) -> None:
     fast, images = accelerated(make_model(**VARIANTS[variant])), make_images(7)
