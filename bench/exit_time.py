@@ -147,17 +147,15 @@ def main(
 ) -> None:
     """Print the table."""
     opened = open_model(tower, may_be_random=True)
-    plain = lraee.accelerate(opened.model, scheme=scheme)
+    loaded = None if exits is None else Exits.load(exits)
+    plain = lraee.accelerate(opened.model, scheme=scheme if loaded is None else loaded.scheme)
     size = cast(tuple[int, int], towers.find_tower(plain).image_size)
     if photos is None:
         images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
     else:
         images = torch.cat(list(PhotoImages(Photos(photos, limit=count), opened.preprocess)))
-    if exits is None:
-        made = spread(opened.model, random_exits(plain), images)
-    else:
-        made = Exits.load(exits)
-    fast = lraee.accelerate(opened.model, scheme=scheme, exits=made)
+    made = loaded or spread(opened.model, random_exits(plain), images)
+    fast = lraee.accelerate(opened.model, scheme=made.scheme, exits=made)
     for key, value in describe().items():
         typer.echo(f"{key:<10} {value}")
     gate = made.plan.gate.kind

@@ -74,6 +74,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if made is None:
         raise ValueError("save: model must be accelerated, got a float one")
     tower = towers.find_tower(model)
+    # not strict: the skeletons may end in that of the patch embedding
     for block, skeleton in zip(towers.blocks_of(tower), made.skeletons, strict=False):
         found, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
         if found != base:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lraee.backend import Backend
 from lraee.linear import Int8Linear
-from lraee.rowwise import is_by_patch, output_dtype, patches_of
+from lraee.rowwise import by_patch, is_by_patch, output_dtype
 
 
 class Int8PatchEmbedding(Int8Linear):
@@ -49,10 +49,12 @@ class Int8PatchEmbedding(Int8Linear):
             )
         if input.dtype != self.dtype and not is_autocast:
             raise ValueError(f"conv1: images must be {self.dtype}, got {input.dtype}")
-        patches, rows, columns = patches_of(input, self.kernel_size)
-        y = self.multiply(self.quantize(patches), out_dtype=output_dtype(input))
-        B, D = input.shape[0], self.out_channels
-        return y.view(B, rows * columns, D).transpose(1, 2).view(B, D, rows, columns)
+        out_dtype = output_dtype(input)
+        return by_patch(
+            input,
+            self.kernel_size,
+            lambda x: self.multiply(self.quantize(x), out_dtype=out_dtype),
+        )
 
     @property
     def weight(self) -> Tensor:

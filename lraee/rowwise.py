@@ -5,6 +5,7 @@ size or number of threads. These layers go through torch.ops.lraee.float_linear 
 is fixed, on the CPU and where its CUDA kernel runs. On other devices they are torch's own.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -45,14 +46,15 @@ class RowwiseConv2d(nn.Conv2d):
         is_own = is_fixed(input.device, self.backend)
         if not is_own or input.dim() != 4 or input.dtype != weight.dtype:
             return super().forward(input)
-        B, C, H, W = input.shape
+        _, C, H, W = input.shape
         height, width = cast(tuple[int, int], self.kernel_size)
         if C != self.in_channels or height > H or width > W:
             return super().forward(input)  # which says what is wrong
-        patches, rows, columns = patches_of(input, (height, width))
-        y = rowwise_linear(patches, weight.flatten(1), self.bias, self.backend)
-        D = self.out_channels
-        return y.view(B, rows * columns, D).transpose(1, 2).view(B, D, rows, columns)
+        return by_patch(
+            input,
+            (height, width),
+            lambda x: rowwise_linear(x, weight.flatten(1), self.bias, self.backend),
+        )
 
 
 def is_by_patch(conv: nn.Module) -> bool:
@@ -66,21 +68,24 @@ def is_by_patch(conv: nn.Module) -> bool:
     )
 
 
-def patches_of(images: Tensor, kernel: tuple[int, int]) -> tuple[Tensor, int, int]:
-    """The patches of images, each a row in the order of a convolution's weight.
+def by_patch(images: Tensor, kernel: tuple[int, int], linear: Callable[[Tensor], Tensor]) -> Tensor:
+    """A convolution whose stride is its kernel, as a linear of each patch.
 
     Args:
       images: [B, C, H, W]; what does not fill a patch at the right and the bottom is cut off.
       kernel: height and width of a patch.
-    Returns: [B * rows * columns, C * height * width], and how many rows and columns of patches an
-      image has.
+      linear: patches [B * rows * columns, C * height * width], each in the order of a convolution's
+        weight -> [B * rows * columns, D].
+    Returns: [B, D, rows, columns].
     """
     B, C, H, W = images.shape
     height, width = kernel
     rows, columns = H // height, W // width
     whole = images[:, :, : rows * height, : columns * width]
     patches = whole.reshape(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(B * rows * columns, C * height * width), rows, columns
+    y = linear(patches.reshape(B * rows * columns, C * height * width))
+    D = y.shape[1]
+    return y.view(B, rows * columns, D).transpose(1, 2).view(B, D, rows, columns)
 
 
 class RowwiseLinear(nn.Linear):
