@@ -83,7 +83,8 @@ Scores gate_scores(const at::Tensor& embedding, const at::Tensor& classes, doubl
   const int64_t chunks = (K + cpu::kClassChunk - 1) / cpu::kClassChunk;
   std::vector<cpu::ClassPart> parts(static_cast<size_t>(chunks * B));
   const cpu::ClassScoresArgs args{embedding.const_data_ptr<float>(),
-                                  class_rows.const_data_ptr<float>(),
+                                  class_rows.const_data_ptr(),
+                                  float_type(classes.scalar_type(), "exit_probe", "classes"),
                                   B,
                                   classes.size(1),
                                   K,
@@ -121,9 +122,8 @@ void check(const at::Tensor& z, const at::Tensor& gamma, const at::Tensor& w1_sc
                     "exit_probe: classes must have shape [K >= 1, E] with E = ", E, ", got ",
                     classes.sizes());
   TORCH_CHECK_VALUE(gate.numel() == 4, "exit_probe: gate must have shape [4], got ", gate.sizes());
-  TORCH_CHECK_TYPE(classes.scalar_type() == at::kFloat && gate.scalar_type() == at::kFloat,
-                   "exit_probe: classes and gate must be float32, got ", classes.scalar_type(),
-                   " and ", gate.scalar_type());
+  TORCH_CHECK_TYPE(gate.scalar_type() == at::kFloat, "exit_probe: gate must be float32, got ",
+                   gate.scalar_type());
 }
 
 using Probe = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;

@@ -128,7 +128,7 @@ def _add_products(lanes, c, embedding, row_mask, class_rows, class_mask, E):
     col_mask = (cols < E)[None, :]
     e = tl.load(embedding + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
     t = tl.load(class_rows + cols[None, :], mask=class_mask[:, None] & col_mask, other=0.0)
-    return lanes + e[:, None, :] * t[None, :, :]
+    return lanes + e[:, None, :] * t.to(tl.float32)[None, :, :]
 
 
 @triton.jit

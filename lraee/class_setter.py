@@ -39,9 +39,7 @@ class ClassSetter:
         router = cast(Router, vision.exits_of(towers.find_tower(model)))
         if not isinstance(classes, Tensor):
             classes = _encode_texts(model, classes, tokenizer)
-        router.classes = unit_classes("set_classes", classes, router.classes.shape[1]).to(
-            router.classes.device
-        )
+        router.set_classes(unit_classes("set_classes", classes, router.classes.shape[1]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ClassSetter":
         return ClassSetter(memo[id(self.model())])

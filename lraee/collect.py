@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lraee import towers
-from lraee.exits.head import HeadWeights, Int8Head, pool
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
 from lraee.exits.noise import BlockNoise, NoiseMeter
 from lraee.exits.training import augmented, centred
 from lraee.reference import Probe
@@ -149,7 +149,7 @@ class Pair:
         device = next(self.fast.parameters()).device
         gate = torch.zeros(4)
         modules = {block: Int8Head(head, gate).to(device) for block, head in heads.items()}
-        classes = classes.to(device)
+        classes = contrasts(classes).to(device)
         with full_depth(self.fast), tapped(towers.find_tower(self.fast)) as z:
 
             def batches() -> Iterator[list[Probe]]:

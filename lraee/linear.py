@@ -90,8 +90,7 @@ class Int8Linear(nn.Module):
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """w, w_scale, w_sum and bias, as operators take them."""
-        held = cast(dict[str, Tensor], self._buffers)  # a module's own look-up takes 1 us for each
-        return held["w"], held["w_scale"], held["w_sum"], held["bias"]
+        return parts_of(self._buffers)  # a module's own look-up takes 1 us for each
 
     @property
     def w_q(self) -> Tensor:
@@ -172,6 +171,14 @@ class Int8Linear(nn.Module):
             error_msgs.append(f"{key} must be torch.int8 {list(shape)}, got {found}")
             return
         self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
+
+
+def parts_of(
+    buffers: Mapping[str, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """w, w_scale, w_sum and bias among the buffers of an Int8Linear."""
+    held = cast(Mapping[str, Tensor], buffers)
+    return held["w"], held["w_scale"], held["w_sum"], held["bias"]
 
 
 def uncast(fn: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Int8Attention and Int8Block: what stands in a tower where the float block stood."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lraee.backend import Backend, operators
 from lraee.linear import Int8Linear
 from lraee.ops import Activation
+from lraee.wiring import Linears, Wiring
 
 
 class Int8Attention(nn.Module):
@@ -125,9 +126,7 @@ class Int8Block(nn.Module):
         self.ls_2 = ls_2
         self.activation: Activation = activation
         self.can_fuse = self._can_fuse()
-        if self.can_fuse:
-            linears = self._linears()
-            self._symmetric = [linear.rounding == "row_symmetric" for linear in linears]
+        self._wiring: Wiring[Int8Attention] | None = None
         self.training = False
 
     def forward(
@@ -140,11 +139,12 @@ class Int8Block(nn.Module):
         """Any float type [B, L, D] (or [L, B, D]) -> the same; attn_mask None or causal."""
         if k_x is not None or v_x is not None:
             raise NotImplementedError("Int8Block: k_x and v_x must be None (self-attention only)")
-        if not self.can_fuse or self._has_hooks():
+        wiring = self._wired() if self.can_fuse else None
+        if wiring is None or wiring.has_hooks():
             return self._forward_by_child(q_x, attn_mask)
-        if self.attn.batch_first:
-            return self._forward_fused(q_x, attn_mask)
-        return self._forward_fused(q_x.transpose(0, 1), attn_mask).transpose(0, 1)
+        if wiring.attn.batch_first:
+            return self._forward_fused(q_x, attn_mask, wiring)
+        return self._forward_fused(q_x.transpose(0, 1), attn_mask, wiring).transpose(0, 1)
 
     def train(self, mode: bool = True) -> "Int8Block":
         """Raises: an int8 block has no gradients."""
@@ -157,14 +157,23 @@ class Int8Block(nn.Module):
         c_fc = self.mlp.get_submodule("c_fc")
         return c_fc.dtype if isinstance(c_fc, Int8Linear) else cast(nn.Linear, c_fc).weight.dtype
 
-    def _forward_fused(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-        in_proj, out_proj, c_fc, c_proj = self._linears()
-        norm_1, norm_2, attn = self.ln_1, self.ln_2, self.attn
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is found again in the copy."""
+        return {**self.__dict__, "_wiring": None}
+
+    def _wired(self) -> Wiring[Int8Attention]:
+        wiring = self._wiring
+        if wiring is None or not wiring.is_of(self):
+            wiring = self._wiring = Wiring(self, self.attn, self._linears())
+        return wiring
+
+    def _forward_fused(
+        self, x: Tensor, attn_mask: Tensor | None, wiring: Wiring[Int8Attention]
+    ) -> Tensor:
+        attn = wiring.attn
         arguments = (
-            x, _vectors(norm_1), in_proj.parts, (*out_proj.parts, _gamma(self.ls_1)),
-            _vectors(norm_2), c_fc.parts, (*c_proj.parts, _gamma(self.ls_2)),
-            (norm_1.eps, norm_2.eps), self._symmetric,
-            attn.num_heads, is_causal(attn_mask, x.shape[1]), self.activation,
+            x, *wiring.arguments(), attn.num_heads, is_causal(attn_mask, x.shape[1]),
+            self.activation,
         )  # fmt: skip
         if attn.backend != "reference":  # .default spares the search for an overload
             return torch.ops.lraee.int8_block.default(*arguments)  # type: ignore[no-any-return]
@@ -180,19 +189,9 @@ class Int8Block(nn.Module):
         x = x + self.ls_1(y)
         return cast(Tensor, x + self.ls_2(self.mlp(self.ln_2(x))))
 
-    def _has_hooks(self) -> bool:
-        for child in self._modules.values():
-            assert child is not None
-            if child._forward_hooks or child._forward_pre_hooks:
-                return True
-            for inner in child._modules.values():
-                if inner is not None and (inner._forward_hooks or inner._forward_pre_hooks):
-                    return True
-        return False
-
-    def _linears(self) -> tuple[Int8Linear, Int8Linear, Int8Linear, Int8Linear]:
+    def _linears(self) -> Linears:
         found = (self.attn.in_proj, self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj)
-        return cast(tuple[Int8Linear, Int8Linear, Int8Linear, Int8Linear], found)
+        return cast(Linears, found)
 
     def _can_fuse(self) -> bool:
         linears: tuple[nn.Module, ...] = self._linears()
@@ -226,17 +225,3 @@ def is_causal(attn_mask: Tensor | None, L: int) -> bool:
             f" got another one of shape {list(attn_mask.shape)}"
         )
     return True
-
-
-def _vectors(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """gamma and beta as float32; as they are on a GPU, whose kernels read any float type."""
-    gamma, beta = norm._parameters.values()
-    assert gamma is not None and beta is not None  # see _can_fuse
-    if gamma.is_cuda or (gamma.dtype is torch.float32 and beta.dtype is torch.float32):
-        return gamma, beta
-    return gamma.float(), beta.float()
-
-
-def _gamma(layer_scale: nn.Module) -> Tensor | None:
-    gamma = getattr(layer_scale, "gamma", None)
-    return gamma if gamma is None or gamma.is_cuda else gamma.float()

@@ -331,7 +331,8 @@ def exit_probe(
         alone; P = 2 D: the class token beside it.
       w1, w1_scale, w1_sum: packed int8 weight [H, P] ([E, P] where w2 is None); b1 float32 or None.
       w2, w2_scale, w2_sum: packed int8 weight [E, H], or all None; b2 float32 [E] or None.
-      classes: float32 [K, E], rows of length 1, K >= 1.
+      classes: float32, bfloat16 or float16 [K, E], K >= 1: rows of length 1, or those less one
+        vector common to all, which changes no output.
       gate: float32 [4].
       logit_scale: factor of the cosine, already exponentiated.
       eps: added to the variance of the LayerNorm.
@@ -354,7 +355,7 @@ def exit_probe(
         )
     P = gamma.shape[0]
     _require_vectors(op, P, device, gamma=gamma, beta=beta)
-    _require(op, "classes", classes, [K, E], [torch.float32])
+    _require(op, "classes", classes, [K, E], FLOAT_TYPES)
     _require_device(op, "classes", classes, device)
     _require_vectors(op, 4, device, gate=gate)
     hidden = E if w2 is None else H

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lraee import towers
 from lraee.exits.gate import Gate
-from lraee.exits.head import HeadWeights, Int8Head
+from lraee.exits.head import HeadWeights, Int8Head, contrasts
 from lraee.exits.router import Router
 from lraee.timing import interleaved
 from lraee.trace import full_depth
@@ -76,7 +76,7 @@ def measure(
     tower = towers.find_tower(model)
     like = next(tower.parameters())
     probe = Int8Head(head, torch.zeros(4)).to(like.device)
-    classes = classes.to(like.device)
+    contrast = contrasts(classes).to(like.device)
     run_block = towers.blocks_of(tower)[block - 1]
     probed = _with_exit(tower, block, head, classes, logit_scale)
     is_batch_first = bool(tower.get_submodule("transformer").batch_first)
@@ -84,7 +84,7 @@ def measure(
     rows: dict[str, list[float]] = {"tower": [], "block": [], "probe": [], "copy": []}
 
     def decide(z: Tensor) -> list[bool]:
-        return [s >= 0.5 for s in probe(z, classes, logit_scale)[5].tolist()]
+        return [s >= 0.5 for s in probe(z, contrast, logit_scale)[5].tolist()]
 
     for B in BATCHES:
         images = torch.randn(B, 3, *size, generator=torch.Generator().manual_seed(0)).to(like)
@@ -120,7 +120,7 @@ def _with_exit(
     gate = Gate("learned", ((0.0,) * 4,), (math.inf,))
     router = Router((block,), [head], gate, classes=classes, logit_scale=logit_scale)
     probed = copy.copy(tower)
-    probed._modules = {**tower._modules, "exits": router.to(classes.device)}
+    probed._modules = {**tower._modules, "exits": router.to(next(tower.parameters()).device)}
     return probed
 
 

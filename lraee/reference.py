@@ -343,7 +343,8 @@ def exit_probe(
         alone; P = 2 D: the class token beside it.
       w1, w1_scale, w1_sum: packed int8 weight [H, P] ([E, P] where w2 is None); b1 float32 or None.
       w2, w2_scale, w2_sum: packed int8 weight [E, H], or all None; b2 float32 [E] or None.
-      classes: float32 [K, E], rows of length 1, K >= 1.
+      classes: float32, bfloat16 or float16 [K, E], K >= 1: rows of length 1, or those less one
+        vector common to all, which changes no output.
       logit_scale: factor of the cosine, already exponentiated.
       gate: float32 [4].
     Returns: embedding float32 [B, E] (not normalised), top1 int64 [B] (the lowest index of a tie),
@@ -362,7 +363,7 @@ def exit_probe(
         assert w2_scale is not None and w2_sum is not None
         embedding = int8_linear(*quantize_rows(hidden, False), w2, w2_scale, w2_sum, b2)
     length = _square_root(lane_sum(embedding * embedding)).clamp(min=1e-12)
-    cosine = lane_sum(embedding[:, None, :] * classes) / length[:, None]
+    cosine = lane_sum(embedding[:, None, :] * classes.float()) / length[:, None]
     logits = cosine * torch.tensor(logit_scale, dtype=torch.float32, device=z.device)
     confidence, margin, top1 = _top_two(logits)
     g0, g1, g2, g3 = gate.unbind()

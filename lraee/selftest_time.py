@@ -280,9 +280,9 @@ def probe_contest(device: torch.device, tower: Tower, batch: int) -> Contest:
         gamma, beta, gate = (_normal(device, n).float() for n in (P, P, 4))
         w1 = _normal(device, H, P) / math.sqrt(P)
         w2 = _normal(device, E, H) / math.sqrt(H)
-        classes = F.normalize(_normal(device, K, E).float(), dim=1)
+        classes = F.normalize(_normal(device, K, E).float(), dim=1).half()
         head = (*int8_layer(w1), None, *int8_layer(w2), None)
-        half = (gamma.half(), beta.half(), w1, w2, classes.half(), gate.half())
+        half = (gamma.half(), beta.half(), w1, w2, classes, gate.half())
         variants: dict[str, Call] = {
             "lraee int8": lambda: exit_probe(z, gamma, beta, 1e-5, *head, classes, 30.0, gate),
             "torch float16": lambda: float_probe(z, *half),

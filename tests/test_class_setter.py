@@ -18,7 +18,7 @@ from lraee.class_setter import unit_classes
 from lraee.exits.exits import Plan
 from tests.clip_models import CONTEXT, VOCABULARY, make_images, make_model
 from tests.exits.made_exits import make_exits
-from tests.support import assert_same, generator
+from tests.support import assert_same, assert_within, generator
 
 E = 24
 
@@ -79,7 +79,9 @@ def test_the_gate_looks_for_the_new_classes(model: nn.Module) -> None:
     rows = F.normalize(classes.double(), dim=1)
     logits = 20.0 * F.normalize(y.double(), dim=1) @ rows.T  # made_exits' scale
     expected = torch.softmax(logits, dim=1).max(1).values
-    assert torch.allclose(t.features[:, 0, 0].double(), expected, atol=1e-5)
+    # A logit is off by what float16 loses of a class; a softmax moves by half of that at most
+    lost = 20.0 * 2.0**-11 * float((rows - rows.mean(0)).norm(dim=1).max())
+    assert_within(t.features[:, 0, 0].double(), expected, lost / 2 + 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

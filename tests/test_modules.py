@@ -1,6 +1,7 @@
 """Int8Block against the operators written out by hand; masks; hooks; running child by child."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -217,6 +218,55 @@ def test_other_attention_is_refused():
 def test_other_masks_are_refused(mask):
     with pytest.raises(NotImplementedError, match=r"attn_mask must be None or the causal mask \[L"):
         int8_block(float_block())(torch.randn(1, 5, 64), attn_mask=mask)
+
+
+@torch.no_grad()
+def test_a_block_reads_what_its_children_hold_now():
+    """What was looked up at the first call is where things lie, not what lay there."""
+    fast, x = int8_block(float_block("layer_scale")), torch.randn(2, 5, 64)
+    fast(x)
+    held = [(m, n) for m in fast.modules() for n in (*m._parameters, *m._buffers)]
+    held = [(m, n) for m, n in held if getattr(m, n) is not None and n not in ("w", "like")]
+    assert len(held) >= 18
+    for module, name in held:
+        before, old = fast(x), getattr(module, name)
+        changed = (2 * old).to(old.dtype)
+        setattr(module, name, nn.Parameter(changed) if name in module._parameters else changed)
+        assert not torch.equal(fast(x), before), (type(module), name)
+        setattr(module, name, old)
+        assert_same(fast(x), before)
+    fast.ln_1.eps, before = 10.0, fast(x)
+    assert not torch.equal(fast(x), before)
+
+
+@torch.no_grad()
+def test_a_block_sees_other_children():
+    fast, other, x = int8_block(float_block()), int8_block(float_block()), torch.randn(2, 5, 64)
+    before = fast(x)
+    other.mlp.c_fc.w_scale *= 2
+    fast.mlp.c_fc = other.mlp.c_fc
+    changed = fast(x)
+    assert not torch.equal(changed, before)
+    assert_same(copy.deepcopy(fast)(x), changed)
+    fast.ln_2 = nn.LayerNorm(64, eps=10.0)
+    assert not torch.equal(fast(x), changed)
+
+
+@torch.no_grad()
+def test_copies_of_a_block_are_on_their_own():
+    fast, x = int8_block(float_block()), torch.randn(2, 5, 64)
+    before = fast(x)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert_same(twin(x), before)
+        twin.ln_1.bias += 1
+        assert not torch.equal(twin(x), before)
+        assert_same(fast(x), before)
+        seen = []
+        twin.mlp.c_proj.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        fast(x)
+        assert not seen
+        twin(x)
+        assert seen
 
 
 def test_is_causal():

@@ -34,7 +34,8 @@ struct ClassPart {
 
 struct ClassScoresArgs {
   const float* embedding;  // [B, E]
-  const float* classes;    // [K, E]
+  const void* classes;     // [K, E]
+  FloatType class_type;
   int64_t B, E, K;
   float logit_scale;
   const float* gate;      // [4]

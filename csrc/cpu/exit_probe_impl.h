@@ -80,8 +80,8 @@ inline void embedding_length_at_level(const ClassScoresArgs& args, int64_t b) {
 
 // Products of kImages embeddings with one class, each in the order of lane_sum. The class is read
 // once for all of them.
-template <int kImages>
-LRAEE_INLINE void class_products(const float* e, const float* t, int64_t E, float* products) {
+template <int kImages, class T>
+LRAEE_INLINE void class_products(const float* e, const T* t, int64_t E, float* products) {
   Vf lanes[kImages][kGroups];
 #pragma GCC unroll 4
   for (int i = 0; i < kImages; ++i) {
@@ -137,14 +137,15 @@ LRAEE_INLINE ClassPart part_of(float* logits, int64_t count, int64_t first) {
   return part;
 }
 
-template <int kImages>
+template <int kImages, class T>
 void class_scores_of(const ClassScoresArgs& args, int64_t chunk, int64_t b) {
   float logits[kImages][kClassChunk];
   const int64_t first = chunk * kClassChunk, count = std::min(kClassChunk, args.K - first);
+  const T* const classes = static_cast<const T*>(args.classes);
   for (int64_t k = 0; k < count; ++k) {
     float products[kImages];
-    class_products<kImages>(args.embedding + b * args.E, args.classes + (first + k) * args.E,
-                            args.E, products);
+    class_products<kImages>(args.embedding + b * args.E, classes + (first + k) * args.E, args.E,
+                            products);
     for (int i = 0; i < kImages; ++i) {
       logits[i][k] = products[i] / args.length[b + i] * args.logit_scale;
     }
@@ -156,9 +157,11 @@ void class_scores_of(const ClassScoresArgs& args, int64_t chunk, int64_t b) {
 
 inline void class_scores_at_level(const ClassScoresArgs& args, int64_t chunk) {
   constexpr int kImages = kWidth == 16 ? 4 : 1;  // 4 images take 16 of 32 registers
-  int64_t b = 0;
-  for (; b + kImages <= args.B; b += kImages) class_scores_of<kImages>(args, chunk, b);
-  for (; b < args.B; ++b) class_scores_of<1>(args, chunk, b);
+  with_type(args.class_type, [&]<class T>(const T*) {
+    int64_t b = 0;
+    for (; b + kImages <= args.B; b += kImages) class_scores_of<kImages, T>(args, chunk, b);
+    for (; b < args.B; ++b) class_scores_of<1, T>(args, chunk, b);
+  });
 }
 
 LRAEE_INLINE float exp_of(float x) {

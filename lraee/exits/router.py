@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lraee.backend import Backend
 from lraee.exits.gate import Gate, Memory, score
-from lraee.exits.head import Float32Buffers, HeadWeights, Int8Head
+from lraee.exits.head import HeadWeights, Int8Head, TypedBuffers, contrasts
 from lraee.reference import Probe
 from lraee.rowwise import output_dtype
 
@@ -185,7 +185,7 @@ class _Flow:
             self.memory = self.memory.rows(index)
 
 
-class Router(Float32Buffers):
+class Router(TypedBuffers):
     """Heads and gate of the exits of one tower.
 
     Args:
@@ -199,6 +199,7 @@ class Router(Float32Buffers):
     """
 
     classes: Tensor
+    contrasts: Tensor
 
     def __init__(
         self,
@@ -218,10 +219,16 @@ class Router(Float32Buffers):
         self.logit_scale = logit_scale
         self.compaction = compaction or Compaction()
         self.register_buffer("classes", classes.detach().float().clone())
+        self.register_buffer("contrasts", contrasts(self.classes))
         self.heads = nn.ModuleList(
             Int8Head(weights, gate.vector(e), backend=backend) for e, weights in enumerate(heads)
         )
         self.training = False
+
+    def set_classes(self, classes: Tensor) -> None:
+        """Other unit text embeddings [K, E] in place of the old ones."""
+        self.classes = classes.to(self.classes.device)
+        self.contrasts = contrasts(self.classes)
 
     @property
     def is_off(self) -> bool:
@@ -282,7 +289,7 @@ class Router(Float32Buffers):
 
         def segment(z: Tensor) -> tuple[Tensor, ...]:
             (z,) = steps_to(z)
-            return (z, *self.heads[e](z, self.classes, self.logit_scale))
+            return (z, *self.heads[e](z, self.contrasts, self.logit_scale))
 
         return segment
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lraee import towers
 from lraee.collect import Images, Pair, encode, joined, tapped
-from lraee.exits.head import HeadWeights, Int8Head, pool
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
 from lraee.exits.noise import BlockNoise
 from lraee.exits.training import augmented, centred
 from lraee.reference import Probe
@@ -148,6 +148,7 @@ class KeptPair(Pair):
     ) -> dict[str, Tensor]:
         """See Pair; blocks up to the last have heads here."""
         look, gate = self.look(0), torch.zeros(4)
+        classes = contrasts(classes)
         modules = {block: Int8Head(head, gate) for block, head in heads.items()}
 
         def batches() -> Iterator[list[Probe]]:

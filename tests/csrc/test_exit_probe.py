@@ -103,12 +103,14 @@ def test_affine_head_has_the_bits_of_the_definition(
 ) -> None:
     B, L, D, E, K = case
     head = _head(D, E, K, has_class_token=has_class_token)
-    for dtype in TYPES:
-        z = _patches(B, L, D).to(dtype)
-        actual = at_level(level, partial(_probe, z, head))
-        expected = _reference(z, head)
-        assert_same(actual[0], expected[0], name="embedding", level=level, dtype=dtype)
-        _assert_gate(tuple(actual), expected, head, level=level, dtype=dtype)
+    pairs = [(dtype, dtype) for dtype in TYPES] + [(torch.float32, torch.float16)]
+    for dtype, class_dtype in pairs:
+        z, given = _patches(B, L, D).to(dtype), head | {"classes": head["classes"].to(class_dtype)}
+        actual = at_level(level, partial(_probe, z, given))
+        expected = _reference(z, given)
+        where = {"level": level, "dtype": dtype, "class_dtype": class_dtype}
+        assert_same(actual[0], expected[0], name="embedding", **where)
+        _assert_gate(tuple(actual), expected, given, **where)
 
 
 @both_inputs

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee import reference
-from lraee.exits.head import EPS, HeadWeights, Int8Head, pool
+from lraee.exits.head import EPS, HeadWeights, Int8Head, contrasts, pool
 from lraee.quantize import INT8, quantize_weight
 from tests.exits.made_exits import make_head
 from tests.support import EPS32, assert_same, assert_within, generator
@@ -167,3 +167,37 @@ def test_a_head_keeps_no_tie_to_what_it_was_made_of() -> None:
         tensor.zero_()
     for actual, wanted in zip(module(z, classes, 20.0), expected, strict=True):
         assert_same(actual, wanted)
+
+
+def test_contrasts_tell_classes_apart_as_the_classes_do() -> None:
+    """Logits but for one number of all classes, within half a float16 step of what is left.
+
+    The classes share a channel of 0.6, as the texts of a CLIP do: in float16 as they are, they
+    would be off by up to 100 * 0.6 * 2^-12 of a logit there alone.
+    """
+    classes, x = unit_classes(), F.normalize(torch.randn(50, E, generator=generator(4)), dim=1)
+    classes[:, 5], x[:, 5] = 1.5, 1.5
+    classes, x = F.normalize(classes, dim=1), F.normalize(x, dim=1)
+    left = (classes - classes.mean(0)).double()
+    told = contrasts(classes)
+    assert told.dtype == torch.float16
+    assert_same(contrasts(classes[:1]), torch.zeros(1, E, dtype=torch.float16))
+    logits, found = 100 * x.double() @ classes.double().T, 100 * x.double() @ told.double().T
+    bound = 100 * 2.0**-11 * left.norm(dim=1).max() + 100 * 4 * EPS32
+    lost = found - logits
+    assert_within(lost - lost.mean(1, keepdim=True), torch.zeros_like(lost), bound)
+    assert torch.equal(found.argmax(1), logits.argmax(1))
+
+
+@torch.no_grad()
+def test_contrasts_and_classes_are_the_same_to_a_probe() -> None:
+    """Confidence and margin within what the logits lose; embedding and variance bit for bit."""
+    head = Int8Head(make_head(D, E, hidden=None, has_class_token=True, seed=5), GATE)
+    classes, z = unit_classes(), tokens(40)
+    plain, told = head(z, classes, 100.0), head(z, contrasts(classes), 100.0)
+    assert_same(told[0], plain[0])
+    assert_same(told[1], plain[1])
+    assert_same(told[4], plain[4])
+    shift = 2 * 100 * 2.0**-11 * float((classes - classes.mean(0)).norm(dim=1).max())
+    for i in (2, 3):
+        assert_within(told[i], plain[i], shift)
