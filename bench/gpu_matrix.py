@@ -160,7 +160,7 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
         return meta(N, K, dtype=int8), meta(N), meta(N, dtype=int32), meta(N)
 
     def probe(B: int, L: int, D: int, P: int, E: int, *layers: Tensor | None) -> list[Launch]:
-        z, gamma, classes = meta(B, L, D, dtype=half), meta(P), meta(1000, E)
+        z, gamma, classes = meta(B, L, D, dtype=half), meta(P), meta(1000, E, dtype=half)
         return launches_of(
             lambda: exit_probe(z, gamma, gamma, 1e-5, *layers, classes, 100.0, meta(4))  # type: ignore[arg-type]
         )
