@@ -115,9 +115,10 @@ def probe_launches(tower: Tower, batch: int, *, has_class_token: bool = False) -
     D, E = tower.D, tower.E
     P, H = (2 * D, HIDDEN) if has_class_token else (D, D)
     z, gamma, beta = meta(batch, tower.L, D, dtype=torch.float16), meta(P), meta(P)
+    classes = meta(CLASSES, E, dtype=torch.float16)
     return launches_of(
         lambda: exit_probe(
-            z, gamma, beta, 1e-5, *_weight(H, P), *_weight(E, H), meta(CLASSES, E), 100.0, meta(4)
+            z, gamma, beta, 1e-5, *_weight(H, P), *_weight(E, H), classes, 100.0, meta(4)
         )
     )
 
@@ -175,7 +176,7 @@ def _score_us(launch: Launch, part: Part) -> float:
         return 0.0
     H, E, classes = (int(str(launch.arguments[name])) for name in ("H", "E", "CLASSES"))
     waves = math.ceil(launch.programs / part.sms)
-    return waves * (H * E + 4 * classes * E) / (SM_GB_S * 1e3)
+    return waves * (H * E + 2 * classes * E) / (SM_GB_S * 1e3)
 
 
 def int8_us(launches: list[Launch], part: Part, tower: Tower, mode: str) -> float:
