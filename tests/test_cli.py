@@ -93,7 +93,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_environment_variable_is_wrong_usage(tmp_path: Path) -> None:
     pytest.importorskip("lraee._C", reason="the C++ extension is not built here")
-    command = [sys.executable, "-c", "from lraee.cli import main; main()", "bench", "--batch", "1"]
+    command = [sys.executable, "-m", "lraee", "bench", "--batch", "1"]
     environment = os.environ | {"LRAEE_ISA": "mmx"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 2 and run.stderr.startswith("lraee: error: LRAEE_ISA must name")

@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("demo", "report", "selftest"),
     ("cli_report",),
     ("cli",),
-    ("__init__",),
+    ("__init__", "__main__"),
 )
 """Low to high. A file imports from lower floors only, or from its own room (kernels, exits, …)."""
 
