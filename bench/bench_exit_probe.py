@@ -83,14 +83,9 @@ def int8_layer(w: Tensor, pack: Callable[[Tensor], tuple[Tensor, Tensor]]) -> In
 def int8_probe(z: Tensor, head: Head) -> Callable[[], tuple[Tensor, ...]]:
     """The operator on this head."""
     layers = *int8_layer(head.w1, ops.pack_weight), *int8_layer(head.w2, ops.pack_weight)
+    classes = contrasts(head.classes)
     return lambda: ops.exit_probe(
-        z,
-        head.gamma,
-        head.beta,
-        *layers,
-        contrasts(head.classes),
-        head.gate,
-        logit_scale=LOGIT_SCALE,
+        z, head.gamma, head.beta, *layers, classes, head.gate, logit_scale=LOGIT_SCALE
     )
 
 

@@ -39,6 +39,7 @@ from lraee.timing import ImageEncoder, interleaved
 
 HIDDEN, NUM_CLASSES = 512, 1000
 SHARES = {8: 0.101, 10: 0.253, 11: 0.321}
+AS_THE_PAPER = [f"{block}:{share}" for block, share in SHARES.items()]
 PHOTOS = 256
 
 
@@ -143,7 +144,7 @@ def main(
     exits: Path | None = None,
     tower: str = "lraee-tiny",
     scheme: str = "int8",
-    leave: list[str] = ["8:0.101", "10:0.253", "11:0.321"],  # noqa: B006 (SHARES)
+    leave: list[str] = AS_THE_PAPER,
     batch: list[int] = [1, 8, 32],  # noqa: B006 (typer's way to give a list)
     count: int = PHOTOS,
     budget_s: float = 60.0,
