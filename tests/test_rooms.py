@@ -22,7 +22,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ops", "backend", "machine", "data", "models"),
     ("quantize", "doctor"),
     ("linear",),
-    ("wiring",),
     ("modules", "rowwise"),
     ("exits", "graphs", "patch_embedding"),
     ("towers",),
