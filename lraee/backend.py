@@ -21,11 +21,15 @@ _REGISTERED = frozenset(
 
 
 _DEFINITIONS = SimpleNamespace(**registry.DEFINITIONS)
+# .default spares each call the search for an overload
+_DISPATCHED = SimpleNamespace(
+    **{name: getattr(torch.ops.lraee, name).default for name in registry.OPERATORS}
+)
 
 
 def operators(backend: Backend) -> Any:
     """The operators by name: the plain-torch definitions, or what PyTorch's dispatcher chooses."""
-    return _DEFINITIONS if backend == "reference" else torch.ops.lraee
+    return _DEFINITIONS if backend == "reference" else _DISPATCHED
 
 
 def implementation(backend: Backend, device: torch.device) -> str:

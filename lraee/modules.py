@@ -172,8 +172,6 @@ class Int8Block(nn.Module):
             x, *wiring.arguments(), attn.num_heads, is_causal(attn_mask, x.shape[1]),
             self.activation,
         )  # fmt: skip
-        if attn.backend != "reference":  # .default spares the search for an overload
-            return torch.ops.lraee.int8_block.default(*arguments)  # type: ignore[no-any-return]
         return operators(attn.backend).int8_block(*arguments)  # type: ignore[no-any-return]
 
     def _forward_by_child(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
