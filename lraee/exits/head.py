@@ -47,6 +47,20 @@ class HeadWeights:
         y = F.linear(x, self.w1, self.b1)
         return y if self.w2 is None else F.linear(F.gelu(y), self.w2, self.b2)
 
+    def folded(self) -> "HeadWeights":
+        """The same head with gamma and beta inside W1 and b1.
+
+        W1 (gamma * x + beta) + b1 = (W1 * gamma) x + (W1 beta + b1): the gradients of gamma and
+        beta then come from those of W1 and b1, without a product by W1 of their own.
+        """
+        return replace(
+            self,
+            gamma=torch.ones_like(self.gamma),
+            beta=torch.zeros_like(self.beta),
+            w1=self.w1 * self.gamma,
+            b1=torch.addmv(self.b1, self.w1, self.beta),
+        )
+
     def scaled(self, factor: float) -> "HeadWeights":
         """The head whose embedding is `factor` times as long."""
         if self.w2 is None or self.b2 is None:

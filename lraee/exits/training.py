@@ -155,7 +155,7 @@ def train_head(
         for step, chosen in enumerate(bar):
             picked = rows[chosen.to(rows.device)]
             target = F.normalize(teacher[picked].float(), dim=1)
-            y = F.normalize(head(pooled[picked].float()), dim=1)
+            y = F.normalize(head.folded()(pooled[picked].float()), dim=1)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _rate(step, steps, options.schedule)
             optimizer.zero_grad()
@@ -216,7 +216,7 @@ def _optimizer(head: HeadWeights, options: HeadOptions) -> torch.optim.Optimizer
         {"params": [w for w in tensors if w.ndim == 2], "weight_decay": options.weight_decay},
         {"params": [v for v in tensors if v.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
 def _rate(step: int, steps: int, schedule: Schedule) -> float:
