@@ -19,9 +19,8 @@ import typer
 
 from lraee.classes import Classes, read_classes
 from lraee.data import Photos
-from lraee.evaluate import write_json
 from lraee.models import ModelError, Opened, open_model
-from lraee.report import write_page
+from lraee.report import write_report
 from lraee.sources import DataError
 from lraee.study import command
 from lraee.study.command import Sides
@@ -150,12 +149,11 @@ def main(
     except (DataError, ModelError) as error:
         typer.echo(str(error).splitlines()[0], err=True)
         raise typer.Exit(1) from error
-    write_json(report, out / "report.json")
-    write_page(report, out / "report.html")
+    written = write_report(report, out)
     typer.echo(f"{report['model']}, {report['reported_on']} photos; top-1 % @ FLOPs saved")
     for line in beside_published(report):
         typer.echo(line)
-    typer.echo(f"written: {out / 'report.json'}, {out / 'report.html'}")
+    typer.echo(f"written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `lraee report`: the whole study as one JSON and one page."""
+"""The command `lraee report`: the whole study as one JSON, one page and small pictures."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,8 @@ def report(
         typer.Option(exists=True, help='JSON with "wnids" (folder names) and "names" (words).'),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for report.json and report.html; a run cut off goes on.")
+        Path,
+        typer.Option(help="Folder for report.json, its page and pictures; a run cut off goes on."),
     ] = Path("results/report"),
     model: Annotated[
         str, typer.Option(help="Of the zoo, of open_clip, or a folder of train_lraee_tiny.")
@@ -49,8 +50,7 @@ def report(
 
     Example: `lraee report --data train.zip --report-data val.zip --classes classes.json --out DIR`
     """
-    from lraee.evaluate import write_json
-    from lraee.report import read_report, write_page
+    from lraee.report import read_report, write_page, write_report
 
     if again is not None:
         page = again.with_name("report.html")
@@ -73,12 +73,11 @@ def report(
         command.sides(data, report_data, known, limit=limit),
         work=out / "work", protocol=protocol, prompts=templates, progress=progress,
     )  # fmt: skip
-    write_json(found, out / "report.json")
-    write_page(found, out / "report.html")
+    written = write_report(found, out)
     for row in found["main"]:
         saved, top1 = row["flops_saved"]["mean"], row["top1"]
         typer.echo(
             f"{row['backbone']:<6} {row['name']:<34} {top1['mean']:6.2f} ± {top1['std']:.2f} %"
             f" {saved:6.1f} % saved"
         )
-    typer.echo(f"written         {out / 'report.json'}, {out / 'report.html'}")
+    typer.echo(f"written         {', '.join(map(str, written))}")

@@ -19,8 +19,16 @@ def describe() -> dict[str, str | int]:
         "operators": cpu_operators(),
         "threads": torch.get_num_threads(),
         "versions": ", ".join([f"python {platform.python_version()}", *map(_version, PACKAGES)]),
-        "command": " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
+        "command": " ".join([_program(), *map(_without_folders, sys.argv[1:])]),
     }
+
+
+def _program() -> str:
+    """What was called: python -m MODULE, or the name of the script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def _without_folders(word: str) -> str:

@@ -2,5 +2,6 @@
 
 from lraee.report.page import write_page
 from lraee.report.reading import read_report
+from lraee.report.saving import write_report
 
-__all__ = ["read_report", "write_page"]
+__all__ = ["read_report", "write_page", "write_report"]
