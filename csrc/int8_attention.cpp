@@ -36,16 +36,16 @@ namespace {
 
 // Parts that the queries of one head are cut into. Each part prepares K and V anew, so heads are
 // cut only where whole heads would leave threads idle. No result depends on the cut.
-int64_t parts_per_head(int64_t heads, int64_t L) {
+int64_t parts_per_head(int64_t heads, int64_t queries) {
   const int64_t threads = at::get_num_threads();
   constexpr int64_t kQueriesPerPart = 24;
   if (heads >= 4 * threads || heads % threads == 0) return 1;
   return std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1,
-                             std::max<int64_t>(1, L / kQueriesPerPart));
+                             std::max<int64_t>(1, queries / kQueriesPerPart));
 }
 
-void run(const cpu::Int8AttentionArgs& args, int64_t B) {
-  const int64_t heads = B * args.H, parts = parts_per_head(heads, args.L);
+void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t queries) {
+  const int64_t heads = B * args.H, parts = parts_per_head(heads, queries);
   const int64_t scratch_bytes = cpu::int8_attention_scratch_bytes(args.L, args.d);
   cpu::Int8Attention* const one_part = int8_attention_kernel();
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
@@ -53,7 +53,7 @@ void run(const cpu::Int8AttentionArgs& args, int64_t B) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts;
       one_part(args,
-               {head / args.H, head % args.H, args.L * part / parts, args.L * (part + 1) / parts},
+               {head / args.H, head % args.H, queries * part / parts, queries * (part + 1) / parts},
                scratch.mutable_data_ptr());
     }
   });
@@ -61,16 +61,12 @@ void run(const cpu::Int8AttentionArgs& args, int64_t B) {
 
 }  // namespace
 
-at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal) {
-  TORCH_CHECK_VALUE(qkv.dim() == 3 && qkv.size(1) >= 1 && num_heads >= 1 && qkv.size(2) > 0 &&
-                        qkv.size(2) % (3 * num_heads) == 0,
-                    "int8_attention: qkv must have shape [B, L >= 1, 3 * num_heads * d] with "
-                    "num_heads = ",
-                    num_heads, ", got ", qkv.sizes());
+at::Tensor int8_attention_of(const at::Tensor& qkv, int64_t num_heads, bool causal,
+                             int64_t queries) {
   const cpu::FloatType type = float_type(qkv.scalar_type(), "int8_attention", "qkv");
   const int64_t B = qkv.size(0), L = qkv.size(1), D = qkv.size(2) / 3, d = D / num_heads;
   const at::Tensor rows = with_contiguous_rows(qkv);
-  at::Tensor y = at::empty({B, L, D}, qkv.options());
+  at::Tensor y = at::empty({B, queries, D}, qkv.options());
   const cpu::Int8AttentionArgs args{rows.const_data_ptr(),
                                     rows.stride(0),
                                     rows.stride(1),
@@ -80,11 +76,24 @@ at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal)
                                     d,
                                     causal,
                                     static_cast<float>(1.0 / std::sqrt(static_cast<double>(d))),
-                                    y.mutable_data_ptr()};
-  run(args, B);
+                                    y.mutable_data_ptr(),
+                                    queries * D};
+  run(args, B, queries);
   return y;
 }
 
+namespace {
+
+at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal) {
+  TORCH_CHECK_VALUE(qkv.dim() == 3 && qkv.size(1) >= 1 && num_heads >= 1 && qkv.size(2) > 0 &&
+                        qkv.size(2) % (3 * num_heads) == 0,
+                    "int8_attention: qkv must have shape [B, L >= 1, 3 * num_heads * d] with "
+                    "num_heads = ",
+                    num_heads, ", got ", qkv.sizes());
+  return int8_attention_of(qkv, num_heads, causal, qkv.size(1));
+}
+
+}  // namespace
 }  // namespace lraee
 
 TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("int8_attention", &lraee::int8_attention); }

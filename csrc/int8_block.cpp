@@ -66,13 +66,18 @@ struct Block {
   int64_t num_heads;
   bool causal;
   cpu::Activation activation;
+  bool first_only;
+
+  // Tokens of an image that are asked for.
+  int64_t asked(int64_t L) const { return first_only ? 1 : L; }
 };
 
 // Threads share each operator.
 at::Tensor by_operator(const at::Tensor& x, const Block& block, std::string_view activation) {
   const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
   const auto type = x.scalar_type();
-  const at::Tensor rows = x.view({B * L, D});
+  const int64_t asked = block.asked(L);
+  const at::Tensor all = x.view({B * L, D}), rows = block.first_only ? x.select(1, 0) : all;
   const auto multiply = [&](const std::tuple<at::Tensor, at::Tensor, at::Tensor>& quantized,
                             const Linear& linear, const std::optional<at::Tensor>& residual,
                             std::string_view then) {
@@ -84,15 +89,16 @@ at::Tensor by_operator(const at::Tensor& x, const Block& block, std::string_view
     return layer_norm_quantize(from, norm.gamma, norm.beta, norm.eps, linear.symmetric);
   };
   const at::Tensor qkv =
-      multiply(normed(rows, block.norm_1, block.in_proj), block.in_proj, std::nullopt, "none");
+      multiply(normed(all, block.norm_1, block.in_proj), block.in_proj, std::nullopt, "none");
   const at::Tensor seen =
-      int8_attention(qkv.view({B, L, 3 * D}), block.num_heads, block.causal).view({B * L, D});
+      int8_attention_of(qkv.view({B, L, 3 * D}), block.num_heads, block.causal, asked)
+          .view({B * asked, D});
   const at::Tensor middle =
       multiply(quantize_rows(seen, block.out_proj.symmetric), block.out_proj, rows, "none");
   const at::Tensor hidden =
       multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc, std::nullopt, activation);
   return multiply(quantize_rows(hidden, block.c_proj.symmetric), block.c_proj, middle, "none")
-      .view({B, L, D});
+      .view({B, asked, D});
 }
 
 // Bytes that the largest intermediate of a chunk may take. A chunk reads all weights of the block,
@@ -116,6 +122,7 @@ class Images {
   Images(const at::Tensor& x, at::Tensor& y, const Block& block)
       : block_(block),
         L_(x.size(1)),
+        asked_(block.asked(L_)),
         D_(x.size(2)),
         hidden_(block.c_fc.N()),
         element_(static_cast<int64_t>(x.element_size())),
@@ -130,19 +137,30 @@ class Images {
 
   void run(int64_t begin, int64_t end) {
     static thread_local ThreadScratch memory;
-    place(static_cast<char*>(memory.at_least(place(nullptr))));
+    const int64_t kept = block_.first_only ? end - begin : images_ * L_;
+    place(static_cast<char*>(memory.at_least(place(nullptr, kept))), kept);
     for (int64_t image = begin; image < end; image += images_) {
       const int64_t count = std::min(images_, end - image);
-      attend(image, count);
+      char* const seen = block_.first_only ? seen_ + (image - begin) * D_ * element_ : seen_;
+      attend(image, count, seen);
+      if (block_.first_only) continue;
+      project(image * L_, count * L_, seen_);
       for (int64_t row = image * L_; row < (image + count) * L_; row += rows_) {
         think(row, std::min(rows_, (image + count) * L_ - row));
       }
     }
+    if (!block_.first_only) return;
+    // One row an image is left: all together, so that the weights are read once.
+    for (int64_t row = begin; row < end; row += rows_) {
+      const int64_t rows = std::min(rows_, end - row);
+      project(row, rows, seen_ + (row - begin) * D_ * element_);
+      think(row, rows);
+    }
   }
 
  private:
-  // Where each array lies; returns the bytes of all.
-  int64_t place(char* base) {
+  // Where each array lies, `kept` rows between attention and its projection; returns the bytes.
+  int64_t place(char* base, int64_t kept) {
     const int64_t rows = std::max(images_ * L_, rows_);
     const int64_t wide = std::max(images_ * L_ * 3 * D_, rows_ * hidden_);
     const int64_t linear =
@@ -154,7 +172,7 @@ class Images {
       size += padded(bytes);
     };
     take(wide_, wide * element_);
-    take(seen_, images_ * L_ * D_ * element_);
+    take(seen_, kept * D_ * element_);
     take(x_q_, std::max(rows * D_, rows_ * hidden_));
     take(x_scale_, rows * 4);
     take(x_zero_, rows * 4);
@@ -175,8 +193,8 @@ class Images {
   }
 
   // y = the quantized rows times the weight; residual and y may be the same rows.
-  void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual, char* y,
-                cpu::Activation activation) {
+  void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual,
+                int64_t residual_stride, char* y, cpu::Activation activation) {
     const auto values = [](const std::optional<at::Tensor>& vector) {
       return vector.has_value() ? vector->const_data_ptr<float>() : nullptr;
     };
@@ -194,41 +212,48 @@ class Images {
                                    values(linear.bias),
                                    values(linear.layer_scale),
                                    residual,
-                                   N,
+                                   residual_stride,
                                    y,
                                    type_,
                                    activation};
     cpu::int8_linear(isa_, args, {0, rows, 0, N}, scratch_);
   }
 
-  // The first half of the block, of whole images, into y.
-  void attend(int64_t image, int64_t count) {
+  // Attention of whole images: what the tokens that are asked for see.
+  void attend(int64_t image, int64_t count, char* seen) {
     const int64_t rows = count * L_, d = D_ / block_.num_heads;
     const char* const x = x_ + image * L_ * D_ * element_;
     norm(x, rows, block_.norm_1, block_.in_proj.symmetric);
-    multiply(block_.in_proj, rows, D_, nullptr, wide_, cpu::Activation::kNone);
+    multiply(block_.in_proj, rows, D_, nullptr, 0, wide_, cpu::Activation::kNone);
     const auto root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
-    const cpu::Int8AttentionArgs args{wide_, L_ * 3 * D_,   3 * D_, type_, L_, block_.num_heads,
-                                      d,     block_.causal, root,   seen_};
+    const cpu::Int8AttentionArgs args{
+        wide_, L_ * 3 * D_,   3 * D_, type_, L_,         block_.num_heads,
+        d,     block_.causal, root,   seen,  asked_ * D_};
     cpu::Int8Attention* const one_head = int8_attention_kernel();
     for (int64_t b = 0; b < count; ++b) {
-      for (int64_t h = 0; h < block_.num_heads; ++h) one_head(args, {b, h, 0, L_}, scratch_);
+      for (int64_t h = 0; h < block_.num_heads; ++h) one_head(args, {b, h, 0, asked_}, scratch_);
     }
-    quantize(seen_, rows, D_, block_.out_proj.symmetric);
-    multiply(block_.out_proj, rows, D_, x, y_ + image * L_ * D_ * element_, cpu::Activation::kNone);
+  }
+
+  // The projection of what rows of y have seen, added to their x.
+  void project(int64_t row, int64_t rows, const char* seen) {
+    const int64_t stride = block_.first_only ? L_ * D_ : D_;
+    quantize(seen, rows, D_, block_.out_proj.symmetric);
+    multiply(block_.out_proj, rows, D_, x_ + row * stride * element_, stride,
+             y_ + row * D_ * element_, cpu::Activation::kNone);
   }
 
   // The MLP of some rows of y, in place.
   void think(int64_t row, int64_t rows) {
     char* const y = y_ + row * D_ * element_;
     norm(y, rows, block_.norm_2, block_.c_fc.symmetric);
-    multiply(block_.c_fc, rows, D_, nullptr, wide_, block_.activation);
+    multiply(block_.c_fc, rows, D_, nullptr, 0, wide_, block_.activation);
     quantize(wide_, rows, hidden_, block_.c_proj.symmetric);
-    multiply(block_.c_proj, rows, hidden_, y, y, cpu::Activation::kNone);
+    multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone);
   }
 
   const Block& block_;
-  const int64_t L_, D_, hidden_, element_;
+  const int64_t L_, asked_, D_, hidden_, element_;
   const cpu::FloatType type_;
   const char* const x_;
   char* const y_;
@@ -287,7 +312,7 @@ at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const Optional
                       const OptionalTensors& out_proj, at::TensorList norm_2,
                       const OptionalTensors& c_fc, const OptionalTensors& c_proj,
                       at::ArrayRef<double> eps, std::array<bool, 4> symmetric, int64_t num_heads,
-                      bool causal, std::string_view activation) {
+                      bool causal, std::string_view activation, bool first_only) {
   TORCH_CHECK_VALUE(eps.size() == 2, "int8_block: eps must have two values, got ", eps.size());
   const Block block{norm_of(norm_1, eps[0]),
                     norm_of(norm_2, eps[1]),
@@ -297,12 +322,13 @@ at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const Optional
                     Linear(c_proj, symmetric[3]),
                     num_heads,
                     causal,
-                    activation_from_name(activation)};
+                    activation_from_name(activation),
+                    first_only};
   check(x, block);
   const at::Tensor rows = x.contiguous();
   const int64_t B = x.size(0);
   if (!takes_images(x, block)) return by_operator(rows, block, activation);
-  at::Tensor y = at::empty_like(rows);
+  at::Tensor y = at::empty({B, block.asked(x.size(1)), x.size(2)}, rows.options());
   const int64_t threads = at::get_num_threads();
   at::parallel_for(0, B, (B + threads - 1) / threads,
                    [&](int64_t begin, int64_t end) { Images(rows, y, block).run(begin, end); });

@@ -55,6 +55,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_quantize(const at::Ten
                                                                    const at::Tensor& gamma,
                                                                    const at::Tensor& beta,
                                                                    double eps, bool symmetric);
-at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal);
+// Of the first `queries` tokens alone: [B, queries, D].
+at::Tensor int8_attention_of(const at::Tensor& qkv, int64_t num_heads, bool causal,
+                             int64_t queries);
 
 }  // namespace lraee

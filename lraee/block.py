@@ -24,6 +24,7 @@ def int8_block(
     num_heads: int,
     causal: bool,
     activation: str,
+    first_only: bool = False,
     *,
     operators: Any = reference,
 ) -> Tensor:
@@ -40,8 +41,11 @@ def int8_block(
       num_heads: H, a divisor of D.
       causal: token i sees tokens 0..i only.
       activation: between c_fc and c_proj, see int8_linear.
+      first_only: the first token of each image is asked for alone: the others are keys and values
+        to it, and go no further.
       operators: what the seven run on: the definitions, or torch.ops.lraee.
-    Returns: [B, L, D] in the type of x. Image b depends on image b alone.
+    Returns: [B, L, D] in the type of x, or of that the first token [B, 1, D], the same bits. Image
+      b depends on image b alone.
     """
     B, L, D = x.shape
     rows = x.reshape(B * L, D)
@@ -58,8 +62,8 @@ def int8_block(
 
     qkv = multiply(normed(rows, 0, norm_1, 0), in_proj, None, "none")
     y = operators.int8_attention(qkv.view(B, L, 3 * D), num_heads, causal)
-    quantized = operators.quantize_rows(y.view(B * L, D), symmetric[1])
-    rows = multiply(quantized, out_proj, rows, "none")
+    y, rows = (y[:, 0], x[:, 0]) if first_only else (y.view(B * L, D), rows)
+    rows = multiply(operators.quantize_rows(y, symmetric[1]), out_proj, rows, "none")
     y = multiply(normed(rows, 1, norm_2, 2), c_fc, None, activation)
     rows = multiply(operators.quantize_rows(y, symmetric[3]), c_proj, rows, "none")
-    return rows.view(B, L, D)
+    return rows.view(B, 1 if first_only else L, D)

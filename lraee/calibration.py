@@ -83,6 +83,7 @@ class Calibration:
       task: what is asked for.
       stages: where finished work is kept.
       shares: of the images, as SPLITS.
+      parts: what FLOPs are counted as; None counts what the int8 tower runs.
     """
 
     def __init__(
@@ -93,12 +94,13 @@ class Calibration:
         stages: Stages,
         *,
         shares: Mapping[str, float] = SPLITS,
+        parts: PartFlops | None = None,
     ) -> None:
         """See the class."""
         self._shares = shares
         self._pair, self._made, self._task, self._stages = pair, made, task, stages
         self._tower = towers.find_tower(pair.fast)
-        self._parts = PartFlops.of(self._tower)
+        self._parts = parts or PartFlops.as_run(self._tower)
 
     def run(self) -> Exits:
         """Everything, in order."""

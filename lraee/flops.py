@@ -6,14 +6,14 @@ CPU and counts as 0.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from lraee import towers
+from lraee import towers, vision
 from lraee.exits.head import Int8Head
 from lraee.exits.router import Router
 from lraee.linear import Int8Linear
@@ -134,6 +134,20 @@ class PartFlops:
         blocks = tuple(block_flops(visual))
         return cls(embed, blocks, tower_flops(visual) - embed - sum(blocks))
 
+    @classmethod
+    def as_run(cls, visual: nn.Module) -> "PartFlops":
+        """The same without what an accelerated tower leaves out.
+
+        Where the class token alone is embedded, the other tokens of the last block are keys and
+        values to it and no more.
+        """
+        parts = cls.of(visual)
+        if not vision.ends_with_class_token(visual):
+            return parts
+        L, D = cast(Tensor, visual.positional_embedding).shape
+        left_out = (L - 1) * (2 * L * D + _weight_count(towers.blocks_of(visual)[-1]) - 3 * D * D)
+        return replace(parts, blocks=(*parts.blocks[:-1], parts.blocks[-1] - 2 * left_out))
+
     @property
     def total(self) -> int:
         """The whole tower."""
@@ -161,8 +175,12 @@ def probe_flops(router: Router) -> list[int]:
 
 def _block_macs(block: nn.Module, L: int, D: int) -> int:
     """Q K^T, P V, and the matrices that each token is multiplied with."""
+    return 2 * L * L * D + L * _weight_count(block)
+
+
+def _weight_count(block: nn.Module) -> int:
     in_float = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-    return 2 * L * L * D + L * (_int8_weight_count(block) + in_float)
+    return _int8_weight_count(block) + in_float
 
 
 def _int8_weight_count(block: nn.Module) -> int:

@@ -145,6 +145,20 @@ class Int8Block(nn.Module):
             return self._forward_fused(q_x, attn_mask, wiring)
         return self._forward_fused(q_x.transpose(0, 1), attn_mask, wiring).transpose(0, 1)
 
+    def gives_first_alone(self) -> bool:
+        """Whether `first_token` may stand for a call: fused, and no hook would see the call."""
+        wiring = self._wired() if self.can_fuse else None
+        is_hooked = self._forward_hooks or self._forward_pre_hooks
+        return wiring is not None and not is_hooked and not wiring.has_hooks()
+
+    def first_token(self, x: Tensor) -> Tensor:
+        """Of [B, L, D], whatever batch_first says, the first token after the block: [B, 1, D].
+
+        The bits of forward(x)[:, :1]. The other tokens stay keys and values: three quarters of the
+        block's products are not made. Needs `gives_first_alone`.
+        """
+        return self._forward_fused(x, None, self._wired(), first_only=True)
+
     def train(self, mode: bool = True) -> "Int8Block":
         """Raises: an int8 block has no gradients."""
         if mode:
@@ -166,11 +180,13 @@ class Int8Block(nn.Module):
             wiring = self._wiring = Wiring(self)
         return wiring
 
-    def _forward_fused(self, x: Tensor, attn_mask: Tensor | None, wiring: "Wiring") -> Tensor:
+    def _forward_fused(
+        self, x: Tensor, attn_mask: Tensor | None, wiring: "Wiring", *, first_only: bool = False
+    ) -> Tensor:
         attn = wiring.attn
         arguments = (
             x, *wiring.arguments(), attn.num_heads, is_causal(attn_mask, x.shape[1]),
-            self.activation,
+            self.activation, first_only,
         )  # fmt: skip
         return operators(attn.backend).int8_block(*arguments)  # type: ignore[no-any-return]
 

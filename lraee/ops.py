@@ -257,6 +257,7 @@ def int8_block(
     num_heads: int,
     causal: bool = False,
     activation: Activation = "gelu",
+    first_only: bool = False,
 ) -> Tensor:
     """A whole transformer block: x + ls_1(attention(ln_1(x))), then that + ls_2(mlp(ln_2(that))).
 
@@ -287,7 +288,7 @@ def int8_block(
         raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}")
     return torch.ops.lraee.int8_block(  # type: ignore[no-any-return]
         x, norm_1, in_proj, out_proj, norm_2, c_fc, c_proj, eps, symmetric, num_heads, causal,
-        activation,
+        activation, first_only=first_only,
     )  # fmt: skip
 
 

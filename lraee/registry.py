@@ -47,7 +47,7 @@ SCHEMAS = {
     "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
     "int8_block": "(Tensor x, Tensor[] norm_1, Tensor?[] in_proj, Tensor?[] out_proj,"
     " Tensor[] norm_2, Tensor?[] c_fc, Tensor?[] c_proj, float[] eps, bool[4] symmetric,"
-    " int num_heads, bool causal, str activation) -> Tensor",
+    " int num_heads, bool causal, str activation, bool first_only=False) -> Tensor",
     "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
     " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
     " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
@@ -140,8 +140,9 @@ def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> T
 
 
 @_fake("int8_block")
-def _int8_block_fake(x: Tensor, *arguments: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _int8_block_fake(x: Tensor, *arguments: object, first_only: bool = False) -> Tensor:
+    B, L, D = x.shape
+    return x.new_empty((B, 1 if first_only else L, D))
 
 
 @_fake("exit_probe")
@@ -182,11 +183,11 @@ def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> 
 @register_flop_formula(torch.ops.lraee.int8_block)
 def _int8_block_flops(
     x: torch.Size, norm_1: object, in_proj: object, out_proj: object, norm_2: object,
-    c_fc: Sequence[torch.Size], *rest: object, **options: object,
+    c_fc: Sequence[torch.Size], *rest: object, first_only: bool = False, **options: object,
 ) -> int:  # fmt: skip
     B, L, D = x
-    hidden = int(c_fc[1][0])
-    return 2 * B * L * D * (3 * D + D + 2 * hidden) + 4 * B * L * L * D
+    hidden, queries = int(c_fc[1][0]), 1 if first_only else L
+    return 2 * B * D * (L * 3 * D + queries * (D + 2 * hidden)) + 4 * B * queries * L * D
 
 
 @register_flop_formula(torch.ops.lraee.exit_probe)

@@ -84,7 +84,7 @@ class Trace:
 
     def __init__(self, tower: nn.Module, router: Router, records: list[Record]) -> None:
         """See the class."""
-        self._parts = PartFlops.of(tower)
+        self._parts = PartFlops.as_run(tower)
         self._probes = probe_flops(router)
         self._exits = router.blocks
         self._records = records

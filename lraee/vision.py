@@ -12,6 +12,7 @@ from lraee import graphs
 from lraee.backend import Backend, implementation
 from lraee.exits.head import Int8Head
 from lraee.exits.router import EAGER, Block, Router, Runner
+from lraee.modules import Int8Block
 from lraee.rowwise import RowwiseAttention, RowwiseConv2d, rowwise_linear
 from lraee.towers import blocks_of
 
@@ -42,15 +43,21 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
                 return run.own(pooled)
         if router is not None:
             return self._route(router, x, EAGER)
-        z = self._tokens(x)
         if not self.output_tokens:
-            return self._finish(z)
-        pooled, tokens = self._pool(z)
+            return self._finish(self._tokens(x))
+        pooled, tokens = self._pool(self.transformer(self._embeds(x)))
         return self._project(pooled), tokens
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """Images -> tokens after the last block."""
-        return cast(Tensor, self.transformer(self._embeds(x)))
+        """Images -> tokens after the last block, or the class token alone where it is enough."""
+        z, last = self._embeds(x), _last_for_class_token(self)
+        if last is None:
+            return cast(Tensor, self.transformer(z))
+        is_batch_first = self.transformer.batch_first
+        z = z if is_batch_first else z.transpose(0, 1).contiguous()
+        for block in list(blocks_of(self))[:-1]:
+            z = block(z)
+        return last.first_token(z if is_batch_first else z.transpose(0, 1))
 
     def _route(self, router: Router, x: Tensor, run: Runner) -> Tensor:
         return cast(Tensor, router(self._blocks(), x, self._finish, embed=self._embeds, run=run))
@@ -73,17 +80,16 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
 
     def _blocks(self) -> list[Block]:
         """The blocks on [B, L, D], whichever order the transformer runs them in."""
-        blocks = blocks_of(self)
-        if self.transformer.batch_first:
-            return list(blocks)
-        return [_batch_first(block) for block in blocks]
+        blocks: list[Block] = list(blocks_of(self))
+        if not self.transformer.batch_first:
+            blocks = [_batch_first(block) for block in blocks_of(self)]
+        last = _last_for_class_token(self)
+        return blocks if last is None else [*blocks[:-1], last.first_token]
 
     def _finish(self, z: Tensor) -> Tensor:
         """What follows the last block, where the other tokens are not asked for."""
-        norm = self.ln_post
-        is_class_token = self.pool_type == "tok" and self.attn_pool is None
-        if is_class_token and not (norm._forward_hooks or norm._forward_pre_hooks):
-            return self._project(norm(z[:, 0]))  # a norm of one token in fifty, the same bits
+        if _embeds_class_token(self):
+            return self._project(self.ln_post(z[:, 0]))  # one token in fifty, the same bits
         return self._project(self._pool(z)[0])
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> dict[str, Any]:
@@ -97,6 +103,28 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
     def _project(self, pooled: Tensor) -> Tensor:
         w = None if self.proj is None else self.proj.t()
         return pooled if w is None else rowwise_linear(pooled, w, None, self.rowwise_backend)
+
+
+def _embeds_class_token(tower: nn.Module) -> bool:
+    """Whether nothing but the class token is looked at after the last block."""
+    norm = tower.get_submodule("ln_post")
+    is_alone = tower.pool_type == "tok" and tower.attn_pool is None
+    return is_alone and not (norm._forward_hooks or norm._forward_pre_hooks)
+
+
+def _last_for_class_token(tower: nn.Module) -> Int8Block | None:
+    """The last block, where it can give the class token alone and nobody asks for more."""
+    last = blocks_of(tower)[-1]
+    transformer = tower.get_submodule("transformer")
+    is_hooked = transformer._forward_hooks or transformer._forward_pre_hooks
+    is_enough = not is_hooked and _embeds_class_token(tower)
+    return last if is_enough and isinstance(last, Int8Block) and last.gives_first_alone() else None
+
+
+def ends_with_class_token(tower: nn.Module) -> bool:
+    """Whether the last block computes the class token alone, hooks and options as they are."""
+    is_own = isinstance(tower, RowwiseTower) and not tower.output_tokens
+    return is_own and _last_for_class_token(tower) is not None
 
 
 def _poolers(tower: nn.Module) -> list[nn.Module]:

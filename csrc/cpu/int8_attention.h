@@ -13,7 +13,8 @@ struct Int8AttentionArgs {
   int64_t L, H, d;
   bool is_causal;
   float root;  // d^-1/2
-  void* y;     // [B, L, H d] contiguous
+  void* y;     // [B, i_end, H d], the tokens of an image side by side
+  int64_t y_stride;
 };
 
 // Queries i_begin..i_end - 1 of one head of one image.

@@ -272,7 +272,7 @@ void int8_attention_of(const Int8AttentionArgs& args, const Int8AttentionPart& p
                        AttentionScratch& s) {
   const int64_t D = args.H * args.d;
   const T* const q = static_cast<const T*>(args.qkv) + part.b * args.stride_b + part.h * args.d;
-  T* const y = static_cast<T*>(args.y) + part.b * args.L * D + part.h * args.d;
+  T* const y = static_cast<T*>(args.y) + part.b * args.y_stride + part.h * args.d;
   pack_keys_and_values(args, q + D, q + 2 * D, s);
   // Blocks of nearly equal height: the last one is not left with a single query.
   int64_t blocks = (part.i_end - part.i_begin + kQueryBlock - 1) / kQueryBlock;

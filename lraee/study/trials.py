@@ -60,7 +60,10 @@ class Backbone:
 
     @cached_property
     def parts(self) -> PartFlops:
-        """FLOPs of the tower's parts."""
+        """FLOPs of the tower's parts as the paper counts them, all tokens in every block.
+
+        So they are the same for all backbones, though not all of them run the last block so.
+        """
         return PartFlops.of(towers.find_tower(self.learn.fast))
 
     @cached_property
@@ -151,7 +154,12 @@ class Trial:
         prefix = f"{backbone.learn.name} {backbone.learn.leads} {seed} {_key(recipe, backbone)}"
         stages = HeadStages(backbone.stages, prefix)
         self.calibration = Calibration(
-            backbone.learn, backbone.made, task, stages, shares=backbone.splits
+            backbone.learn,
+            backbone.made,
+            task,
+            stages,
+            shares=backbone.splits,
+            parts=backbone.parts,
         )
         self._plans: dict[tuple[GateKind, float], Plan | None] = {}
 
