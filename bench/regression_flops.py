@@ -1,6 +1,7 @@
 """FLOPs of the three towers: golden integers, torch's counter and our own formulas must agree.
 
-Rounded: 8.8176, 35.1269 and 162.0255 GFLOP an image (two for each multiply-add).
+Rounded: 8.8176, 35.1269 and 162.0255 GFLOP an image (two for each multiply-add). Accelerated, a
+tower leaves out what the class token does not need in the last block: 6.0, 6.3 and 3.1 %.
 """
 
 import open_clip
@@ -10,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lraee
 from bench.shapes import B16, B32, L14, Tower
+from lraee.flops import PartFlops
 
 GOLDEN = {B32: 8_817_623_040, B16: 35_126_906_880, L14: 162_025_537_536}
+GOLDEN_AS_RUN = {B32: 8_289_871_872, B16: 32_927_391_744, L14: 156_924_215_296}
 QUANTIZED = {"lraee.int8_block"}  # its linears and its attention
 
 towers = pytest.mark.parametrize("tower", GOLDEN, ids=lambda tower: tower.name)
@@ -42,10 +45,14 @@ def test_float_tower_counts_golden(tower: Tower) -> None:
 
 @towers
 def test_int8_tower_counts_golden(tower: Tower) -> None:
-    """Nothing is computed twice and nothing is left out: the same work, more than 97 % in int8."""
+    """Nothing is computed twice and nothing is missing; more than 97 % of it in int8."""
     model = open_clip.create_model(tower.open_clip).eval()
     fast = lraee.accelerate(model, inplace=True)
     counts = _count(fast.visual, _images(tower, 2, "cpu"))
-    assert sum(counts.values()) == 2 * GOLDEN[tower], counts
+    assert sum(counts.values()) == 2 * GOLDEN_AS_RUN[tower], counts
+    assert PartFlops.as_run(fast.visual).total == GOLDEN_AS_RUN[tower]
     share = sum(counts[op] for op in QUANTIZED) / sum(counts.values())
     assert share > 0.97, counts
+    fast.visual.transformer.register_forward_hook(lambda *_: None)  # someone asks for all tokens
+    counts = _count(fast.visual, _images(tower, 1, "cpu"))
+    assert sum(counts.values()) == GOLDEN[tower], counts

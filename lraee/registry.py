@@ -140,7 +140,11 @@ def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> T
 
 
 @_fake("int8_block")
-def _int8_block_fake(x: Tensor, *arguments: object, first_only: bool = False) -> Tensor:
+def _int8_block_fake(
+    x: Tensor, norm_1: object, in_proj: object, out_proj: object, norm_2: object, c_fc: object,
+    c_proj: object, eps: object, symmetric: object, num_heads: int, causal: bool, activation: str,
+    first_only: bool = False,
+) -> Tensor:  # fmt: skip
     B, L, D = x.shape
     return x.new_empty((B, 1 if first_only else L, D))
 
@@ -183,7 +187,8 @@ def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> 
 @register_flop_formula(torch.ops.lraee.int8_block)
 def _int8_block_flops(
     x: torch.Size, norm_1: object, in_proj: object, out_proj: object, norm_2: object,
-    c_fc: Sequence[torch.Size], *rest: object, first_only: bool = False, **options: object,
+    c_fc: Sequence[torch.Size], c_proj: object, eps: object, symmetric: object, num_heads: int,
+    causal: bool, activation: str, first_only: bool = False, **options: object,
 ) -> int:  # fmt: skip
     B, L, D = x
     hidden, queries = int(c_fc[1][0]), 1 if first_only else L

@@ -258,14 +258,17 @@ def _float_linear_difference(
 def block_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """int8_block: the bits of the operators that it is made of, one after the other."""
     for seed, (B, L, H, d) in enumerate(sizes.attention[:2]):
-        for images in (B, 2 * B + 1):
-            shape = f"B={images} L={L} D={H * d} H={H}"
-            yield Case("int8_block", "", shape, _block_difference(target, (images, L, H, d), seed))
+        for images, first_only in ((B, False), (2 * B + 1, False), (B, True)):
+            shape = f"B={images} L={L} D={H * d} H={H}{' first token' if first_only else ''}"
+            difference = _block_difference(target, (images, L, H, d), seed, first_only=first_only)
+            yield Case("int8_block", "", shape, difference)
 
 
-def _block_difference(target: Target, shape: tuple[int, int, int, int], seed: int) -> Difference:
+def _block_difference(
+    target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool
+) -> Difference:
     def find() -> str | None:
-        given = selftest_inputs.block(*shape, seed, target.device)
+        given = [*selftest_inputs.block(*shape, seed, target.device), first_only]
         ops = torch.ops.lraee if target.device.type == "cuda" else launchers()
         expected = block.int8_block(*given, operators=ops)
         with guarded_outputs():

@@ -115,8 +115,12 @@ def test_int8_tower_costs_the_same(scheme: str | lraee.Scheme, backend: Any) -> 
     fast = lraee.accelerate(tower, scheme=scheme, backend=backend)
     assert flops.tower_flops(fast) == flops.tower_flops(tower)
     assert flops.block_flops(fast) == flops.block_flops(tower)
+    as_run = flops.PartFlops.as_run(fast)
+    assert (as_run == flops.PartFlops.of(tower)) == (scheme != "int8")
     if backend == "auto":
         images = torch.zeros(2, 3, 40, 40)
+        assert counted(fast, images) == 2 * as_run.total
+        fast.transformer.register_forward_hook(lambda *_: None)
         assert counted(fast, images) == 2 * flops.tower_flops(fast)
         block = flops.block_flops(fast)[0]
         z = torch.zeros(2, 26, 48)

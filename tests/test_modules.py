@@ -269,6 +269,31 @@ def test_copies_of_a_block_are_on_their_own():
         assert seen
 
 
+@pytest.mark.parametrize("variant", BLOCKS)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@torch.no_grad()
+def test_first_token_has_the_bits_of_a_call(variant, backend):
+    for is_batch_first in (True, False):
+        block = float_block(variant)
+        block.attn.batch_first = is_batch_first
+        fast = int8_block(block, backend=backend)
+        x = torch.randn(3, 17, 64)
+        whole = fast(x) if is_batch_first else fast(x.transpose(0, 1)).transpose(0, 1)
+        assert fast.gives_first_alone()
+        assert_same(fast.first_token(x), whole[:, :1])
+
+
+def test_first_token_stands_for_no_call_that_a_hook_would_see():
+    for name in ("", "ln_1", "attn", "attn.out_proj", "mlp.c_proj"):
+        fast = int8_block(float_block())
+        for register in ("register_forward_hook", "register_forward_pre_hook"):
+            hook = getattr(fast.get_submodule(name), register)(lambda *_: None)
+            assert not fast.gives_first_alone(), (name, register)
+            hook.remove()
+            assert fast.gives_first_alone()
+    assert not int8_block(float_block(), PAPER).gives_first_alone()
+
+
 def test_is_causal():
     assert not is_causal(None, 3)
     assert is_causal(torch.full((3, 3), -torch.inf).triu(1), 3)

@@ -116,7 +116,7 @@ def test_figures_by_hand(fast: nn.Module, images: Tensor) -> None:
         fast.encode_image(images)
         with lraee.full_depth(fast):
             fast.encode_image(images[:2])  # pays no probe
-    parts, probes = PartFlops.of(fast.visual), probe_flops(fast.visual.exits)
+    parts, probes = PartFlops.as_run(fast.visual), probe_flops(fast.visual.exits)
     cost = dict(zip((1, 2, LAYERS), parts.when_leaving((1, 2), probes), strict=True))
     depths = t.exit_block.tolist()
     assert depths[12:] == [LAYERS, LAYERS] and len(set(depths)) == 3

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lraee
 from lraee import towers, vision
 from lraee.accelerate import acceleration_of
 from lraee.exits.exits import Exits, Plan
 from lraee.exits.gate import Gate
+from lraee.flops import PartFlops
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
 from tests.exits.made_exits import make_exits, make_head
 from tests.support import assert_same
@@ -216,3 +218,98 @@ def test_detaching_twice_is_once(model: nn.Module) -> None:
     images: Tensor = make_images(5)
     with torch.no_grad():
         assert_same(fast.encode_image(images), lraee.accelerate(model).encode_image(images))
+
+
+# The class token alone in the last block
+
+ALONE = [
+    "plain", "custom_text", "quick_gelu", "raw_in_proj", "layer_scale", "raw_layer_scale",
+    "no_ln_pre", "patch_dropout", "norm_eps", "mlp_ratio",
+]  # fmt: skip
+WHOLE = [
+    "pool_avg", "pool_none", "final_ln_after_pool", "attentional_pool", "parallel_pool"
+]  # fmt: skip
+
+
+def runs_first_alone(tower: nn.Module, images: Tensor) -> bool:
+    """Whether a call leaves work of the last block out, by torch's own count."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower(images)
+    whole = len(images) * PartFlops.of(tower).total
+    assert counter.get_total_flops() in (len(images) * PartFlops.as_run(tower).total, whole)
+    return int(counter.get_total_flops()) < whole
+
+
+@pytest.mark.parametrize("is_batch_first", [True, False])
+@pytest.mark.parametrize("variant", ALONE)
+def test_last_block_computes_the_class_token_alone_with_the_same_bits(
+    variant: str, is_batch_first: bool
+) -> None:
+    model = make_model(**VARIANTS[variant])
+    if not is_batch_first:
+        make_sequence_first(model.visual)
+    fast, images = lraee.accelerate(model).visual, make_images(5)
+    assert runs_first_alone(fast, images)
+    with torch.no_grad():
+        found = fast(images)
+        seen: list[torch.Size] = []
+        last = towers.blocks_of(fast)[-1]
+        hook = last.register_forward_hook(lambda module, given, y: seen.append(y.shape))
+        assert not runs_first_alone(fast, images)
+        assert_same(found, fast(images))
+        hook.remove()
+    assert sorted(seen[0][:2]) == [5, 17]
+    assert runs_first_alone(fast, images)
+
+
+def make_sequence_first(tower: nn.Module) -> None:
+    """As open_clip builds a tower with batch_first=False."""
+    tower.transformer.batch_first = False
+    for block in towers.blocks_of(tower):
+        block.attn.batch_first = False
+
+
+@pytest.mark.parametrize("variant", WHOLE)
+def test_towers_that_need_all_tokens_run_the_last_block_whole(variant: str) -> None:
+    tower = lraee.accelerate(make_model(**VARIANTS[variant])).visual
+    assert not vision.ends_with_class_token(tower)
+    assert PartFlops.as_run(tower) == PartFlops.of(tower)
+
+
+def test_whoever_asks_for_tokens_gets_them() -> None:
+    model = make_model()
+    fast, images = lraee.accelerate(model).visual, make_images(3)
+    with torch.no_grad():
+        expected = fast(images)
+        for part in (fast.transformer, fast.ln_post):
+            seen: list[Tensor] = []
+            hook = part.register_forward_hook(lambda module, given, y, seen=seen: seen.append(y))
+            assert not vision.ends_with_class_token(fast)
+            assert_same(fast(images), expected)
+            assert seen[0].shape == (3, 17, 64)
+            hook.remove()
+        fast.output_tokens = True
+        pooled, tokens = fast(images)
+    assert_same(pooled, expected)
+    assert tokens.shape == (3, 16, 64)
+
+
+@pytest.mark.parametrize("scheme", ["paper", lraee.Scheme(attention="float")])
+def test_blocks_that_run_child_by_child_stay_whole(scheme: str | lraee.Scheme) -> None:
+    """A step for the whole batch sees all tokens."""
+    tower = lraee.accelerate(make_model(), scheme=scheme).visual
+    assert not vision.ends_with_class_token(tower)
+    assert not runs_first_alone(tower, make_images(2))
+
+
+def test_exits_end_with_the_class_token_alone(model: nn.Module) -> None:
+    exits = make_exits(model, kind="learned")
+    fast, images = lraee.accelerate(model, exits=exits), make_images(24)
+    with torch.no_grad(), lraee.trace(fast) as alone:
+        found = fast.encode_image(images)
+    towers.blocks_of(fast.visual)[-1].register_forward_hook(lambda *_: None)
+    with torch.no_grad(), lraee.trace(fast) as whole:
+        assert_same(found, fast.encode_image(images))
+    assert 0 < len(set(alone.exit_block.tolist())) <= 3 and 3 in alone.exit_block
+    assert_same(alone.exit_block, whole.exit_block)
+    assert alone.stats.full_flops < whole.stats.full_flops

@@ -55,6 +55,38 @@ def test_bits_of_the_operators(
         assert_same_everywhere(both, B=B, L=L, D=D)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("B", "L", "D", "hidden", "heads"),
+    [(1, 1, 16, 16, 1), (1, 50, 64, 256, 2), (2, 50, 64, 256, 2), (5, 17, 40, 100, 5),
+     (8, 7, 48, 70, 3)],
+)  # fmt: skip
+def test_the_first_token_alone_has_its_bits(
+    B: int, L: int, D: int, hidden: int, heads: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(B, L, D, generator=generator(B)).to(dtype)
+    for causal in (False, True):
+        given = _arguments(D, hidden, seed=L, has_scale=causal)
+        whole = ops.int8_block(x, *given, num_heads=heads, causal=causal)
+
+        def first(given: list[Any] = given, causal: bool = causal) -> list[Tensor]:
+            options = {"num_heads": heads, "causal": causal, "first_only": True}
+            return [ops.int8_block(x, *given, **options)]
+
+        assert_same(first()[0], whole[:, :1], causal=causal)
+        assert_same_everywhere(first, B=B, L=L, D=D)
+
+
+def test_first_tokens_of_more_images_than_a_chunk_of_rows_holds() -> None:
+    x = torch.randn(700, 3, 16, generator=generator(9))
+    given = _arguments(16, 4096, seed=10)
+    x[417, 2, 3] = torch.nan
+    found = ops.int8_block(x, *given, num_heads=1, first_only=True)
+    assert_same(found, ops.int8_block(x, *given, num_heads=1)[:, :1])
+    assert found.isnan().flatten(1).any(1).nonzero()[:, 0].tolist() == [417]
+    assert ops.int8_block(x[:0], *given, num_heads=1, first_only=True).shape == (0, 1, 16)
+
+
 def test_long_sequences_are_cut_into_chunks_of_rows() -> None:
     """2,600 tokens are more than a chunk holds in the MLP."""
     x = torch.randn(2, 2600, 64, generator=generator(3))

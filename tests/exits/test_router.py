@@ -188,7 +188,7 @@ def test_flops_run_are_those_expected(fast: nn.Module, monkeypatch: pytest.Monke
     stats = t.stats
     assert stats.images == 38 and sum(stats.share) == pytest.approx(1.0)
     assert stats.expected_flops == stats.run_flops
-    assert stats.full_flops == 38 * flops.tower_flops(towers.find_tower(fast))
+    assert stats.full_flops == 38 * flops.PartFlops.as_run(towers.find_tower(fast)).total
     assert t.flops_saved == 1 - stats.run_flops / stats.full_flops
     for copy_share in (0.0, 100.0):
         monkeypatch.setattr(fast.visual.exits, "compaction", Compaction(copy_share))

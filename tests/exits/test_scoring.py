@@ -119,7 +119,7 @@ def test_a_plan_does_at_run_time_what_it_was_said_to_do(
     exits = replace(spread_exits(model, kind, images), compaction=Compaction(0.0))
     found = at_calibration(model, exits, images, batch=37)
     fast = lraee.accelerate(model, exits=exits)
-    parts, probes = PartFlops.of(fast.visual), probe_flops(fast.visual.exits)
+    parts, probes = PartFlops.as_run(fast.visual), probe_flops(fast.visual.exits)
     blocks = list(exits.heads)
 
     def when_leaving(subset: object) -> list[int]:

@@ -20,15 +20,23 @@ def arguments(B: int, L: int, seed: int, activation: str = "none") -> list[Any]:
     return [*selftest_inputs.block(B, L, H, D // H, seed, torch.device("cpu"))[:-1], activation]
 
 
-def by(launches: int, given: list[Any]) -> Tensor:
+def by(launches: int, given: list[Any], *, first_only: bool = False) -> Tensor:
     with mock.patch.object(module, "quantizes_on_load", lambda shape, arch: launches == 7):
-        return int8_block(*given)
+        return int8_block(*given, first_only=first_only)
 
 
 def test_seven_launches_or_nine_the_same_bits() -> None:
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9), (1, 50)]):
         given = arguments(B, L, seed, "quick_gelu" if seed == 2 else "none")
         assert_same(by(7, given), by(9, given), seed=seed)
+
+
+@pytest.mark.parametrize("launches", [7, 9])
+def test_the_first_token_alone_has_its_bits(launches: int) -> None:
+    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9)]):
+        given = arguments(B, L, seed, "gelu" if seed == 2 else "none")
+        whole = by(launches, given)
+        assert_same(by(launches, given, first_only=True), whole[:, :1], seed=seed)
 
 
 def test_it_is_the_block() -> None:

@@ -7,6 +7,7 @@ import torch
 from lraee import accelerate, trace
 from lraee.exits.exits import Plan
 from lraee.exits.gate import Gate
+from lraee.flops import PartFlops, probe_flops
 from lraee.study.trials import Outcome, Trial
 from tests.small_calibration import QUICK, pictures
 from tests.study.small_study import small_form, small_model
@@ -49,7 +50,12 @@ def test_an_outcome_is_what_the_model_does() -> None:
     assert float((t.exit_block == outcome.left_at).double().mean()) > 0.97
     right = (y @ model.classes.T).argmax(1) == small_form("int8").report_labels
     assert float((right == outcome.right).double().mean()) > 0.97
-    assert abs(t.stats.expected_flops / t.stats.full_flops - (1 - outcome.flops_saved)) < 0.02
+    parts, probes = PartFlops.of(fast.visual), probe_flops(fast.visual.exits)  # as the paper counts
+    costs = dict(
+        zip((*plan.blocks, model.depth), parts.when_leaving(plan.blocks, probes), strict=True)
+    )
+    spent = sum(costs[depth] for depth in t.exit_block.tolist()) / (120 * parts.total)
+    assert abs(spent - (1 - outcome.flops_saved)) < 0.02
     assert 0.0 < trial().probe_share(plan) < 1.0
 
 
