@@ -10,6 +10,7 @@ a tower gets three random heads (2 D -> 512 -> E, 1,000 classes) whose threshold
 tenth, a quarter and a third of the photos leave after blocks 8, 10 and 11 of 12, as the paper has
 it, or --leave: time does not depend on what heads know. lraee.calibrate would not open three where
 one probe costs more than 0.7 % of the tower; how many it would is printed beside the plan.
+FLOPs are those that are run: of the last block the class token's alone (PartFlops.as_run).
 """
 
 import math
@@ -139,6 +140,26 @@ def table(fast: nn.Module, images: Tensor, batch: int, budget_s: float) -> list[
     ]  # fmt: skip
 
 
+def leaving_of(words: list[str]) -> dict[int, float]:
+    """BLOCK:SHARE, …: which share of all images leaves after which of 12 blocks, ascending.
+
+    Raises: typer.BadParameter on anything else.
+    """
+    found: dict[int, float] = {}
+    for word in words:
+        block, _, share = word.partition(":")
+        try:
+            found[int(block)] = float(share)
+        except ValueError:
+            found[0] = math.nan
+        if not all(1 <= block < 12 and 0 <= share <= 1 for block, share in found.items()):
+            raise typer.BadParameter(
+                "--leave must be BLOCK:SHARE, a block of 1 to 11 and a share of 0 to 1,"
+                f" got {word!r}"
+            )
+    return dict(sorted(found.items()))
+
+
 def main(
     photos: Annotated[Path | None, typer.Argument()] = None,
     exits: Path | None = None,
@@ -158,7 +179,7 @@ def main(
         images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
     else:
         images = torch.cat(list(PhotoImages(Photos(photos, limit=count), opened.preprocess)))
-    leaving = {int(block): float(share) for block, share in (each.split(":") for each in leave)}
+    leaving = leaving_of(leave)
     made = loaded or spread(opened.model, random_exits(plain, leaving), images, leaving)
     fast = lraee.accelerate(opened.model, scheme=made.scheme, exits=made)
     for key, value in describe().items():

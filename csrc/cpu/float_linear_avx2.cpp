@@ -14,6 +14,7 @@ namespace {
 // 6 rows x 2 registers of sums, 2 of weights, 1 broadcast: 15 of 16 registers.
 constexpr int kMaxRows = 6;
 constexpr int kPanelsPerTile = 1;
+constexpr int kPanelsPerRow = 4;
 
 __m256i lane_mask(int64_t lanes) {
   const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

@@ -14,6 +14,7 @@ namespace {
 // 12 rows x 2 panels of sums, 2 registers of weights: 26 of 32; each broadcast feeds two fmas.
 constexpr int kMaxRows = 12;
 constexpr int kPanelsPerTile = 2;
+constexpr int kPanelsPerRow = 16;
 
 struct Panel {
   __m512 lanes_f32x16;

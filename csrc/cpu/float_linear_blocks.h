@@ -1,7 +1,7 @@
 // Blocking of float_linear, written once for all instruction sets. Each float_linear_<isa>.cpp
 // includes it inside its own target region and anonymous namespace, after defining `Panel` (16
-// float lanes) and `kMaxRows` (rows of a register tile). No include guard and no includes, on
-// purpose.
+// float lanes), `kMaxRows` and `kPanelsPerTile` of a register tile, and `kPanelsPerRow` of a single
+// row. No include guard and no includes, on purpose.
 
 // Steps of k between two stores of the partial sums, and rows that share one copy of them. The
 // copied panels (24 KB) leave L1 room for the rows of a tile, both copies (180 KB of stack) stay in
@@ -96,7 +96,38 @@ void float_panels(const FloatLinear& b, int64_t row, int64_t end, int64_t panel,
   }
 }
 
-void float_linear_block(const FloatLinear& b) {
+// P whole panels of the one row of y. w comes from memory, each step as many lines side by side as
+// registers hold sums for: nothing is read twice, so nothing is copied.
+template <int P>
+void float_row(const FloatLinear& b, int64_t panel) {
+  const int64_t n = panel * kFloatPanel;
+  Panel acc[P];
+  for (int p = 0; p < P; ++p) {
+    const float* bias = b.bias == nullptr ? nullptr : b.bias + n + p * kFloatPanel;
+    acc[p] = bias == nullptr ? Panel::zero() : Panel::load(bias, kFloatPanel);
+  }
+  const float* w = b.w + n;
+  for (int64_t k = 0; k < b.K; ++k, w += b.w_stride) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+      acc[p].add_product(b.x[k], Panel::load(w + p * kFloatPanel, kFloatPanel));
+    }
+  }
+  for (int p = 0; p < P; ++p) acc[p].store(b.y + n + p * kFloatPanel, kFloatPanel);
+}
+
+// The row's whole panels; returns the first panel that is left.
+int64_t float_row_panels(const FloatLinear& b) {
+  int64_t panel = b.first_panel;
+  const int64_t whole = b.last_panel * kFloatPanel <= b.N ? b.last_panel : b.last_panel - 1;
+  for (; panel + kPanelsPerRow <= whole; panel += kPanelsPerRow) float_row<kPanelsPerRow>(b, panel);
+  for (; panel < whole; ++panel) float_row<1>(b, panel);
+  return panel;
+}
+
+void float_linear_block(FloatLinear b) {
+  if (b.rows == 1) b.first_panel = float_row_panels(b);
+  if (b.first_panel == b.last_panel) return;
   FloatCopies copies;
   for (int64_t row = 0; row < b.rows; row += kRowsPerBlock) {
     const int64_t end = row + kRowsPerBlock < b.rows ? row + kRowsPerBlock : b.rows;

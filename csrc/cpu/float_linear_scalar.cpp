@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kMaxRows = 4;
 constexpr int kPanelsPerTile = 1;
+constexpr int kPanelsPerRow = 1;
 
 struct Panel {
   float lane[kFloatPanel];

@@ -261,8 +261,8 @@ class Study:
             "policy": f"{p.policy_steps} steps on {p.policy_images} photos",
             "float control": "the accelerated tower with every linear and attention in float",
             "heads": "run in int8, as deployed, also on the float backbone",
-            "FLOPs": "all tokens in every block, as the paper counts, on all backbones; time is that"
-            " of the INT8 tower, whose last block computes the class token alone",
+            "FLOPs": "all tokens in every block, as the paper counts, on all backbones; time is"
+            " that of the INT8 tower, whose last block computes the class token alone",
         }
 
     @contextmanager
