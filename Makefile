@@ -85,8 +85,9 @@ bench-tower: setup  ## Whole image towers against torch float32, bfloat16 and qu
 	@mkdir -p $(RESULTS)
 	$(BENCH) bench/bench_tower.py --benchmark-json $(RESULTS)/tower.json
 
-regressions: setup  ## FLOPs against golden numbers; latency of INT8, and of exits, in one process.
-	$(BENCH) bench/regression_flops.py bench/regression_latency.py bench/regression_exits.py
+regressions: setup  ## FLOPs against golden numbers; latency of INT8, and of exits, in one process; memory.
+	$(BENCH) bench/regression_flops.py bench/regression_latency.py bench/regression_exits.py \
+	  bench/regression_footprint.py
 
 gpu-matrix: setup  ## Compiles every Triton kernel for every GPU family, without a GPU.
 	$(PY) -m bench.gpu_matrix
