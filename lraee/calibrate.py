@@ -62,7 +62,8 @@ def calibrate(
         agreement without.
       recipe: "best", "paper" (arXiv 2605.26415, needs labels) or a Recipe.
       training: of the heads: distill, labels or both; None takes the recipe's.
-      budget: mean FLOPs over those of full depth, at most; 0.8 where epsilon is not given.
+      budget: mean FLOPs over those of full depth, at most; 0.8 where epsilon is not given. FLOPs
+        are those that the accelerated tower runs: of the last block the class token's alone.
       epsilon: instead of budget: top-1 disagreement with the int8 model at full depth (with labels:
         loss of accuracy; without classes: another nearest image), at most so much with probability
         1 - delta for images drawn as these.
