@@ -313,3 +313,53 @@ def test_exits_end_with_the_class_token_alone(model: nn.Module) -> None:
     assert 0 < len(set(alone.exit_block.tolist())) <= 3 and 3 in alone.exit_block
     assert_same(alone.exit_block, whole.exit_block)
     assert alone.stats.full_flops < whole.stats.full_flops
+
+
+# Large batches in parts
+
+
+@pytest.mark.parametrize(("by_thread", "sizes"), [(1, [2] * 9 + [1]), (3, [6, 6, 6, 1])])
+@pytest.mark.parametrize("has_exits", [False, True])
+def test_parts_of_a_large_batch_give_the_same_bits(
+    model: nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    has_exits: bool,
+    by_thread: int,
+    sizes: list[int],
+) -> None:
+    exits = make_exits(model, kind="learned") if has_exits else None
+    fast, images = lraee.accelerate(model, exits=exits), make_images(19)
+    images[5, 0, 3, 3] = torch.nan
+    with torch.no_grad():
+        expected = fast.encode_image(images)
+        whole = trace_of(fast, images) if has_exits else []
+        monkeypatch.setattr(vision, "_BYTES_PER_THREAD", by_thread * 17 * 64 * 4)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert [len(part) for part in vision._parts(fast.visual, images)] == sizes
+        assert_same(fast.encode_image(images), expected)
+        assert (trace_of(fast, images) if has_exits else []) == whole
+    assert expected.isnan().all(1).nonzero()[:, 0].tolist() == [5]
+
+
+def trace_of(fast: nn.Module, images: Tensor) -> list[int]:
+    with lraee.trace(fast) as t:
+        fast.encode_image(images)
+    return list(t.exit_block.tolist())
+
+
+def test_who_looks_on_sees_one_call(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "_BYTES_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    images = make_images(6)
+    fast = lraee.accelerate(model).visual
+    assert [len(part) for part in vision._parts(fast, images)] == [2] * 3
+    for part in (fast.conv1, fast.ln_pre, towers.blocks_of(fast)[1].mlp.c_fc):
+        seen: list[int] = []
+        hook = part.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with torch.no_grad():
+            fast(images)
+        assert len(seen) == 1
+        hook.remove()
+    paper = lraee.accelerate(model, scheme="paper").visual
+    assert len(vision._parts(paper, images)) == 1, "a step is the batch's"
+    assert vision._parts(fast, images[:0])[0].shape[0] == 0
