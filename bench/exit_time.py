@@ -149,14 +149,15 @@ def leaving_of(words: list[str]) -> dict[int, float]:
     for word in words:
         block, _, share = word.partition(":")
         try:
-            found[int(block)] = float(share)
+            depth, leaving = int(block), float(share)
         except ValueError:
-            found[0] = math.nan
-        if not all(1 <= block < 12 and 0 <= share <= 1 for block, share in found.items()):
+            depth, leaving = 0, math.nan
+        if not (1 <= depth < 12 and 0 <= leaving <= 1):
             raise typer.BadParameter(
                 "--leave must be BLOCK:SHARE, a block of 1 to 11 and a share of 0 to 1,"
                 f" got {word!r}"
             )
+        found[depth] = leaving
     return dict(sorted(found.items()))
 
 

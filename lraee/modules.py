@@ -147,9 +147,7 @@ class Int8Block(nn.Module):
 
     def gives_first_alone(self) -> bool:
         """Whether `first_token` may stand for a call: fused, and no hook would see the call."""
-        wiring = self._wired() if self.can_fuse else None
-        is_hooked = self._forward_hooks or self._forward_pre_hooks
-        return wiring is not None and not is_hooked and not wiring.has_hooks()
+        return self.can_fuse and not is_hooked(self) and not self._wired().has_hooks()
 
     def first_token(self, x: Tensor) -> Tensor:
         """Of [B, L, D], whatever batch_first says, the first token after the block: [B, 1, D].
@@ -213,6 +211,11 @@ class Int8Block(nn.Module):
             and all(m.weight is not None and m.bias is not None for m in norms)
             and self.attn.is_int8
         )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook sees the calls of this very module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class Wiring:

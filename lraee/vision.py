@@ -13,7 +13,7 @@ from lraee import graphs
 from lraee.backend import Backend, implementation
 from lraee.exits.head import Int8Head
 from lraee.exits.router import EAGER, Block, Router, Runner
-from lraee.modules import Int8Block
+from lraee.modules import Int8Block, is_hooked
 from lraee.rowwise import RowwiseAttention, RowwiseConv2d, rowwise_linear
 from lraee.towers import blocks_of
 
@@ -129,32 +129,23 @@ def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     threads = torch.get_num_threads()
     bytes_of_one = cast(Tensor, tower.positional_embedding).numel() * x.element_size()
     most = threads * max(1, _BYTES_PER_THREAD // bytes_of_one)
-    if len(x) <= most or _is_hooked(tower):
+    if len(x) <= most or any(is_hooked(m) for m in tower.modules() if m is not tower):
         return (x,)
     is_by_row = all(isinstance(b, Int8Block) and b.can_fuse for b in blocks_of(tower))
     rounds = math.ceil(len(x) / math.ceil(len(x) / most) / threads)
     return torch.split(x, rounds * threads) if is_by_row else (x,)
 
 
-def _is_hooked(tower: nn.Module) -> bool:
-    """Whether a module inside the tower carries a hook."""
-    inside = (module for module in tower.modules() if module is not tower)
-    return any(module._forward_hooks or module._forward_pre_hooks for module in inside)
-
-
 def _embeds_class_token(tower: nn.Module) -> bool:
     """Whether nothing but the class token is looked at after the last block."""
-    norm = tower.get_submodule("ln_post")
     is_alone = tower.pool_type == "tok" and tower.attn_pool is None
-    return is_alone and not (norm._forward_hooks or norm._forward_pre_hooks)
+    return is_alone and not is_hooked(tower.get_submodule("ln_post"))
 
 
 def _last_for_class_token(tower: nn.Module) -> Int8Block | None:
     """The last block, where it can give the class token alone and nobody asks for more."""
     last = blocks_of(tower)[-1]
-    transformer = tower.get_submodule("transformer")
-    is_hooked = transformer._forward_hooks or transformer._forward_pre_hooks
-    is_enough = not is_hooked and _embeds_class_token(tower)
+    is_enough = _embeds_class_token(tower) and not is_hooked(tower.get_submodule("transformer"))
     return last if is_enough and isinstance(last, Int8Block) and last.gives_first_alone() else None
 
 
@@ -227,8 +218,7 @@ def require_no_tokens(tower: nn.Module) -> None:
             "exits: output_tokens must be False, got True: an image that leaves early has no"
             " tokens of the last block; use lraee.full_depth"
         )
-    transformer = tower.get_submodule("transformer")
-    if transformer._forward_hooks or transformer._forward_pre_hooks:
+    if is_hooked(tower.get_submodule("transformer")):
         raise NotImplementedError(
             "exits: visual.transformer must have no hooks, got some: images pass its blocks at"
             " different depths; hook the blocks, or use lraee.full_depth"
