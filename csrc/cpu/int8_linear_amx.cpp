@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/activation_tables.h"
 #include "cpu/int8_linear.h"
@@ -60,60 +61,25 @@ inline void configure(int upper, int lower) {
 template <Activation kActivation, class Out>
 class Pending {
  public:
-  // cols: of y, at most kCols. acc [rows][kCols] stays untouched until all rows are finished.
+  // acc [rows][kCols] stays untouched until all rows are finished.
   void start(const Args& args, const TileOut& out) {
     a_ = args, out_ = out, row_ = 0;
-    for (int p = 0; p < kPanels; ++p) {
-      const int left = out.cols - p * V::kWidth;
-      counts_[p] = left < 0 ? 0 : left < V::kWidth ? left : V::kWidth;
-      if (counts_[p] > 0) columns_[p] = load_columns(args, out.n + p * V::kWidth, counts_[p]);
-    }
+    columns_.load(args, out.n, out.cols);
   }
 
   // Finishes `rows` more rows, or those that are left.
   void advance(int rows) {
     const int end = out_.rows - row_ < rows ? out_.rows : row_ + rows;
     if (row_ == end) return;
-    if (out_.cols == kCols) {
-      whole_rows(row_, end);
-    } else {
-      for (int r = row_; r < end; ++r) {
-        for (int p = 0; p < kPanels && counts_[p] > 0; ++p) {
-          finish_vector<kActivation, Out>(a_, out_.acc + r * kCols + p * V::kWidth, out_.m + r,
-                                          out_.n + p * V::kWidth, counts_[p], columns_[p]);
-        }
-      }
-    }
+    finish_rows<kActivation, Out>(a_, out_, columns_, row_, end);
     row_ = end;
   }
 
  private:
-  // Copies of all that the loop reads stay in registers: a store to y might change the originals.
-  void whole_rows(int begin, int end) const {
-    using T = typename Out::Storage;
-    const Args a = a_;
-    const ColumnVector columns[kPanels] = {columns_[0], columns_[1]};
-    int64_t m = out_.m + begin;
-    const int64_t last = out_.m + end;
-    const int32_t* acc = out_.acc + begin * kCols;
-    T* y = static_cast<T*>(a.y) + m * a.N + out_.n;
-    const T* residual =
-        at_or_null(static_cast<const T*>(a.residual), m * a.residual_stride + out_.n);
-    for (; m < last; ++m, acc += kCols, y += a.N) {
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) {
-        V::store(Out{}, y + p * V::kWidth,
-                 finish<kActivation, Out>(a, V::load(acc + p * V::kWidth), m, columns[p],
-                                          at_or_null(residual, p * V::kWidth)));
-      }
-      residual = at_or_null(residual, a.residual_stride);
-    }
-  }
-
   Args a_{};
   TileOut out_{};
-  int row_ = 0, counts_[kPanels] = {};
-  ColumnVector columns_[kPanels];
+  int row_ = 0;
+  TileColumns<kCols> columns_;
 };
 
 // The weights of one pair of panels, and those that will be asked for next.

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/activation_tables.h"
 #include "cpu/int8_linear.h"
@@ -39,7 +40,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const Ahead&) {
+                       Ahead&) {
     constexpr int kColsPerVector = 4, P = C / kColsPerVector;
     __m256i sums[R][P];
 #pragma GCC unroll 8

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/activation_tables.h"
 #include "cpu/int8_linear.h"
@@ -43,7 +44,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const Ahead& ahead) {
+                       Ahead& ahead) {
     constexpr int P = C / kPanelWidth;
     __m512i sums[R][P];
 #pragma GCC unroll 8
@@ -52,9 +53,11 @@ struct Tile {
       for (int p = 0; p < P; ++p) sums[r][p] = _mm512_setzero_si512();
     }
     const int64_t panel_bytes = groups * kLineBytes;
-    for (int64_t part = 0, g = 0; part < R; ++part) {
-      ahead.row(part);
-      for (const int64_t stop = groups * (part + 1) / R; g < stop; ++g) {
+    int64_t turns_left = Ahead::turns_of(groups);
+    for (int64_t g = 0; g < groups; --turns_left) {
+      ahead.turn(turns_left, R);
+      const int64_t stop = g + Ahead::kTurnGroups < groups ? g + Ahead::kTurnGroups : groups;
+      for (; g < stop; ++g) {
         __m512i w_s8x64[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; ++p) w_s8x64[p] = _mm512_loadu_si512(w + p * panel_bytes);

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/activation_tables.h"
 #include "cpu/int8_linear.h"

@@ -19,24 +19,33 @@ inline int64_t chunk_rows(int64_t K) {
   return rows < kRowStep ? kRowStep : rows > kMaxRows ? kMaxRows : rows;
 }
 
-// What a tile will need after its product, asked for while the product runs, a part with each of
-// its rows: a burst would hold up the loads of the product itself.
+// What will be needed after the product of a tile, asked for while it runs: a little at every turn,
+// as a burst would hold up the loads of the product itself.
 struct Ahead {
-  const char *y, *residual;           // residual may be null
+  // A turn is this many groups of the reduction.
+  static constexpr int64_t kTurnGroups = 8;
+  static int64_t turns_of(int64_t groups) { return (groups + kTurnGroups - 1) / kTurnGroups; }
+
+  const int8_t *w, *w_end;            // what is left of the next columns' weights
+  int64_t w_bytes;                    // of them at a turn
+  const char *y, *residual;           // of the tile; residual may be null
   int64_t y_stride, residual_stride;  // bytes
   int64_t row_bytes;                  // of y and residual
-  const int8_t* w;                    // the next columns' weights
-  int64_t w_bytes_per_row;
 
-  void row(int64_t r) const {
-    constexpr int64_t kCacheLine = 64;
+  // turns_left: of the tile, which has `rows` rows. Its rows come late, or the weights would drive
+  // them out of the L1 cache again. Inlined by force: GCC 12 takes a function that only prefetches
+  // for one without effect, and drops the calls.
+  [[gnu::always_inline]] void turn(int64_t turns_left, int64_t rows) {
+    constexpr int64_t kCacheLine = 64, kTurnsToArrive = 2;
+    for (const int8_t* const end = w + w_bytes < w_end ? w + w_bytes : w_end; w < end;
+         w += kCacheLine)
+      __builtin_prefetch(w, 0, 2);
+    const int64_t r = rows + kTurnsToArrive - turns_left;
+    if (r < 0 || r >= rows) return;
     for (int64_t i = 0; i < row_bytes; i += kCacheLine) __builtin_prefetch(y + r * y_stride + i, 1);
-    if (residual != nullptr) {
-      for (int64_t i = 0; i < row_bytes; i += kCacheLine)
-        __builtin_prefetch(residual + r * residual_stride + i);
-    }
-    for (int64_t i = 0; i < w_bytes_per_row; i += kCacheLine)
-      __builtin_prefetch(w + r * w_bytes_per_row + i, 0, 2);
+    if (residual == nullptr) return;
+    for (int64_t i = 0; i < row_bytes; i += kCacheLine)
+      __builtin_prefetch(residual + r * residual_stride + i);
   }
 };
 

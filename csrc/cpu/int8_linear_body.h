@@ -11,7 +11,7 @@
 
 template <int kCols, int R = Tile::kRows>
 inline void multiply(int rows, const Tile::X* x, int64_t stride, const int8_t* w, int64_t groups,
-                     int32_t* acc, const Ahead& ahead) {
+                     int32_t* acc, Ahead& ahead) {
   if constexpr (R > 1) {
     if (rows < R) return multiply<kCols, R - 1>(rows, x, stride, w, groups, acc, ahead);
   }
@@ -20,30 +20,33 @@ inline void multiply(int rows, const Tile::X* x, int64_t stride, const int8_t* w
 
 // All rows of a chunk, already converted, times the columns [n, n + kCols).
 template <int kCols>
-void run_columns(const Args& a, Epilogue finish_tile, const Tile::X* x, int64_t m_begin,
+void run_columns(const Args& a, Epilogue<kCols> finish, const Tile::X* x, int64_t m_begin,
                  int64_t m_end, int64_t n) {
   alignas(64) int32_t acc[Tile::kRows * kCols];
   const int64_t groups = num_k_groups(a.K), stride = scratch_stride(a.K);
   const int8_t* w = a.w + n / kPanelWidth * groups * kLineBytes + n % kPanelWidth * kGroupDepth;
   const int64_t rows = m_end - m_begin, num_tiles = (rows + Tile::kRows - 1) / Tile::kRows;
   const int cols = static_cast<int>(a.N - n < kCols ? a.N - n : kCols);
+  TileColumns<kCols> columns;
+  columns.load(a, n, cols);
   const int64_t bytes = a.out_type == FloatType::kF32 ? 4 : 2;
-  const int8_t* next = w + kCols * groups * kGroupDepth;
-  const int64_t next_lines = n + 2 * kCols <= a.N ? kCols * groups * kGroupDepth / kLineBytes : 0;
+  const bool has_next = n + 2 * kCols <= a.N;
+  const int64_t w_bytes = kCols * groups * kGroupDepth;
+  const int64_t lines = w_bytes / kLineBytes, turns = num_tiles * Ahead::turns_of(groups);
+  Ahead ahead{};
+  ahead.w = w + w_bytes;
+  ahead.w_end = has_next ? ahead.w + w_bytes : ahead.w;
+  ahead.w_bytes = lines > 0 ? (lines + turns - 1) / turns * kLineBytes : 0;
+  ahead.y_stride = a.N * bytes, ahead.residual_stride = a.residual_stride * bytes;
+  ahead.row_bytes = cols * bytes;
   for (int64_t tile = 0, m = 0; tile < num_tiles; ++tile) {
     // Tiles of nearly equal height: the last one is not left with a single row.
     const int height = static_cast<int>((rows - m + num_tiles - tile - 1) / (num_tiles - tile));
-    const int64_t begin = next_lines * tile / num_tiles, end = next_lines * (tile + 1) / num_tiles;
-    const Ahead ahead{static_cast<const char*>(a.y) + ((m_begin + m) * a.N + n) * bytes,
-                      at_or_null(static_cast<const char*>(a.residual),
-                                 ((m_begin + m) * a.residual_stride + n) * bytes),
-                      a.N * bytes,
-                      a.residual_stride * bytes,
-                      cols * bytes,
-                      next + begin * kLineBytes,
-                      (end - begin + height - 1) / height * kLineBytes};
+    ahead.y = static_cast<const char*>(a.y) + ((m_begin + m) * a.N + n) * bytes;
+    ahead.residual = at_or_null(static_cast<const char*>(a.residual),
+                                ((m_begin + m) * a.residual_stride + n) * bytes);
     multiply<kCols>(height, x + m * stride, stride, w, groups, acc, ahead);
-    finish_tile(a, {m_begin + m, n, height, cols, acc});
+    finish(a, {m_begin + m, n, height, cols, acc}, columns, 0, height);
     m += height;
   }
 }
@@ -51,8 +54,8 @@ void run_columns(const Args& a, Epilogue finish_tile, const Tile::X* x, int64_t 
 void run(const Args& a, const Int8LinearBlock& block, void* scratch) {
   auto* x = static_cast<Tile::X*>(scratch);
   const int64_t stride = scratch_stride(a.K), chunk = chunk_rows(a.K);
-  const Epilogue finish_tile = epilogue_for<Tile::kCols>(a);
-  const Epilogue finish_tail = epilogue_for<Tile::kTailCols>(a);
+  const Epilogue<Tile::kCols> finish_tile = epilogue_for<Tile::kCols>(a);
+  const Epilogue<Tile::kTailCols> finish_tail = epilogue_for<Tile::kTailCols>(a);
   for (int64_t m_begin = block.m_begin; m_begin < block.m_end; m_begin += chunk) {
     const int64_t m_end = m_begin + chunk < block.m_end ? m_begin + chunk : block.m_end;
     for (int64_t m = m_begin; m < m_end; ++m) {

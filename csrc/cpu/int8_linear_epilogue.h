@@ -21,7 +21,7 @@ struct TileOut {
   const int32_t* acc;
 };
 
-// Operands of one vector of columns. bias and layer_scale count only where the arguments have them.
+// Operands of one vector of columns. Absent ones change nothing: v + -0.0 = v and v * 1 = v.
 struct ColumnVector {
   V::F w_scale, bias, layer_scale;
   V::I w_sum;
@@ -35,27 +35,33 @@ inline const T* at_or_null(const T* p, int64_t i) {
 // The first count values, and zeros.
 template <class T>
 inline const T* padded(const T* from, int count, T* buffer) {
-  for (int i = 0; i < V::kWidth; ++i) buffer[i] = i < count && from != nullptr ? from[i] : T(0);
+  for (int i = 0; i < V::kWidth; ++i) buffer[i] = i < count ? from[i] : T(0);
   return buffer;
 }
 
 inline ColumnVector load_columns(const Args& a, int64_t n, int count) {
-  ColumnVector columns{V::set1(0.0f), V::set1(0.0f), V::set1(0.0f), V::set1(0)};
-  if (count == V::kWidth) {
-    columns.w_scale = V::load(F32{}, a.w_scale + n);
-    columns.w_sum = V::load(a.w_sum + n);
-    if (a.bias != nullptr) columns.bias = V::load(F32{}, a.bias + n);
-    if (a.layer_scale != nullptr) columns.layer_scale = V::load(F32{}, a.layer_scale + n);
-  } else {
-    float buffer[V::kWidth];
-    int32_t sums[V::kWidth];
-    columns.w_scale = V::load(F32{}, padded(a.w_scale + n, count, buffer));
-    columns.w_sum = V::load(padded(a.w_sum + n, count, sums));
-    columns.bias = V::load(F32{}, padded(at_or_null(a.bias, n), count, buffer));
-    columns.layer_scale = V::load(F32{}, padded(at_or_null(a.layer_scale, n), count, buffer));
-  }
-  return columns;
+  const auto load = [n, count](const auto* from, auto absent) {
+    decltype(absent) buffer[V::kWidth];
+    if (from == nullptr) return V::set1(absent);
+    from += n;
+    if constexpr (std::is_same_v<decltype(absent), float>) {
+      return V::load(F32{}, count == V::kWidth ? from : padded(from, count, buffer));
+    } else {
+      return V::load(count == V::kWidth ? from : padded(from, count, buffer));
+    }
+  };
+  return {load(a.w_scale, 0.0f), load(a.bias, -0.0f), load(a.layer_scale, 1.0f), load(a.w_sum, 0)};
 }
+
+// Operands of one row.
+struct RowScalars {
+  V::F x_scale;
+  V::I x_offset;  // of the sums' x from x_q, and x_zero
+
+  RowScalars(const Args& a, int64_t m)
+      : x_scale(V::set1(a.x_scale[m])),
+        x_offset(V::set1(Tile::kXOffset + (a.x_zero == nullptr ? 0 : a.x_zero[m]))) {}
+};
 
 template <Activation kActivation>
 inline V::F activate(V::F y) {
@@ -65,18 +71,12 @@ inline V::F activate(V::F y) {
   return y;
 }
 
-// One vector of row m. residual may be null.
-template <Activation kActivation, class Out>
-inline V::F finish(const Args& a, V::I acc, int64_t m, const ColumnVector& columns,
-                   const typename Out::Storage* residual) {
-  const V::I offset = V::set1(Tile::kXOffset + (a.x_zero == nullptr ? 0 : a.x_zero[m]));
-  const V::F scale = V::mul(V::set1(a.x_scale[m]), columns.w_scale);
-  V::F y = V::mul(V::to_float(V::sub(acc, V::mul(offset, columns.w_sum))), scale);
-  if (a.bias != nullptr) y = V::add(y, columns.bias);
-  y = activate<kActivation>(y);
-  if (a.layer_scale != nullptr) y = V::mul(y, columns.layer_scale);
-  if (residual != nullptr) y = V::add(y, V::load(Out{}, residual));
-  return y;
+// What a vector of sums becomes, before layer_scale and residual.
+template <Activation kActivation>
+inline V::F activated(V::I acc, const RowScalars& row, const ColumnVector& columns) {
+  const V::F scale = V::mul(row.x_scale, columns.w_scale);
+  const V::I sum = V::sub(acc, V::mul(row.x_offset, columns.w_sum));
+  return activate<kActivation>(V::add(V::mul(V::to_float(sum), scale), columns.bias));
 }
 
 // The first count values of one vector of row m, from column n on.
@@ -84,38 +84,85 @@ template <Activation kActivation, class Out>
 inline void finish_vector(const Args& a, const int32_t* acc, int64_t m, int64_t n, int count,
                           const ColumnVector& columns) {
   using T = typename Out::Storage;
-  T* const y = static_cast<T*>(a.y) + m * a.N + n;
-  const T* const residual =
-      at_or_null(static_cast<const T*>(a.residual), m * a.residual_stride + n);
-  if (count == V::kWidth) {
-    V::store(Out{}, y, finish<kActivation, Out>(a, V::load(acc), m, columns, residual));
-    return;
-  }
+  V::F v =
+      V::mul(activated<kActivation>(V::load(acc), RowScalars(a, m), columns), columns.layer_scale);
   const size_t bytes = sizeof(T) * static_cast<size_t>(count);
   T part[V::kWidth] = {};
-  if (residual != nullptr) std::memcpy(part, residual, bytes);
-  const T* const from = residual == nullptr ? nullptr : part;
-  V::store(Out{}, part, finish<kActivation, Out>(a, V::load(acc), m, columns, from));
-  std::memcpy(y, part, bytes);
+  if (a.residual != nullptr) {
+    std::memcpy(part, static_cast<const T*>(a.residual) + m * a.residual_stride + n, bytes);
+    v = V::add(v, V::load(Out{}, part));
+  }
+  V::store(Out{}, part, v);
+  std::memcpy(static_cast<T*>(a.y) + m * a.N + n, part, bytes);
 }
 
-template <Activation kActivation, class Out, int kCols>
-void epilogue(const Args& args, const TileOut& out) {
+// Rows [begin, end) of a tile with all its columns. kScaled: there is a residual, and perhaps
+// layer_scale; else neither.
+template <Activation kActivation, class Out, int kCols, bool kScaled>
+inline void finish_whole_rows(const Args& args, const TileOut& out, const ColumnVector* columns_of,
+                              int begin, int end) {
+  using T = typename Out::Storage;
+  constexpr int kVectors = kCols / V::kWidth;
   // Copies stay in registers; the originals would be read again after every store, which might
   // alias them.
   const Args a = args;
-  const TileOut tile = out;
-  for (int c = 0; c < tile.cols; c += V::kWidth) {
-    const int count = tile.cols - c < V::kWidth ? tile.cols - c : V::kWidth;
-    const ColumnVector columns = load_columns(a, tile.n + c, count);
-    for (int r = 0; r < tile.rows; ++r) {
-      finish_vector<kActivation, Out>(a, tile.acc + r * kCols + c, tile.m + r, tile.n + c, count,
-                                      columns);
+  ColumnVector columns[kVectors];
+#pragma GCC unroll 4
+  for (int p = 0; p < kVectors; ++p) columns[p] = columns_of[p];
+  int64_t m = out.m + begin;
+  const int64_t last = out.m + end;
+  const int32_t* acc = out.acc + begin * kCols;
+  T* y = static_cast<T*>(a.y) + m * a.N + out.n;
+  const T* residual = at_or_null(static_cast<const T*>(a.residual), m * a.residual_stride + out.n);
+  for (; m < last; ++m, acc += kCols, y += a.N) {
+    const RowScalars row(a, m);
+#pragma GCC unroll 4
+    for (int p = 0; p < kVectors; ++p) {
+      V::F v = activated<kActivation>(V::load(acc + p * V::kWidth), row, columns[p]);
+      if constexpr (kScaled) {
+        v = V::add(V::mul(v, columns[p].layer_scale), V::load(Out{}, residual + p * V::kWidth));
+      }
+      V::store(Out{}, y + p * V::kWidth, v);
+    }
+    if constexpr (kScaled) residual += a.residual_stride;
+  }
+}
+
+// Operands of all columns of a tile.
+template <int kCols>
+struct TileColumns {
+  static constexpr int kVectors = kCols / V::kWidth;
+  ColumnVector vectors[kVectors];
+  int counts[kVectors];
+
+  // cols of them from column n on.
+  void load(const Args& a, int64_t n, int cols) {
+    for (int p = 0; p < kVectors; ++p) {
+      const int left = cols - p * V::kWidth;
+      counts[p] = left < 0 ? 0 : left < V::kWidth ? left : V::kWidth;
+      vectors[p] = load_columns(a, n + p * V::kWidth, counts[p]);
+    }
+  }
+};
+
+// Rows [begin, end) of a tile.
+template <Activation kActivation, class Out, int kCols>
+inline void finish_rows(const Args& a, const TileOut& out, const TileColumns<kCols>& columns,
+                        int begin, int end) {
+  if (out.cols == kCols && a.residual != nullptr)
+    return finish_whole_rows<kActivation, Out, kCols, true>(a, out, columns.vectors, begin, end);
+  if (out.cols == kCols && a.layer_scale == nullptr)
+    return finish_whole_rows<kActivation, Out, kCols, false>(a, out, columns.vectors, begin, end);
+  for (int p = 0; p < columns.kVectors && columns.counts[p] > 0; ++p) {
+    for (int r = begin; r < end; ++r) {
+      finish_vector<kActivation, Out>(a, out.acc + r * kCols + p * V::kWidth, out.m + r,
+                                      out.n + p * V::kWidth, columns.counts[p], columns.vectors[p]);
     }
   }
 }
 
-using Epilogue = void (*)(const Args&, const TileOut&);
+template <int kCols>
+using Epilogue = void (*)(const Args&, const TileOut&, const TileColumns<kCols>&, int, int);
 
 // Calls fn.template operator()<activation, type of y>().
 template <class Fn>
@@ -143,8 +190,8 @@ auto with_epilogue(const Args& a, Fn fn) {
 }
 
 template <int kCols>
-Epilogue epilogue_for(const Args& a) {
-  return with_epilogue(a, []<Activation kActivation, class Out>() -> Epilogue {
-    return epilogue<kActivation, Out, kCols>;
+Epilogue<kCols> epilogue_for(const Args& a) {
+  return with_epilogue(a, []<Activation kActivation, class Out>() -> Epilogue<kCols> {
+    return finish_rows<kActivation, Out, kCols>;
   });
 }

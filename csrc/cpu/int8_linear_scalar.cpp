@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/activation_tables.h"
 #include "cpu/int8_linear.h"
@@ -26,7 +27,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const Ahead&) {
+                       Ahead&) {
     for (int r = 0; r < R; ++r) {
       int32_t* sums = acc + r * C;
       for (int c = 0; c < C; ++c) sums[c] = 0;

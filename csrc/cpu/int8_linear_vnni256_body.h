@@ -19,7 +19,7 @@ struct Tile {
 
   template <int R, int C>
   static void multiply(const X* x, int64_t stride, const int8_t* w, int64_t groups, int32_t* acc,
-                       const Ahead& ahead) {
+                       Ahead& ahead) {
     constexpr int P = C / V::kWidth;
     __m256i sums[R][P];
 #pragma GCC unroll 8
@@ -27,9 +27,11 @@ struct Tile {
 #pragma GCC unroll 2
       for (int p = 0; p < P; ++p) sums[r][p] = _mm256_setzero_si256();
     }
-    for (int64_t part = 0, g = 0; part < R; ++part) {
-      ahead.row(part);
-      for (const int64_t stop = groups * (part + 1) / R; g < stop; ++g) {
+    int64_t turns_left = Ahead::turns_of(groups);
+    for (int64_t g = 0; g < groups; --turns_left) {
+      ahead.turn(turns_left, R);
+      const int64_t stop = g + Ahead::kTurnGroups < groups ? g + Ahead::kTurnGroups : groups;
+      for (; g < stop; ++g) {
         __m256i w_s8x32[P];
 #pragma GCC unroll 2
         for (int p = 0; p < P; ++p)
