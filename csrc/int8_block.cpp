@@ -43,6 +43,9 @@ struct Linear {
         symmetric(is_symmetric) {}
 
   int64_t N() const { return w_scale.numel(); }
+  PackedWeight weight() const {
+    return {w.const_data_ptr<int8_t>(), N(), w.size(1) * cpu::kGroupDepth};
+  }
 
   static at::Tensor required(const OptionalTensors& parts, size_t i) {
     TORCH_CHECK_VALUE(i < parts.size() && parts.get(i).has_value(),
@@ -80,24 +83,24 @@ at::Tensor by_operator(const at::Tensor& x, const Block& block, std::string_view
   const at::Tensor all = x.view({B * L, D}), rows = block.first_only ? x.select(1, 0) : all;
   const auto multiply = [&](const std::tuple<at::Tensor, at::Tensor, at::Tensor>& quantized,
                             const Linear& linear, const std::optional<at::Tensor>& residual,
-                            std::string_view then) {
+                            std::string_view then, const PackedWeight& after) {
     const auto& [x_q, x_scale, x_zero] = quantized;
-    return int8_linear(x_q, x_scale, x_zero, linear.w, linear.w_scale, linear.w_sum, linear.bias,
-                       residual, linear.layer_scale, then, type);
+    return int8_linear_before(after, x_q, x_scale, x_zero, linear.w, linear.w_scale, linear.w_sum,
+                              linear.bias, residual, linear.layer_scale, then, type);
   };
   const auto normed = [&](const at::Tensor& from, const Norm& norm, const Linear& linear) {
     return layer_norm_quantize(from, norm.gamma, norm.beta, norm.eps, linear.symmetric);
   };
-  const at::Tensor qkv =
-      multiply(normed(all, block.norm_1, block.in_proj), block.in_proj, std::nullopt, "none");
+  const at::Tensor qkv = multiply(normed(all, block.norm_1, block.in_proj), block.in_proj,
+                                  std::nullopt, "none", block.out_proj.weight());
   const at::Tensor seen =
       int8_attention_of(qkv.view({B, L, 3 * D}), block.num_heads, block.causal, asked)
           .view({B * asked, D});
-  const at::Tensor middle =
-      multiply(quantize_rows(seen, block.out_proj.symmetric), block.out_proj, rows, "none");
-  const at::Tensor hidden =
-      multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc, std::nullopt, activation);
-  return multiply(quantize_rows(hidden, block.c_proj.symmetric), block.c_proj, middle, "none")
+  const at::Tensor middle = multiply(quantize_rows(seen, block.out_proj.symmetric), block.out_proj,
+                                     rows, "none", block.c_fc.weight());
+  const at::Tensor hidden = multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc,
+                                     std::nullopt, activation, block.c_proj.weight());
+  return multiply(quantize_rows(hidden, block.c_proj.symmetric), block.c_proj, middle, "none", {})
       .view({B, asked, D});
 }
 
@@ -194,7 +197,7 @@ class Images {
 
   // y = the quantized rows times the weight; residual and y may be the same rows.
   void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual,
-                int64_t residual_stride, char* y, cpu::Activation activation) {
+                int64_t residual_stride, char* y, cpu::Activation activation, const Linear& after) {
     const auto values = [](const std::optional<at::Tensor>& vector) {
       return vector.has_value() ? vector->const_data_ptr<float>() : nullptr;
     };
@@ -216,7 +219,7 @@ class Images {
                                    y,
                                    type_,
                                    activation};
-    cpu::int8_linear(isa_, args, {0, rows, 0, N}, scratch_);
+    cpu::int8_linear(isa_, args, {0, rows, 0, N, after.weight().from(0)}, scratch_);
   }
 
   // Attention of whole images: what the tokens that are asked for see.
@@ -224,7 +227,7 @@ class Images {
     const int64_t rows = count * L_, d = D_ / block_.num_heads;
     const char* const x = x_ + image * L_ * D_ * element_;
     norm(x, rows, block_.norm_1, block_.in_proj.symmetric);
-    multiply(block_.in_proj, rows, D_, nullptr, 0, wide_, cpu::Activation::kNone);
+    multiply(block_.in_proj, rows, D_, nullptr, 0, wide_, cpu::Activation::kNone, block_.out_proj);
     const auto root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
     const cpu::Int8AttentionArgs args{
         wide_, L_ * 3 * D_,   3 * D_, type_, L_,         block_.num_heads,
@@ -240,16 +243,16 @@ class Images {
     const int64_t stride = block_.first_only ? L_ * D_ : D_;
     quantize(seen, rows, D_, block_.out_proj.symmetric);
     multiply(block_.out_proj, rows, D_, x_ + row * stride * element_, stride,
-             y_ + row * D_ * element_, cpu::Activation::kNone);
+             y_ + row * D_ * element_, cpu::Activation::kNone, block_.c_fc);
   }
 
   // The MLP of some rows of y, in place.
   void think(int64_t row, int64_t rows) {
     char* const y = y_ + row * D_ * element_;
     norm(y, rows, block_.norm_2, block_.c_fc.symmetric);
-    multiply(block_.c_fc, rows, D_, nullptr, 0, wide_, block_.activation);
+    multiply(block_.c_fc, rows, D_, nullptr, 0, wide_, block_.activation, block_.c_proj);
     quantize(wide_, rows, hidden_, block_.c_proj.symmetric);
-    multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone);
+    multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone, block_.in_proj);
   }
 
   const Block& block_;

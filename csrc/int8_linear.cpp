@@ -41,53 +41,70 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A grid of blocks, one for each thread.
+// A grid of blocks of y [M, N], one for each thread.
 struct Grid {
-  int64_t m_parts, n_parts;
+  int64_t M, N, m_parts, n_parts;
+
+  int64_t row_step() const { return ceil_div(M, m_parts); }
+  int64_t column_step() const {
+    return ceil_div(ceil_div(N, cpu::kColumnStep), n_parts) * cpu::kColumnStep;
+  }
+  int64_t row_of(int64_t part) const { return part / n_parts * row_step(); }
+  int64_t column_of(int64_t part) const { return part % n_parts * column_step(); }
 };
 
 // The split with the least work and traffic for the slowest thread. Rows weigh by 6, columns by 64,
 // the sizes of a tile; a thread reads its weights once and converts its rows once.
-Grid best_grid(const cpu::Int8LinearArgs& a, int64_t num_threads) {
+Grid best_grid(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t kSerialProducts = 1 << 20, kSerialBytes = 1 << 18;
   constexpr int64_t kRows = 6, kProductsPerByte = 8;
-  Grid best{1, 1};
+  Grid best{M, N, 1, 1};
   // A single row takes as long as its weights, which come from memory: 0.8 MB on one thread 41 us.
-  if (a.M * a.N * a.K < kSerialProducts && a.N * a.K < kSerialBytes) return best;
+  if (M * N * K < kSerialProducts && N * K < kSerialBytes) return best;
+  const int64_t num_threads = at::get_num_threads();
   int64_t least = INT64_MAX;
   for (int64_t m_parts = 1; m_parts <= num_threads; ++m_parts) {
-    const int64_t n_parts = num_threads / m_parts;
-    const int64_t rows = ceil_div(ceil_div(a.M, m_parts), kRows) * kRows;
-    const int64_t columns = ceil_div(ceil_div(a.N, cpu::kColumnStep), n_parts) * cpu::kColumnStep;
+    const Grid grid{M, N, m_parts, num_threads / m_parts};
+    const int64_t rows = ceil_div(grid.row_step(), kRows) * kRows, columns = grid.column_step();
     const int64_t cost = rows * columns + kProductsPerByte * (rows + columns);
     if (cost < least) {
       least = cost;
-      best = {m_parts, n_parts};
+      best = grid;
     }
   }
   return best;
 }
 
-void run_parallel(const cpu::Int8LinearArgs& a) {
+void run_parallel(const cpu::Int8LinearArgs& a, const PackedWeight& after) {
   if (a.M == 0 || a.N == 0) return;
   const cpu::Isa isa = active_isa();
-  const Grid grid = best_grid(a, at::get_num_threads());
-  const int64_t row_step = ceil_div(a.M, grid.m_parts);
-  const int64_t column_step =
-      ceil_div(ceil_div(a.N, cpu::kColumnStep), grid.n_parts) * cpu::kColumnStep;
+  const Grid grid = best_grid(a.M, a.N, a.K), next = best_grid(a.M, after.N, after.K);
+  const int64_t row_step = grid.row_step(), column_step = grid.column_step();
   at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
     static thread_local ThreadScratch memory;
     void* scratch = memory.at_least(cpu::int8_linear_scratch_bytes(a.K));
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t m = part / grid.n_parts * row_step, n = part % grid.n_parts * column_step;
+      const int64_t m = grid.row_of(part), n = grid.column_of(part);
       if (m >= a.M || n >= a.N) continue;
-      cpu::int8_linear(isa, a, {m, std::min(a.M, m + row_step), n, std::min(a.N, n + column_step)},
+      cpu::int8_linear(isa, a,
+                       {m, std::min(a.M, m + row_step), n, std::min(a.N, n + column_step),
+                        after.from(next.column_of(part))},
                        scratch);
     }
   });
 }
 
 }  // namespace
+
+cpu::WeightAfter PackedWeight::from(int64_t n) const {
+  // More would not come faster than the product reads it.
+  constexpr int64_t kBytes = 64 * 1024;
+  if (n >= N) return {};
+  const int64_t panel_bytes = cpu::num_k_groups(K) * cpu::kLineBytes;
+  const int64_t panel = n / cpu::kPanelWidth, panels = cpu::kColumnStep / cpu::kPanelWidth;
+  const int64_t count = std::min(panels, cpu::num_panels(N) - panel);
+  return {w + panel * panel_bytes, std::min(kBytes, count * panel_bytes)};
+}
 
 at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
                        const std::optional<at::Tensor>& x_zero, const at::Tensor& w,
@@ -96,6 +113,17 @@ at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
                        const std::optional<at::Tensor>& residual,
                        const std::optional<at::Tensor>& layer_scale, std::string_view activation,
                        at::ScalarType out_dtype) {
+  return int8_linear_before({}, x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual,
+                            layer_scale, activation, out_dtype);
+}
+
+at::Tensor int8_linear_before(const PackedWeight& after, const at::Tensor& x_q,
+                              const at::Tensor& x_scale, const std::optional<at::Tensor>& x_zero,
+                              const at::Tensor& w, const at::Tensor& w_scale,
+                              const at::Tensor& w_sum, const std::optional<at::Tensor>& bias,
+                              const std::optional<at::Tensor>& residual,
+                              const std::optional<at::Tensor>& layer_scale,
+                              std::string_view activation, at::ScalarType out_dtype) {
   TORCH_CHECK_VALUE(x_q.dim() == 2 && (x_q.size(1) <= 1 || x_q.stride(1) == 1),
                     "int8_linear: x_q must have shape [M, K] and contiguous rows, got ",
                     x_q.sizes(), " with strides ", x_q.strides());
@@ -130,7 +158,7 @@ at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
   a.y = y.mutable_data_ptr();
   a.out_type = float_type(out_dtype, "int8_linear", "out_dtype");
   a.activation = activation_from_name(activation);
-  run_parallel(a);
+  run_parallel(a, after);
   return y;
 }
 

@@ -29,10 +29,17 @@ struct Int8LinearArgs {
   Activation activation;
 };
 
+// Weights that a thread reads after those of a block, to be asked for before they are needed.
+struct WeightAfter {
+  const int8_t* w = nullptr;
+  int64_t bytes = 0;
+};
+
 // Part of y: rows [m_begin, m_end), columns [n_begin, n_end). n_begin is a multiple of kColumnStep,
 // and so is n_end unless it is N.
 struct Int8LinearBlock {
   int64_t m_begin, m_end, n_begin, n_end;
+  WeightAfter after = {};
 };
 inline constexpr int64_t kColumnStep = 64;
 

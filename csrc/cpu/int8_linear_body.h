@@ -20,8 +20,8 @@ inline void multiply(int rows, const Tile::X* x, int64_t stride, const int8_t* w
 
 // All rows of a chunk, already converted, times the columns [n, n + kCols).
 template <int kCols>
-void run_columns(const Args& a, Epilogue<kCols> finish, const Tile::X* x, int64_t m_begin,
-                 int64_t m_end, int64_t n) {
+void run_columns(const Args& a, const Int8LinearBlock& block, Epilogue<kCols> finish,
+                 const Tile::X* x, int64_t m_begin, int64_t m_end, int64_t n) {
   alignas(64) int32_t acc[Tile::kRows * kCols];
   const int64_t groups = num_k_groups(a.K), stride = scratch_stride(a.K);
   const int8_t* w = a.w + n / kPanelWidth * groups * kLineBytes + n % kPanelWidth * kGroupDepth;
@@ -30,12 +30,20 @@ void run_columns(const Args& a, Epilogue<kCols> finish, const Tile::X* x, int64_
   TileColumns<kCols> columns;
   columns.load(a, n, cols);
   const int64_t bytes = a.out_type == FloatType::kF32 ? 4 : 2;
-  const bool has_next = n + 2 * kCols <= a.N;
+  const int64_t next = n + kCols, panel_bytes = groups * kLineBytes;
+  const int64_t left = (num_panels(a.N) - next / kPanelWidth) * panel_bytes;
   const int64_t w_bytes = kCols * groups * kGroupDepth;
-  const int64_t lines = w_bytes / kLineBytes, turns = num_tiles * Ahead::turns_of(groups);
   Ahead ahead{};
-  ahead.w = w + w_bytes;
-  ahead.w_end = has_next ? ahead.w + w_bytes : ahead.w;
+  if (next < block.n_end) {
+    ahead.w = w + kCols * groups * kGroupDepth;
+    ahead.w_end =
+        ahead.w + (left < kCols * groups * kGroupDepth ? left : kCols * groups * kGroupDepth);
+  } else {
+    ahead.w = block.after.w;
+    ahead.w_end = ahead.w + block.after.bytes;
+  }
+  const int64_t lines = (ahead.w_end - ahead.w) / kLineBytes;
+  const int64_t turns = num_tiles * Ahead::turns_of(groups);
   ahead.w_bytes = lines > 0 ? (lines + turns - 1) / turns * kLineBytes : 0;
   ahead.y_stride = a.N * bytes, ahead.residual_stride = a.residual_stride * bytes;
   ahead.row_bytes = cols * bytes;
@@ -65,8 +73,8 @@ void run(const Args& a, const Int8LinearBlock& block, void* scratch) {
     }
     int64_t n = block.n_begin;
     for (; n + Tile::kCols <= block.n_end; n += Tile::kCols)
-      run_columns<Tile::kCols>(a, finish_tile, x, m_begin, m_end, n);
+      run_columns<Tile::kCols>(a, block, finish_tile, x, m_begin, m_end, n);
     for (; n < block.n_end; n += Tile::kTailCols)
-      run_columns<Tile::kTailCols>(a, finish_tail, x, m_begin, m_end, n);
+      run_columns<Tile::kTailCols>(a, block, finish_tail, x, m_begin, m_end, n);
   }
 }
