@@ -148,9 +148,9 @@ def products_of(launch: Launch, tower: Tower) -> int:
     if launch.name == "int8_linear":
         return 2 * number("M") * number("N") * number("K")
     if launch.name == "int8_attention":
-        tokens = number("L")
-        heads = launch.programs // math.ceil(tokens / int(str(launch.constants["BLOCK_I"])))
-        return 4 * heads * tokens * tokens * number("d")
+        queries = number("asked")
+        heads = launch.programs // math.ceil(queries / int(str(launch.constants["BLOCK_I"])))
+        return 4 * heads * queries * number("L") * number("d")
     if launch.name == "score":
         return 2 * launch.programs * 16 * number("H") * number("E")
     return 0

@@ -96,18 +96,18 @@ def _attend(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
     return acc / total[:, None]
 
 
-@triton.jit(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L", "asked"])
 def _int8_attention_kernel(
-    qkv_ptr, y_ptr, L, H, d, stride_b, stride_l, root,
+    qkv_ptr, y_ptr, L, asked, H, d, stride_b, stride_l, root,
     IS_CAUSAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I queries of one head of one image.
+    """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I of the queries i < asked of one head.
 
     k is centred on its mean over tokens; logit_ij = s_ij * ((q_scale_i * root) * k_scale_j) with
     s the int8 product and root = d^-1/2.
     """
-    tiles = tl.cdiv(L, BLOCK_I)
+    tiles = tl.cdiv(asked, BLOCK_I)
     head = (tl.program_id(0) // tiles) % H
     image = (tl.program_id(0) // tiles // H).to(tl.int64)
     offs_i = (tl.program_id(0) % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -120,13 +120,18 @@ def _int8_attention_kernel(
     q_step = q_scale * root
     k_mean = _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D, UNROLL)
     y = _attend(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d, IS_CAUSAL)
-    y_rows = y_ptr + (image * L + offs_i)[:, None] * (H * d) + head * d
-    mask = (offs_i < L)[:, None] & (offs_d < d)[None, :]
+    y_rows = y_ptr + (image * asked + offs_i)[:, None] * (H * d) + head * d
+    mask = (offs_i < asked)[:, None] & (offs_d < d)[None, :]
     tl.store(y_rows + offs_d[None, :], convert(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 def int8_attention(
-    qkv: Tensor, num_heads: int, causal: bool = False, *, config: AttentionConfig | None = None
+    qkv: Tensor,
+    num_heads: int,
+    causal: bool = False,
+    *,
+    asked: int | None = None,
+    config: AttentionConfig | None = None,
 ) -> Tensor:
     """softmax(Q K^T / sqrt(d)) V with Q and K in int8; see lraee.reference.
 
@@ -134,21 +139,23 @@ def int8_attention(
       qkv: float32, bfloat16 or float16 [B, L, 3 D], read in place.
       num_heads: H, a divisor of D.
       causal: token i sees tokens 0..i only.
+      asked: how many of the tokens, from the first on, are queries; all L when None.
       config: queries and warps of a program; chosen by shape when None.
-    Returns: [B, L, D] in the type of qkv.
+    Returns: [B, asked, D] in the type of qkv.
     """
     B, L, D3 = qkv.shape
     D = D3 // 3
     d = D // num_heads
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
     config = config or attention_config(L, d, causal)
-    y = torch.empty((B, L, D), dtype=qkv.dtype, device=qkv.device)
-    programs = B * num_heads * triton.cdiv(L, config.block_i)
+    asked = L if asked is None else asked
+    y = torch.empty((B, asked, D), dtype=qkv.dtype, device=qkv.device)
+    programs = B * num_heads * triton.cdiv(asked, config.block_i)
     if programs:
         launch.start(
             _int8_attention_kernel,
             (programs,),
-            qkv, y, L, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
+            qkv, y, L, asked, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
             IS_CAUSAL=causal,
             BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
             UNROLL=config.unroll,

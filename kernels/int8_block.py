@@ -55,10 +55,11 @@ def int8_block(
     rows = x.reshape(B * L, D)
     quantized = layer_norm_quantize(rows, *norm_1, eps[0], symmetric[0])
     qkv = int8_linear(*quantized, *in_proj, out_dtype=x.dtype)
-    y = int8_attention(qkv.view(B, L, 3 * D), num_heads, causal)
-    y, rows = (y[:, 0], x[:, 0]) if first_only else (y.view(B * L, D), rows)
+    asked = 1 if first_only else L
+    y = int8_attention(qkv.view(B, L, 3 * D), num_heads, causal, asked=asked).view(B * asked, D)
+    rows = x[:, 0] if first_only else rows
     rows = _project(y, symmetric[1], out_proj, rows, x.dtype)
     quantized = layer_norm_quantize(rows, *norm_2, eps[1], symmetric[2])
     y = int8_linear(*quantized, *c_fc, activation=activation, out_dtype=x.dtype)
     rows = _project(y, symmetric[3], c_proj, rows, x.dtype)
-    return rows.view(B, 1 if first_only else L, D)
+    return rows.view(B, asked, D)

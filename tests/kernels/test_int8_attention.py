@@ -10,7 +10,7 @@ from lraee.kernels.configs import AttentionConfig, attention_config
 from lraee.kernels.int8_attention import int8_attention
 from lraee.poison import guarded_outputs, poisoned
 from lraee.selftest_inputs import attention
-from tests.support import assert_within
+from tests.support import assert_same, assert_within
 
 
 def check(B: int, L: int, H: int, d: int, *, seed: int, causal: bool, block_i: int = 64) -> None:
@@ -50,6 +50,16 @@ def test_heads_images_and_widths() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_several_tiles_of_keys(causal: bool) -> None:
     check(1, 330, 1, 8, seed=0, causal=causal, block_i=128)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_first_tokens_alone_have_the_same_bits(causal: bool) -> None:
+    qkv = attention(3, 50, 2, 8, seed=1)
+    whole = int8_attention(qkv, 2, causal)
+    for asked in (1, 16, 17, 50):
+        with guarded_outputs():
+            first = int8_attention(qkv, 2, causal, asked=asked)
+        assert_same(first, whole[:, :asked], asked=asked)
 
 
 def test_a_later_tile_with_larger_scores() -> None:
