@@ -114,8 +114,8 @@ _BYTES_PER_THREAD = 3 * 2**20
 
 What is beyond the cache that threads share, the weights of a block among it, goes to memory after
 every block and comes back. ViT-L/14 at batch 32 (34 MB of tokens) in parts of 16, 8, 4 and 2
-images: 6,970, 6,860, 6,785 and 6,928 ms; ViT-B/16 at 32 and ViT-B/32 at 128 are within 1 % at 3, 4.5
-and 9 MB a thread (Zen 4, two threads, 32 MB of L3).
+images: 6,970, 6,860, 6,785 and 6,928 ms; ViT-B/16 at 32 and ViT-B/32 at 128 are within 1 % at 3,
+4.5 and 9 MB a thread (Zen 4, two threads, 32 MB of L3).
 """
 
 
