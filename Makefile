@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
@@ -66,12 +67,12 @@ check: setup  ## Lint, format and types; changes nothing.
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FORMATTED)
 
 format: setup  ## Formats all code in place.
 	$(BIN)/ruff check --fix --select I
 	$(BIN)/ruff format
-	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+	$(BIN)/clang-format -i $(CXX_FORMATTED)
 
 # Benchmarks: nothing else should run on the machine
 
