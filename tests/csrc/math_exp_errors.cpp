@@ -1,5 +1,6 @@
-// Prints the largest errors of csrc/cpu/math_exp.h, measured at AVX2 on a grid of float32 bit patterns:
-// relative of exp_nonpositive on [-86, 0] and of exp_f32 on [-86, 88.7], absolute of sigmoid on [-100, 100].
+// Prints the largest errors of csrc/cpu/math_exp.h, measured at AVX2 on a grid of float32 bit
+// patterns: relative of exp_nonpositive on [-86, 0] and of exp_f32 on [-86, 88.7], absolute of
+// sigmoid on [-100, 100].
 
 #include <cstdio>
 
