@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench.launches import Launch, launches_of, meta
 from bench.shapes import B16, B32, L14, Tower
+from lraee.kernels import configs
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Shape, attention_config, pick
 from lraee.kernels.exit_probe import exit_probe
@@ -35,6 +36,10 @@ SHORTEST_US = 2.0
 """A kernel that does next to nothing: filling and draining the GPU."""
 SM_GB_S = 80.0
 """What one SM reads from L2: 64 bytes a cycle at some 1.4 GHz, not quite reached."""
+SM_INSTRUCTIONS_PER_US = 128 * 1.5e3
+"""Values one SM gives one instruction in a microsecond, at 1.5 GHz."""
+RANGE_INSTRUCTIONS, QUANTIZE_INSTRUCTIONS = 8, 24
+"""A value in the search for a row's range and in its quantizer."""
 BATCHES = (1, 8, 32, 128)
 CLASSES = 1000
 HIDDEN = 512
@@ -68,12 +73,12 @@ def _weight(N: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def block_launches(
-    tower: Tower, batch: int, arch: Arch, *, quantizes_on_load: bool = False
+    tower: Tower, batch: int, arch: Arch, *, quantizes_on_load: bool | None = None
 ) -> list[Launch]:
     """The launches of one INT8 block in float16.
 
-    Nine as a rule. Seven where out and fc2 quantize their float rows on load
-    (int8_linear_from_float; configs.quantizes_on_load says where towers do).
+    Nine, or seven where out and fc2 quantize their float rows on load (int8_linear_from_float):
+    where towers do (configs.quantizes_on_load), or as the argument says.
     """
     M, D = batch * tower.L, tower.D
     half = torch.float16
@@ -88,7 +93,10 @@ def block_launches(
 
     def linear_of_float(N: int, K: int) -> None:
         rows = meta(M, K, dtype=half)
-        if quantizes_on_load:
+        is_on_load = quantizes_on_load
+        if is_on_load is None:
+            is_on_load = configs.quantizes_on_load(Shape(M, N, K, 2), arch)
+        if is_on_load:
             int8_linear_from_float(
                 rows, False, *_weight(N, K), residual=x, out_dtype=half,
                 config=pick(Shape(M, N, K, 2), arch),
@@ -168,7 +176,18 @@ def kernel_us(launch: Launch, part: Part, tower: Tower) -> float:
     utilisation = INT8_UTILISATION * max(fill(launch, part), 0.05)
     compute = products_of(launch, tower) / (peak * 1e6 * utilisation)
     memory = bytes_of(launch) / (part.bandwidth_gb_s * 1e3 * MEMORY_UTILISATION)
+    compute += _on_load_us(launch, part)
     return max(SHORTEST_US, compute, memory, _score_us(launch, part))
+
+
+def _on_load_us(launch: Launch, part: Part) -> float:
+    """Each program of a product with float rows finds their ranges and quantizes its part of K."""
+    if not launch.constants.get("IS_FLOAT"):
+        return 0.0
+    K, rows = int(str(launch.arguments["K"])), int(str(launch.constants["BLOCK_M"]))
+    own = K / int(str(launch.constants["SPLIT_K"]))
+    instructions = rows * (K * RANGE_INSTRUCTIONS + own * QUANTIZE_INSTRUCTIONS)
+    return math.ceil(launch.programs / part.sms) * instructions / SM_INSTRUCTIONS_PER_US
 
 
 def _score_us(launch: Launch, part: Part) -> float:
