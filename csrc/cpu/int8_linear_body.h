@@ -30,14 +30,12 @@ void run_columns(const Args& a, const Int8LinearBlock& block, Epilogue<kCols> fi
   TileColumns<kCols> columns;
   columns.load(a, n, cols);
   const int64_t bytes = a.out_type == FloatType::kF32 ? 4 : 2;
-  const int64_t next = n + kCols, panel_bytes = groups * kLineBytes;
-  const int64_t left = (num_panels(a.N) - next / kPanelWidth) * panel_bytes;
-  const int64_t w_bytes = kCols * groups * kGroupDepth;
   Ahead ahead{};
-  if (next < block.n_end) {
-    ahead.w = w + kCols * groups * kGroupDepth;
-    ahead.w_end =
-        ahead.w + (left < kCols * groups * kGroupDepth ? left : kCols * groups * kGroupDepth);
+  if (n + kCols < block.n_end) {
+    const int64_t panels = num_panels(a.N) - (n + kCols) / kPanelWidth;
+    const int64_t w_bytes = kCols * groups * kGroupDepth, left = panels * groups * kLineBytes;
+    ahead.w = w + w_bytes;
+    ahead.w_end = ahead.w + (left < w_bytes ? left : w_bytes);
   } else {
     ahead.w = block.after.w;
     ahead.w_end = ahead.w + block.after.bytes;
