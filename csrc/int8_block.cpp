@@ -85,8 +85,8 @@ at::Tensor by_operator(const at::Tensor& x, const Block& block, std::string_view
                             const Linear& linear, const std::optional<at::Tensor>& residual,
                             std::string_view then, const PackedWeight& after) {
     const auto& [x_q, x_scale, x_zero] = quantized;
-    return int8_linear_before(after, x_q, x_scale, x_zero, linear.w, linear.w_scale, linear.w_sum,
-                              linear.bias, residual, linear.layer_scale, then, type);
+    return int8_linear(x_q, x_scale, x_zero, linear.w, linear.w_scale, linear.w_sum, linear.bias,
+                       residual, linear.layer_scale, then, type, after);
   };
   const auto normed = [&](const at::Tensor& from, const Norm& norm, const Linear& linear) {
     return layer_norm_quantize(from, norm.gamma, norm.beta, norm.eps, linear.symmetric);

@@ -112,18 +112,7 @@ at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
                        const std::optional<at::Tensor>& bias,
                        const std::optional<at::Tensor>& residual,
                        const std::optional<at::Tensor>& layer_scale, std::string_view activation,
-                       at::ScalarType out_dtype) {
-  return int8_linear_before({}, x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual,
-                            layer_scale, activation, out_dtype);
-}
-
-at::Tensor int8_linear_before(const PackedWeight& after, const at::Tensor& x_q,
-                              const at::Tensor& x_scale, const std::optional<at::Tensor>& x_zero,
-                              const at::Tensor& w, const at::Tensor& w_scale,
-                              const at::Tensor& w_sum, const std::optional<at::Tensor>& bias,
-                              const std::optional<at::Tensor>& residual,
-                              const std::optional<at::Tensor>& layer_scale,
-                              std::string_view activation, at::ScalarType out_dtype) {
+                       at::ScalarType out_dtype, const PackedWeight& after) {
   TORCH_CHECK_VALUE(x_q.dim() == 2 && (x_q.size(1) <= 1 || x_q.stride(1) == 1),
                     "int8_linear: x_q must have shape [M, K] and contiguous rows, got ",
                     x_q.sizes(), " with strides ", x_q.strides());
@@ -164,4 +153,14 @@ at::Tensor int8_linear_before(const PackedWeight& after, const at::Tensor& x_q,
 
 }  // namespace lraee
 
-TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("int8_linear", &lraee::int8_linear); }
+TORCH_LIBRARY_IMPL(lraee, CPU, m) {
+  using lraee::int8_linear;
+  using Optional = const std::optional<at::Tensor>&;
+  m.impl("int8_linear",
+         [](const at::Tensor& x_q, const at::Tensor& x_scale, Optional x_zero, const at::Tensor& w,
+            const at::Tensor& w_scale, const at::Tensor& w_sum, Optional bias, Optional residual,
+            Optional layer_scale, std::string_view activation, at::ScalarType out_dtype) {
+           return int8_linear(x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale,
+                              activation, out_dtype);
+         });
+}

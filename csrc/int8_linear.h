@@ -21,22 +21,13 @@ struct PackedWeight {
   cpu::WeightAfter from(int64_t n) const;
 };
 
+// after: the weight of the next operator, which is asked for while the last columns are at work.
 at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
                        const std::optional<at::Tensor>& x_zero, const at::Tensor& w,
                        const at::Tensor& w_scale, const at::Tensor& w_sum,
                        const std::optional<at::Tensor>& bias,
                        const std::optional<at::Tensor>& residual,
                        const std::optional<at::Tensor>& layer_scale, std::string_view activation,
-                       at::ScalarType out_dtype);
-
-// The same where `after` is the weight of the next operator, which is asked for while the last
-// columns are at work.
-at::Tensor int8_linear_before(const PackedWeight& after, const at::Tensor& x_q,
-                              const at::Tensor& x_scale, const std::optional<at::Tensor>& x_zero,
-                              const at::Tensor& w, const at::Tensor& w_scale,
-                              const at::Tensor& w_sum, const std::optional<at::Tensor>& bias,
-                              const std::optional<at::Tensor>& residual,
-                              const std::optional<at::Tensor>& layer_scale,
-                              std::string_view activation, at::ScalarType out_dtype);
+                       at::ScalarType out_dtype, const PackedWeight& after = {});
 
 }  // namespace lraee
