@@ -36,10 +36,8 @@ SHORTEST_US = 2.0
 """A kernel that does next to nothing: filling and draining the GPU."""
 SM_GB_S = 80.0
 """What one SM reads from L2: 64 bytes a cycle at some 1.4 GHz, not quite reached."""
-SM_INSTRUCTIONS_PER_US = 128 * 1.5e3
-"""Values one SM gives one instruction in a microsecond, at 1.5 GHz."""
-RANGE_INSTRUCTIONS, QUANTIZE_INSTRUCTIONS = 8, 24
-"""A value in the search for a row's range and in its quantizer."""
+RANGE_INSTRUCTIONS = 8
+"""About what a value takes in the search for the range of its row."""
 BATCHES = (1, 8, 32, 128)
 CLASSES = 1000
 HIDDEN = 512
@@ -186,8 +184,8 @@ def _on_load_us(launch: Launch, part: Part) -> float:
         return 0.0
     K, rows = int(str(launch.arguments["K"])), int(str(launch.constants["BLOCK_M"]))
     own = K / int(str(launch.constants["SPLIT_K"]))
-    instructions = rows * (K * RANGE_INSTRUCTIONS + own * QUANTIZE_INSTRUCTIONS)
-    return math.ceil(launch.programs / part.sms) * instructions / SM_INSTRUCTIONS_PER_US
+    instructions = rows * (K * RANGE_INSTRUCTIONS + own * configs.QUANTIZE_INSTRUCTIONS)
+    return math.ceil(launch.programs / part.sms) * instructions / configs.SM_INSTRUCTIONS_PER_US
 
 
 def _score_us(launch: Launch, part: Part) -> float:

@@ -128,6 +128,11 @@ def legal(config: Config, shape: Shape, arch: Arch) -> bool:
 LOAD_LATENCY_US = 0.7
 """From asking for a tile in DRAM or L2 to having it; the time one pipeline stage hides."""
 
+SM_INSTRUCTIONS_PER_US = 128 * 1.5e3
+"""Values that one SM gives an instruction: one of a warp per scheduler and cycle, at ~1.5 GHz."""
+QUANTIZE_INSTRUCTIONS = 24
+"""About what a value takes to be quantized."""
+
 
 def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
     """Time of int8_linear in this tiling, launch excluded: waves of tiles, or bytes, or latency.
@@ -155,8 +160,8 @@ def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
     latency_us = LOAD_LATENCY_US / max(1, config.num_stages - 1)
     quantize_us = 0.0
     if shape.x_bytes > 1:
-        # About 24 instructions a value at one warp instruction per scheduler and cycle (~1.5 GHz)
-        quantize_us = sharing * 24 * config.block_m * config.block_k / (128 * 1.5e3)
+        values = sharing * config.block_m * config.block_k
+        quantize_us = QUANTIZE_INSTRUCTIONS * values / SM_INSTRUCTIONS_PER_US
         steps *= 1 + 1 / 2  # the range is read first
     busy_us: float = waves * (
         LOAD_LATENCY_US + steps * max(compute_us + quantize_us, l2_us, latency_us)
