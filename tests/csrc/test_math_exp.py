@@ -1,27 +1,19 @@
 """The exp of the row operators, compiled on its own: the bound that other tests build on."""
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.csrc.compiled import HERE, needs_compiler, run_compiled
 from tests.csrc.levels import LEVELS
 
-ROOT = Path(__file__).parents[2]
-COMPILER = os.environ.get("CXX", "c++")
 
-
-@pytest.mark.skipif(shutil.which(COMPILER) is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.skipif("avx2" not in LEVELS, reason="needs AVX2")
 def test_exp_is_within_two_roundings(tmp_path: Path) -> None:
-    program = tmp_path / "errors"
-    source = str(ROOT / "tests/csrc/math_exp_errors.cpp")
-    flags = ["-O2", "-std=c++20", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([COMPILER, *flags, source, "-o", str(program)], check=True)
-    output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    lines = output.split("\n")
+    found = run_compiled(tmp_path, HERE / "math_exp_errors.cpp", optimise="-O2")
+    assert found.returncode == 0, found
+    lines = found.stdout.split("\n")
     of_exp_nonpositive, of_exp, of_sigmoid = map(float, lines[0].split())
     # Polynomial 2e-9, its coefficients 2^-26, r 2^-25, the last sum 2^-24.
     assert of_exp_nonpositive <= 2.0**-23
