@@ -128,6 +128,8 @@ def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return (x,)
     threads = torch.get_num_threads()
+    if len(x) <= threads:
+        return (x,)
     bytes_of_one = cast(Tensor, tower.positional_embedding).numel() * x.element_size()
     most = threads * max(1, _BYTES_PER_THREAD // bytes_of_one)
     if len(x) <= most or any(is_hooked(m) for m in tower.modules() if m is not tower):
