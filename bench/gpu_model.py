@@ -36,8 +36,10 @@ SHORTEST_US = 2.0
 """A kernel that does next to nothing: filling and draining the GPU."""
 SM_GB_S = 80.0
 """What one SM reads from L2: 64 bytes a cycle at some 1.4 GHz, not quite reached."""
-RANGE_INSTRUCTIONS = 8
-"""About what a value takes in the search for the range of its row."""
+SM_INSTRUCTIONS_PER_US = 128 * 1.5e3
+"""Values that one SM gives an instruction: one of a warp per scheduler and cycle, at ~1.5 GHz."""
+QUANTIZE_INSTRUCTIONS = 32
+"""About what a value takes: 8 in the search for the range of its row, 24 to be quantized."""
 BATCHES = (1, 8, 32, 128)
 CLASSES = 1000
 HIDDEN = 512
@@ -71,16 +73,19 @@ def _weight(N: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def block_launches(
-    tower: Tower, batch: int, arch: Arch, *, quantizes_on_load: bool | None = None
+    tower: Tower, batch: int, arch: Arch, *, quantizes_together: bool | None = None
 ) -> list[Launch]:
     """The launches of one INT8 block in float16.
 
-    Nine, or seven where out and fc2 quantize their float rows on load (int8_linear_from_float):
-    where towers do (configs.quantizes_on_load), or as the argument says.
+    Nine, or seven where out and fc2 quantize their float rows (int8_linear_from_float): where
+    towers do (configs.quantizes_together), or as the argument says.
     """
     M, D = batch * tower.L, tower.D
     half = torch.float16
     x, gamma, beta = meta(M, D, dtype=half), meta(D), meta(D)
+    is_together = quantizes_together
+    if is_together is None:
+        is_together = configs.quantizes_together(M, arch)
 
     def linear(N: int, K: int, activation: str, residual: Tensor | None) -> None:
         x_q, x_zero = meta(M, K, dtype=torch.int8), meta(M, dtype=torch.int32)
@@ -91,13 +96,10 @@ def block_launches(
 
     def linear_of_float(N: int, K: int) -> None:
         rows = meta(M, K, dtype=half)
-        is_on_load = quantizes_on_load
-        if is_on_load is None:
-            is_on_load = configs.quantizes_on_load(Shape(M, N, K, 2), arch)
-        if is_on_load:
+        if is_together:
             int8_linear_from_float(
                 rows, False, *_weight(N, K), residual=x, out_dtype=half,
-                config=pick(Shape(M, N, K, 2), arch),
+                config=pick(Shape(M, N, K), arch),
             )  # fmt: skip
         else:
             quantize_rows(rows, False)
@@ -174,18 +176,35 @@ def kernel_us(launch: Launch, part: Part, tower: Tower) -> float:
     utilisation = INT8_UTILISATION * max(fill(launch, part), 0.05)
     compute = products_of(launch, tower) / (peak * 1e6 * utilisation)
     memory = bytes_of(launch) / (part.bandwidth_gb_s * 1e3 * MEMORY_UTILISATION)
-    compute += _on_load_us(launch, part)
-    return max(SHORTEST_US, compute, memory, _score_us(launch, part))
+    alone = max(SHORTEST_US, compute, memory, _score_us(launch, part))
+    return alone + together_us(launch, part)
 
 
-def _on_load_us(launch: Launch, part: Part) -> float:
-    """Each program of a product with float rows finds their ranges and quantizes its part of K."""
-    if not launch.constants.get("IS_FLOAT"):
+def together_us(launch: Launch, part: Part) -> float:
+    """What programs take that quantize rows together before their product, per wave.
+
+    Two trips to L2 to meet, and for each piece one to take it, one to load it, its bytes (read
+    twice where it is no single tile) and its instructions.
+    """
+    if not launch.constants.get("FROM_FLOAT"):
         return 0.0
-    K, rows = int(str(launch.arguments["K"])), int(str(launch.constants["BLOCK_M"]))
-    own = K / int(str(launch.constants["SPLIT_K"]))
-    instructions = rows * (K * RANGE_INSTRUCTIONS + own * configs.QUANTIZE_INSTRUCTIONS)
-    return math.ceil(launch.programs / part.sms) * instructions / configs.SM_INSTRUCTIONS_PER_US
+
+    def constant(name: str) -> int:
+        return int(str(launch.constants[name]))
+
+    M, N, K = (int(str(launch.arguments[name])) for name in ("M", "N", "K"))
+    rows = min(M, constant("BLOCK_M"))
+    sharers = math.ceil(N / constant("BLOCK_N")) * constant("SPLIT_K")
+    pieces = math.ceil(math.ceil(rows / constant("PIECE_ROWS")) / sharers)
+    values = min(rows, constant("PIECE_ROWS")) * K
+    readings = 1 if launch.constants["IS_ONE_TILE"] else 2
+    piece = (
+        2 * configs.LOAD_LATENCY_US
+        + values * (2 * readings + 1) / (SM_GB_S * 1e3)
+        + values * QUANTIZE_INSTRUCTIONS / SM_INSTRUCTIONS_PER_US
+    )
+    waves = math.ceil(launch.programs / part.sms)
+    return waves * (2 * configs.LOAD_LATENCY_US + pieces * piece)
 
 
 def _score_us(launch: Launch, part: Part) -> float:

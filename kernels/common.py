@@ -214,19 +214,3 @@ def convert(y, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         y = tl.where(y == y, bits.to(tl.float32, bitcast=True), y)
     return y.to(dtype)
-
-
-@triton.jit
-def last_to_arrive(ticket_ptr, COUNT):
-    """True in the last of COUNT programs that call this with one ticket, which is then reset to 0.
-
-    What the others stored before is visible to that program: their stores are ordered before their
-    ticket by the barrier, tickets are acquire-release, and the barrier after it orders the loads.
-    Read the stored values with cache_modifier=".cg", for L1 is not coherent.
-    """
-    tl.debug_barrier()
-    is_last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == COUNT - 1
-    tl.debug_barrier()
-    if is_last:
-        tl.atomic_xchg(ticket_ptr, 0, sem="relaxed", scope="gpu")
-    return is_last

@@ -13,17 +13,18 @@ from lraee.kernels.measured import MEASURED
 
 WORKSPACE_PARTIALS = 1 << 22
 WORKSPACE_TICKETS = 1 << 16
-"""Size of a split-K workspace: int32 partial sums, and one ticket per output tile or image."""
+"""Size of a workspace: int32 partial sums, and tickets of output tiles, row blocks or images."""
+ROW_BLOCK_TICKETS = 3
+"""Of a row block of int8_linear_from_float: pieces taken, pieces done, programs gone on."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """y[M, N] = x[M, K] @ w[N, K].T; x_bytes is 1, or more where float x is quantized on load."""
+    """y[M, N] = x[M, K] @ w[N, K].T."""
 
     M: int
     N: int
     K: int
-    x_bytes: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,9 @@ class ProbeConfig:
     num_warps: int = 8
 
 
-def shared_bytes(config: Config, x_bytes: int = 1) -> int:
+def shared_bytes(config: Config) -> int:
     """Shared memory of the pipelined tiles of x and w."""
-    per_stage = (config.block_m * x_bytes + config.block_n) * config.block_k
-    staging = config.block_m * config.block_k if x_bytes > 1 else 0
-    return per_stage * config.num_stages + staging
+    return (config.block_m + config.block_n) * config.block_k * config.num_stages
 
 
 def accumulators_per_thread(config: Config) -> int:
@@ -107,31 +106,26 @@ def legal(config: Config, shape: Shape, arch: Arch) -> bool:
         return False  # smallest 8-bit product
     if config.num_warps not in (1, 2, 4, 8) or config.num_stages < 1:
         return False
-    if shared_bytes(config, shape.x_bytes) > arch.shared_per_block:
+    if shared_bytes(config) > arch.shared_per_block:
         return False
-    # Twice as many were seen to spill: 128x256 and 64x256 on sm_90 and sm_100 (400-1300 bytes);
-    # 64x64 in 4 warps while quantizing on load on sm_100 (8 bytes). Triton 3.8, bench/gpu_matrix
-    most = 16 if shape.x_bytes > 1 else 64
-    if accumulators_per_thread(config) > most:
+    # Twice as many were seen to spill: 128x256 and 64x256 on sm_90 and sm_100 (400-1300 bytes,
+    # Triton 3.8, bench/gpu_matrix)
+    if accumulators_per_thread(config) > 64:
         return False
     if config.split_k == 1:
         return True
-    tiles = math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n)
+    row_blocks = math.ceil(shape.M / config.block_m)
+    tiles = row_blocks * math.ceil(shape.N / config.block_n)
     partials = tiles * config.split_k * config.block_m * config.block_n
     return (
         config.split_k <= math.ceil(shape.K / config.block_k)
-        and tiles <= WORKSPACE_TICKETS
+        and tiles + ROW_BLOCK_TICKETS * row_blocks <= WORKSPACE_TICKETS
         and partials <= WORKSPACE_PARTIALS
     )
 
 
 LOAD_LATENCY_US = 0.7
 """From asking for a tile in DRAM or L2 to having it; the time one pipeline stage hides."""
-
-SM_INSTRUCTIONS_PER_US = 128 * 1.5e3
-"""Values that one SM gives an instruction: one of a warp per scheduler and cycle, at ~1.5 GHz."""
-QUANTIZE_INSTRUCTIONS = 24
-"""About what a value takes to be quantized."""
 
 
 def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
@@ -143,33 +137,26 @@ def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
     """
     tiles = math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n)
     programs = tiles * config.split_k
-    by_shared = arch.shared_per_sm // max(1, shared_bytes(config, shape.x_bytes) + 1024)
+    by_shared = arch.shared_per_sm // max(1, shared_bytes(config) + 1024)
     registers = accumulators_per_thread(config) + 56
     by_registers = 65_536 // (registers * 32 * config.num_warps)
     resident = max(1, min(by_shared, by_registers, arch.warps_per_sm // config.num_warps))
     sharing = min(resident, math.ceil(programs / arch.sms))
     waves = math.ceil(programs / (arch.sms * resident))
-    steps: float = math.ceil(math.ceil(shape.K / config.block_k) / config.split_k)
+    steps = math.ceil(math.ceil(shape.K / config.block_k) / config.split_k)
 
     tile_ops = 2 * config.block_m * config.block_n * config.block_k
     # Small tiles load more bytes per operation from shared memory than the tensor cores digest
     efficiency = 0.75 * min(1.0, config.block_m / 64, config.block_n / 64)
     compute_us = sharing * tile_ops / (arch.int8_tops * 1e6 / arch.sms * efficiency)
-    tile_bytes = (config.block_m * shape.x_bytes + config.block_n) * config.block_k
+    tile_bytes = (config.block_m + config.block_n) * config.block_k
     l2_us = sharing * tile_bytes / (arch.l2_gb_s * 1e3 / arch.sms)
     latency_us = LOAD_LATENCY_US / max(1, config.num_stages - 1)
-    quantize_us = 0.0
-    if shape.x_bytes > 1:
-        values = sharing * config.block_m * config.block_k
-        quantize_us = QUANTIZE_INSTRUCTIONS * values / SM_INSTRUCTIONS_PER_US
-        steps *= 1 + 1 / 2  # the range is read first
-    busy_us: float = waves * (
-        LOAD_LATENCY_US + steps * max(compute_us + quantize_us, l2_us, latency_us)
-    )
+    busy_us: float = waves * (LOAD_LATENCY_US + steps * max(compute_us, l2_us, latency_us))
     if config.split_k > 1:
         partial_bytes = 8 * programs * config.block_m * config.block_n
         busy_us += 2 * LOAD_LATENCY_US + partial_bytes / (arch.l2_gb_s * 1e3)
-    bytes_moved = (shape.M * shape.x_bytes + shape.N) * shape.K + 4 * shape.M * shape.N
+    bytes_moved = (shape.M + shape.N) * shape.K + 4 * shape.M * shape.N
     dram_us: float = bytes_moved / (arch.bandwidth_gb_s * 1e3)
     return float(max(busy_us, dram_us))
 
@@ -216,14 +203,6 @@ TABLE: dict[int, tuple[tuple[Config, ...], ...]] = {
     80: _BEFORE_90, 86: _BEFORE_90, 89: _BEFORE_90, 90: _FROM_90, 100: _FROM_90, 120: _BEFORE_90,
 }  # fmt: skip
 
-QUANTIZING_TABLE = (
-    Config(16, 64, 128, num_warps=4, num_stages=3),
-    Config(16, 64, 128, num_warps=4, num_stages=3, split_k=4),
-    Config(64, 32, 64, num_warps=4, num_stages=3),
-    Config(64, 64, 64, num_warps=8, num_stages=3),
-)
-"""int8_linear_from_float, any family: float tiles are four times as large."""
-
 
 def bucket(M: int) -> int:
     """Index of the bucket of M, so that a batch size more does not mean another kernel."""
@@ -232,14 +211,12 @@ def bucket(M: int) -> int:
 
 def candidates(shape: Shape, arch: Arch) -> tuple[Config, ...]:
     """Legal rows of the table for this shape."""
-    rows = TABLE[arch.capability][bucket(shape.M)] if shape.x_bytes == 1 else QUANTIZING_TABLE
+    rows = TABLE[arch.capability][bucket(shape.M)]
     return tuple(row for row in rows if legal(row, shape, arch))
 
 
 def measured(shape: Shape, arch: Arch) -> Config | None:
     """The legal config that was measured to be the fastest for about this shape, if any was."""
-    if shape.x_bytes > 1:
-        return None
     rows = MEASURED.get(arch.capability, {}).get((shape.N, shape.K), ())
     found = next((Config(*row) for most, row in rows if shape.M <= most), None)
     return found if found is not None and legal(found, shape, arch) else None
@@ -259,6 +236,16 @@ def pick(shape: Shape, arch: Arch) -> Config:
 def row_config(M: int, K: int) -> RowConfig:
     """quantize_rows: a row a program; 8 warps for wide or few rows (measured on an H200)."""
     return RowConfig(1, num_warps=8 if K > 1024 or M <= 128 else 4)
+
+
+def piece_rows(N: int, config: Config) -> int:
+    """Rows that a program of int8_linear_from_float quantizes at a time, of BLOCK_M that it shares.
+
+    About one piece for each program of the row block, and at most 16 rows.
+    """
+    sharers = math.ceil(N / config.block_n) * config.split_k
+    rows = math.ceil(config.block_m / sharers)
+    return min(16, 1 << (rows - 1).bit_length())
 
 
 def chunk_config(M: int, D: int) -> RowConfig:
@@ -306,18 +293,15 @@ def segments_at_once(config: FloatConfig, tiles: int, K: int, arch: Arch) -> int
     return segments if tiles < arch.sms and partials <= WORKSPACE_PARTIALS else 1
 
 
-ON_LOAD_ROWS = 64
-"""Most rows that are quantized while they are loaded, where that was not measured to lose."""
+TOGETHER_ROWS = 64
+"""Most rows that the programs of a product quantize themselves, where that was not measured."""
 
 
-def quantizes_on_load(shape: Shape, arch: Arch) -> bool:
-    """Whether int8_linear_from_float is worth its repeated work: it saves a launch.
+def quantizes_together(M: int, arch: Arch) -> bool:
+    """Whether int8_block gives M float rows to int8_linear_from_float: it saves a launch.
 
-    Not on sm_90: with all launches in a CUDA graph a ViT-B/32 took 0.64 ms with it and 0.51 without
-    at batch 1 (H200).
-
-    Args:
-      shape: of the product, x_bytes those of its float rows.
+    For few rows, where launches set the pace; PREDICTION (bench/gpu_model): meeting costs more than
+    a launch in a CUDA graph saves, the more so the more rows there are. Not on sm_90, where nine
+    launches were measured.
     """
-    is_measured = arch.capability in MEASURED
-    return not is_measured and shape.M <= ON_LOAD_ROWS and bool(candidates(shape, arch))
+    return arch.capability not in MEASURED and M <= TOGETHER_ROWS

@@ -42,13 +42,15 @@ from lraee.kernels.common import (
     INFINITY,
     LANES,
     fold_lanes,
-    last_to_arrive,
     quantize_tile,
+    quantizer,
     sum_16,
+    value_range,
 )
 from lraee.kernels.configs import ProbeConfig, probe_config
 from lraee.kernels.exit_probe_pool import pool_tokens
-from lraee.kernels.int8_linear import int8_linear, row_quantizer
+from lraee.kernels.int8_linear import int8_linear
+from lraee.kernels.meeting import last_to_arrive
 from lraee.kernels.workspace import Workspace
 
 Probe = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -58,6 +60,20 @@ TILE_B = tl.constexpr(16)
 
 BLOCK_C = tl.constexpr(16)
 """Classes taken in at once. Part of the order of sums: the same for every batch size."""
+
+
+@triton.jit
+def _row_quantizer(x_rows, row_mask, K, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip  # noqa: E501
+    """Quantizer of BLOCK_M float rows, from one reading of them."""
+    offs_k = tl.arange(0, BLOCK_K)
+    lo = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    hi = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        mask = row_mask[:, None] & (k + offs_k[None, :] < K)
+        x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+        tile_lo, tile_hi = value_range(x)
+        lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
+    return quantizer(tl.min(lo, axis=1), tl.max(hi, axis=1), SYMMETRIC)
 
 
 @triton.jit
@@ -88,7 +104,7 @@ def _embed(
     offs_b = tl.program_id(1) * ROWS + tile_b % ROWS
     row_mask = offs_b < B
     rows = hidden_ptr + offs_b.to(tl.int64)[:, None] * H
-    scale, zero, is_valid = row_quantizer(rows, row_mask, H, False, TILE_B, BLOCK_H)
+    scale, zero, is_valid = _row_quantizer(rows, row_mask, H, False, TILE_B, BLOCK_H)
     for e in range(0, E, LANES):
         offs_e = e + tl.arange(0, LANES)
         acc = tl.zeros((TILE_B, LANES), tl.int32)

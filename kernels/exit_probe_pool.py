@@ -12,7 +12,6 @@ from lraee.kernels import launch
 from lraee.kernels.common import (
     LANES,
     lane_sum,
-    last_to_arrive,
     load_row,
     normalise_row,
     quantize_tile,
@@ -20,6 +19,7 @@ from lraee.kernels.common import (
     row_range,
 )
 from lraee.kernels.configs import ProbeConfig
+from lraee.kernels.meeting import last_to_arrive
 from lraee.kernels.workspace import Workspace
 
 Quantized = tuple[Tensor, Tensor, Tensor]

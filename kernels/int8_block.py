@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lraee.kernels import device
-from lraee.kernels.configs import Shape, quantizes_on_load
+from lraee.kernels.configs import quantizes_together
 from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
@@ -23,8 +23,7 @@ def _project(
     """linear(y) * layer_scale + residual of float rows: one launch, or two with quantize_rows."""
     w, w_scale, w_sum, bias, layer_scale = linear
     assert w is not None and w_scale is not None and w_sum is not None
-    shape = Shape(y.shape[0], w_scale.shape[0], y.shape[1], y.element_size())
-    if quantizes_on_load(shape, device.arch(y.device)):
+    if quantizes_together(y.shape[0], device.arch(y.device)):
         return cast(Tensor, int8_linear_from_float(
             y, symmetric, w, w_scale, w_sum, bias,
             residual=residual, layer_scale=layer_scale, out_dtype=out_dtype,

@@ -1,7 +1,7 @@
 """int8_linear for CUDA: tensor-core int8 product with everything after it fused.
 
-Also int8_linear_from_float, which quantizes its float rows while it loads them, so that a layer
-whose input has no other reader (fc2) needs no pass of its own to quantize it.
+Also int8_linear_from_float, whose programs first quantize the float rows they share, so that a
+layer whose input has no other reader (fc2) needs no launch of its own to quantize it.
 """
 
 import torch
@@ -10,16 +10,25 @@ import triton.language as tl
 from torch import Tensor
 
 from lraee.kernels import device, launch, workspace
-from lraee.kernels.common import (
-    activate,
-    convert,
-    last_to_arrive,
-    quantize_tile,
-    quantizer,
-    value_range,
+from lraee.kernels.common import activate, convert
+from lraee.kernels.configs import (
+    ROW_BLOCK_TICKETS,
+    WORKSPACE_TICKETS,
+    Config,
+    Shape,
+    pick,
+    piece_rows,
 )
-from lraee.kernels.configs import Config, Shape, pick
+from lraee.kernels.meeting import last_to_arrive, quantize_together
+from lraee.kernels.quantize_rows import empty_quantized
 from lraee.kernels.workspace import Workspace
+
+PIECE_VALUES = {"row": 8, "rows": 4}
+"""Values that a thread of int8_linear_from_float quantizes at once, of one row or of several.
+
+With others some configs spill 8 bytes around a division (sm_80, 86, 89 or 100; Triton 3.8).
+"""
+_ROW_BLOCK_TICKETS = tl.constexpr(ROW_BLOCK_TICKETS)
 
 
 @triton.jit
@@ -32,20 +41,6 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
     rows = tl.minimum(tiles_m - first_m, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
     return first_m + within % rows, within // rows
-
-
-@triton.jit
-def row_quantizer(x_rows, row_mask, K, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Quantizer of BLOCK_M float rows, from one reading of them."""
-    offs_k = tl.arange(0, BLOCK_K)
-    lo = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    hi = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask = row_mask[:, None] & (k + offs_k[None, :] < K)
-        x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        tile_lo, tile_hi = value_range(x)
-        lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
-    return quantizer(tl.min(lo, axis=1), tl.max(hi, axis=1), SYMMETRIC)
 
 
 @triton.jit
@@ -98,17 +93,19 @@ def gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def _int8_linear_kernel(
     x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
-    residual_ptr, y_ptr, partial_ptr, ticket_ptr, M, N, K, stride_xm, stride_rm,
+    residual_ptr, y_ptr, float_ptr, partial_ptr, ticket_ptr, M, N, K,
+    stride_xm, stride_rm, stride_fm,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LAYER_SCALE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, IS_FLOAT: tl.constexpr,
-    EVEN_K: tl.constexpr, SYMMETRIC: tl.constexpr, SPLIT_K: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
+    FROM_FLOAT: tl.constexpr, SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    PIECE_ROWS: tl.constexpr, PIECE_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M, BLOCK_N] of y over one of SPLIT_K parts of K.
 
-    x is int8 with its scales, or float (IS_FLOAT): then the program first reads its rows for their
-    quantizers and quantizes each tile as it loads it. The parts of a split tile are int32, so that
-    their sum does not depend on the split; the last program to arrive adds them and stores y.
+    FROM_FLOAT: the programs of a row block first quantize its float rows into x, x_scale, x_zero
+    (quantize_together). The parts of a split tile are int32, so that their sum does not depend on
+    the split; the last program to arrive adds them and stores y.
     """
     tile = tl.program_id(0)
     pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -119,23 +116,27 @@ def _int8_linear_kernel(
     col_mask = offs_n < N
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * K
-    if IS_FLOAT:
-        scale, zero, is_valid = row_quantizer(x_rows, row_mask, K, SYMMETRIC, BLOCK_M, BLOCK_K)
+    if FROM_FLOAT:
+        first_row = pid_m * BLOCK_M
+        end_row = tl.minimum(first_row + BLOCK_M, M)
+        quantize_together(
+            float_ptr, x_ptr, x_scale_ptr, x_zero_ptr, first_row, end_row, K, stride_fm,
+            ticket_ptr + _ROW_BLOCK_TICKETS * pid_m, tl.cdiv(N, BLOCK_N) * SPLIT_K,
+            SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K,
+        )  # fmt: skip
+        ticket_ptr += _ROW_BLOCK_TICKETS * tl.cdiv(M, BLOCK_M)
 
+    CACHE: tl.constexpr = ".cg" if FROM_FLOAT else ""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     first = tl.program_id(1) * steps
     for step in range(first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))):
         cols = step * BLOCK_K + offs_k
-        if EVEN_K:
-            x = tl.load(x_rows + cols[None, :], mask=row_mask[:, None], other=0)
-            w = tl.load(w_rows + cols[None, :], mask=col_mask[:, None], other=0)
-        else:
-            k_mask = (cols < K)[None, :]
-            x = tl.load(x_rows + cols[None, :], mask=row_mask[:, None] & k_mask, other=0)
-            w = tl.load(w_rows + cols[None, :], mask=col_mask[:, None] & k_mask, other=0)
-        if IS_FLOAT:
-            x = quantize_tile(x.to(tl.float32), scale, zero, is_valid, SYMMETRIC)
+        x_mask, w_mask = row_mask[:, None], col_mask[:, None]
+        if not EVEN_K:
+            x_mask, w_mask = x_mask & (cols < K)[None, :], w_mask & (cols < K)[None, :]
+        x = tl.load(x_rows + cols[None, :], mask=x_mask, other=0, cache_modifier=CACHE)
+        w = tl.load(w_rows + cols[None, :], mask=w_mask, other=0)
         acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
 
     if SPLIT_K > 1:
@@ -143,23 +144,20 @@ def _int8_linear_kernel(
     else:
         is_last = True
     if is_last:
-        if IS_FLOAT:
-            x_zero = zero.to(tl.int32)
-        else:
-            scale = tl.load(x_scale_ptr + offs_m, mask=row_mask, other=0.0)
-            x_zero = tl.zeros((BLOCK_M,), tl.int32)
-            if HAS_ZERO:
-                x_zero = tl.load(x_zero_ptr + offs_m, mask=row_mask, other=0)
+        x_scale = tl.load(x_scale_ptr + offs_m, mask=row_mask, other=0.0, cache_modifier=CACHE)
+        x_zero = tl.zeros((BLOCK_M,), tl.int32)
+        if HAS_ZERO:
+            x_zero = tl.load(x_zero_ptr + offs_m, mask=row_mask, other=0, cache_modifier=CACHE)
         _store_output(
-            acc, scale, x_zero, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
+            acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
             residual_ptr, y_ptr, offs_m, offs_n, M, N, stride_rm,
             HAS_ZERO, HAS_BIAS, HAS_LAYER_SCALE, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
 
 
 def _launch(
-    x: Tensor,
-    x_scale: Tensor | None,
+    x_q: Tensor,
+    x_scale: Tensor,
     x_zero: Tensor | None,
     w: Tensor,
     w_scale: Tensor,
@@ -169,30 +167,31 @@ def _launch(
     layer_scale: Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
-    is_symmetric: bool,
-    config: Config | None,
+    config: Config,
     space: Workspace | None,
+    x: Tensor | None = None,
+    is_symmetric: bool = False,
 ) -> Tensor:
     """The launch that both doors share; absent pointers are replaced by w_scale and never read."""
-    (M, K), N = x.shape, w_scale.shape[0]
+    (M, K), N = x_q.shape, w_scale.shape[0]
     assert w.shape == (N, K), f"int8_linear: w must have the CUDA layout [{N}, {K}], got {w.shape}"
-    is_float = x.dtype is not torch.int8
-    y = torch.empty((M, N), dtype=out_dtype, device=x.device)
+    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     if not M or not N:
         return y
-    x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
-    config = config or pick(Shape(M, N, K, x.element_size()), device.arch(x.device))
-    if config.split_k > 1 and space is None:
-        space = workspace.of_current_stream(x.device)
+    if space is None and (config.split_k > 1 or x is not None):
+        space = workspace.of_current_stream(x_q.device)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    rows = piece_rows(N, config) if x is not None else 0
+    most = PIECE_VALUES["row" if rows == 1 else "rows"] * 32 * config.num_warps
+    piece_k = min(triton.next_power_of_2(max(K, 16)), most // rows) if rows else 0
     absent = w_scale
     launch.start(
         _int8_linear_kernel,
         (tiles, config.split_k),
-        x,
-        absent if x_scale is None else x_scale.contiguous(),
+        x_q,
+        x_scale.contiguous(),
         absent if x_zero is None else x_zero.contiguous(),
         w.contiguous(),
         w_scale.contiguous(),
@@ -201,18 +200,26 @@ def _launch(
         absent if layer_scale is None else layer_scale.contiguous(),
         absent if residual is None else residual,
         y,
+        absent if x is None else x,
         absent if space is None else space.partials,
         absent if space is None else space.tickets,
-        M, N, K, x.stride(0), 0 if residual is None else residual.stride(0),
-        HAS_ZERO=x_zero is not None or (is_float and not is_symmetric),
-        HAS_BIAS=bias is not None, HAS_LAYER_SCALE=layer_scale is not None,
-        HAS_RESIDUAL=residual is not None, ACTIVATION=activation, IS_FLOAT=is_float,
-        EVEN_K=K % config.block_k == 0, SYMMETRIC=is_symmetric, SPLIT_K=config.split_k,
+        M, N, K, x_q.stride(0), 0 if residual is None else residual.stride(0),
+        0 if x is None else x.stride(0),
+        HAS_ZERO=x_zero is not None and not is_symmetric, HAS_BIAS=bias is not None,
+        HAS_LAYER_SCALE=layer_scale is not None, HAS_RESIDUAL=residual is not None,
+        ACTIVATION=activation, EVEN_K=K % config.block_k == 0,
+        FROM_FLOAT=x is not None, SYMMETRIC=is_symmetric, IS_ONE_TILE=K <= piece_k,
+        PIECE_ROWS=rows, PIECE_K=piece_k, SPLIT_K=config.split_k,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y
+
+
+def _pick(x: Tensor, w_scale: Tensor) -> Config:
+    M, K = x.shape
+    return pick(Shape(M, w_scale.shape[0], K), device.arch(x.device))
 
 
 def int8_linear(
@@ -241,9 +248,11 @@ def int8_linear(
     Returns: out_dtype [M, N].
     Accumulates in int32, exact for K <= 65_793.
     """
+    x_q = x_q if x_q.shape[1] <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
+    config = config or _pick(x_q, w_scale)
     return _launch(
         x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation,
-        out_dtype, x_zero is None, config, space,
+        out_dtype, config, space,
     )  # fmt: skip
 
 
@@ -269,10 +278,17 @@ def int8_linear_from_float(
       symmetric: as in quantize_rows.
       others: as in int8_linear.
     Returns: out_dtype [M, N].
-    Each program reads its rows twice and quantizes them itself: worth it while few programs share
-    a row (small N), a loss when many do; configs.predicted_us tells.
+    The programs of a row block quantize its rows together before they multiply: each row is read
+    and quantized once, as by quantize_rows (kernels/meeting.py).
     """
+    M, K = x.shape
+    x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
+    config = config or _pick(x, w_scale)
+    row_blocks = triton.cdiv(M, config.block_m)
+    most = WORKSPACE_TICKETS // ROW_BLOCK_TICKETS
+    assert row_blocks <= most, f"int8_linear_from_float: at most {most * config.block_m} rows"
+    x_q, x_scale, x_zero = empty_quantized(M, K, x.device)
     return _launch(
-        x, None, None, w, w_scale, w_sum, bias, residual, layer_scale, activation,
-        out_dtype, symmetric, config, space,
+        x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation,
+        out_dtype, config, space, x, symmetric,
     )  # fmt: skip

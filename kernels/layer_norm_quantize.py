@@ -1,6 +1,5 @@
 """layer_norm_quantize for CUDA: one pass, rows in registers."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,8 +14,7 @@ from lraee.kernels.common import (
     row_range,
 )
 from lraee.kernels.configs import RowConfig, chunk_config
-
-Quantized = tuple[Tensor, Tensor, Tensor]
+from lraee.kernels.quantize_rows import Quantized, empty_quantized
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -66,9 +64,7 @@ def layer_norm_quantize(
     M, D = x.shape
     x = x if D <= 1 or x.stride(1) == 1 else x.contiguous()
     config = config or chunk_config(M, D)
-    x_q = torch.empty((M, D), dtype=torch.int8, device=x.device)
-    x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
-    x_zero = torch.empty(M, dtype=torch.int32, device=x.device)
+    x_q, x_scale, x_zero = empty_quantized(M, D, x.device)
     if M:
         launch.start(
             _layer_norm_quantize_kernel,

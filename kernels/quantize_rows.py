@@ -12,18 +12,15 @@ from lraee.kernels.configs import RowConfig, row_config
 Quantized = tuple[Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["M"])
-def _quantize_rows_kernel(
-    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, K, stride_xm,
-    SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def quantize_block(
+    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, offs_m, row_mask, K, stride_xm,
+    SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x_q[m] = clamp(round(x[m] / scale_m) + zero_m) for BLOCK_M rows.
+    """x_q[m] = clamp(round(x[m] / scale_m) + zero_m) of the rows offs_m where row_mask.
 
-    A row of at most BLOCK_K values is read once; a longer one twice (range, then values).
+    A row of at most BLOCK_K values (IS_ONE_TILE) is read once; a longer one twice: range, values.
     """
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = offs_m < M
     offs_k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     x_q_rows = x_q_ptr + offs_m.to(tl.int64)[:, None] * K
@@ -50,6 +47,29 @@ def _quantize_rows_kernel(
             tl.store(x_q_rows + k + offs_k[None, :], x_q, mask=mask)
 
 
+@triton.jit(do_not_specialize=["M"])
+def _quantize_rows_kernel(
+    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, K, stride_xm,
+    SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """quantize_block of BLOCK_M rows."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    quantize_block(
+        x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, offs_m, offs_m < M, K, stride_xm,
+        SYMMETRIC, IS_ONE_TILE, BLOCK_K,
+    )  # fmt: skip
+
+
+def empty_quantized(M: int, K: int, device: torch.device) -> Quantized:
+    """Memory for M quantized rows of K values: x_q, x_scale, x_zero."""
+    return (
+        torch.empty((M, K), dtype=torch.int8, device=device),
+        torch.empty(M, dtype=torch.float32, device=device),
+        torch.empty(M, dtype=torch.int32, device=device),
+    )
+
+
 def quantize_rows(x: Tensor, symmetric: bool, *, config: RowConfig | None = None) -> Quantized:
     """x ~ (x_q - x_zero) * x_scale with one step and zero point per row; see lraee.reference.
 
@@ -62,9 +82,7 @@ def quantize_rows(x: Tensor, symmetric: bool, *, config: RowConfig | None = None
     M, K = x.shape
     x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
     config = config or row_config(M, K)
-    x_q = torch.empty((M, K), dtype=torch.int8, device=x.device)
-    x_scale = torch.empty(M, dtype=torch.float32, device=x.device)
-    x_zero = torch.empty(M, dtype=torch.int32, device=x.device)
+    x_q, x_scale, x_zero = empty_quantized(M, K, x.device)
     if M:
         BLOCK_K = min(triton.next_power_of_2(max(K, 16)), 4096)
         launch.start(

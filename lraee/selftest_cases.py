@@ -41,7 +41,7 @@ def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     yield from row_cases(target, sizes)
     yield from weight_cases(target, sizes)
     yield from linear_cases(target, sizes)
-    yield from on_load_cases(target, sizes)
+    yield from from_float_cases(target, sizes)
     yield from float_linear_cases(target, sizes)
     yield from attention_cases(target, sizes)
     yield from block_cases(target, sizes)
@@ -167,21 +167,21 @@ def _linear_difference(
     return find
 
 
-def on_load_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+def from_float_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """int8_linear_from_float: the bits of quantize_rows and int8_linear one after the other."""
     seeds = itertools.count(1)
     for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
-        for row in configs.QUANTIZING_TABLE:
-            if configs.legal(row, Shape(M, N, K, x_bytes=4), target.arch):
+        for row in configs.TABLE[target.arch.capability][configs.bucket(M)]:
+            if configs.legal(row, Shape(M, N, K), target.arch):
                 seed = next(seeds)
-                find = _on_load_difference(target, M, N, K, seed, row)
+                find = _from_float_difference(target, M, N, K, seed, row)
                 given = selftest_inputs.linear(1, 1, 1, seed) | {"x_zero": None}
                 kind = "symmetric" if seed % 2 == 0 else "asymmetric"
                 shape = f"M={M} N={N} K={K} {kind} {_epilogue(given, 'none')}"
                 yield Case("int8_linear_from_float", _label(row), shape, find)
 
 
-def _on_load_difference(
+def _from_float_difference(
     target: Target, M: int, N: int, K: int, seed: int, config: Config
 ) -> Difference:
     def find() -> str | None:
@@ -191,7 +191,7 @@ def _on_load_difference(
         for name in QUANTIZED:
             del given[name]
         expected = reference.int8_linear(*reference.quantize_rows(x, symmetric), **given)
-        space = _space(M, N, config, target.device)
+        space = _space(M, N, config, target.device, has_float_rows=True)
         with guarded_outputs():
             actual = int8_linear.int8_linear_from_float(
                 poisoned(x, ROW_PADS[seed % 3], target.device), symmetric,
@@ -202,13 +202,17 @@ def _on_load_difference(
     return find
 
 
-def _space(M: int, N: int, config: Config, device: torch.device) -> workspace.Workspace | None:
+def _space(
+    M: int, N: int, config: Config, device: torch.device, *, has_float_rows: bool = False
+) -> workspace.Workspace | None:
     """A workspace with not an element more than the launch needs, between poison."""
-    if config.split_k == 1:
+    if config.split_k == 1 and not has_float_rows:
         return None
-    tiles = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
+    row_blocks = math.ceil(M / config.block_m)
+    tiles = row_blocks * math.ceil(N / config.block_n) if config.split_k > 1 else 0
     size = tiles * config.split_k * config.block_m * config.block_n
-    partials, tickets = (torch.zeros(n, dtype=torch.int32) for n in (size, tiles))
+    count = tiles + (configs.ROW_BLOCK_TICKETS * row_blocks if has_float_rows else 0)
+    partials, tickets = (torch.zeros(n, dtype=torch.int32) for n in (size, count))
     return workspace.Workspace(*poisoned_all([partials, tickets], device=device))
 
 

@@ -7,7 +7,6 @@ import pytest
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import (
     BUCKETS,
-    QUANTIZING_TABLE,
     TABLE,
     Config,
     Shape,
@@ -16,16 +15,16 @@ from lraee.kernels.configs import (
     legal,
     measured,
     pick,
+    piece_rows,
     predicted_us,
     shared_bytes,
 )
 from lraee.kernels.measured import ANY_M, MEASURED
 
 SHAPES = [
-    Shape(M, N, K, x_bytes)
+    Shape(M, N, K)
     for M in (1, 16, 17, 50, 64, 65, 197, 256, 257, 1600, 8224)
     for N, K in ((768, 768), (3072, 768), (768, 3072), (1, 1), (33, 97), (5120, 1280))
-    for x_bytes in (1, 2, 4)
 ]
 
 
@@ -34,7 +33,7 @@ def test_pick_is_legal_and_the_cheapest_candidate(arch: Arch) -> None:
     for shape in SHAPES:
         config = pick(shape, arch)
         assert legal(config, shape, arch)
-        assert shared_bytes(config, shape.x_bytes) <= arch.shared_per_block
+        assert shared_bytes(config) <= arch.shared_per_block
         if measured(shape, arch) is None:
             cheapest = min(predicted_us(row, shape, arch) for row in candidates(shape, arch))
             assert predicted_us(config, shape, arch) == cheapest
@@ -53,7 +52,6 @@ def test_what_was_measured_is_chosen() -> None:
             assert legal(Config(*row), Shape(first, N, K), arch), (N, K, row)
             first = most + 1
         assert rows[-1][0] == ANY_M
-    assert measured(Shape(50, 768, 768, x_bytes=2), arch) is None
     assert measured(Shape(50, 768, 768), ARCHS[80]) is None
 
 
@@ -62,8 +60,6 @@ def test_every_row_of_the_tables_is_legal_for_some_layer() -> None:
         for M, rows in zip((1, 50, 197, 1600), buckets, strict=True):
             for row in rows:
                 assert legal(row, Shape(M, 768, 3072), ARCHS[capability]), (capability, row)
-    for row in QUANTIZING_TABLE:
-        assert all(legal(row, Shape(50, 768, 3072, 2), arch) for arch in ARCHS.values())
 
 
 def test_rows_that_are_not_legal() -> None:
@@ -90,6 +86,14 @@ def test_batch_sizes_share_a_bucket() -> None:
     assert [bucket(M) for M in (1, *BUCKETS)] == [0, 0, 1, 2]
     assert [bucket(M + 1) for M in BUCKETS] == [1, 2, 3]
     assert bucket(51) == bucket(64) and bucket(1600) == bucket(100_000)
+
+
+def test_pieces_of_a_row_block_are_about_as_many_as_its_programs() -> None:
+    for M, N, K in ((50, 768, 768), (50, 768, 3072), (1600, 768, 3072), (8224, 1024, 4096)):
+        config = pick(Shape(M, N, K), ARCHS[80])
+        rows, programs = piece_rows(N, config), -(-N // config.block_n) * config.split_k
+        assert config.block_m % rows == 0
+        assert rows == 16 or rows == 1 or rows / 2 < config.block_m / programs <= rows
 
 
 def test_more_work_is_never_predicted_faster() -> None:

@@ -21,7 +21,7 @@ def arguments(B: int, L: int, seed: int, activation: str = "none") -> list[Any]:
 
 
 def by(launches: int, given: list[Any], *, first_only: bool = False) -> Tensor:
-    with mock.patch.object(module, "quantizes_on_load", lambda shape, arch: launches == 7):
+    with mock.patch.object(module, "quantizes_together", lambda M, arch: launches == 7):
         return int8_block(*given, first_only=first_only)
 
 
