@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from bench.gpu_model import PARTS, block_launches, bytes_of, probe_launches, rows, together_us
+from bench.gpu_model import (
+    PARTS,
+    block_launches,
+    bytes_of,
+    int8_us,
+    probe_launches,
+    rows,
+    together_us,
+)
 from bench.launches import launches_of, meta
 from bench.shapes import B32, L14, Tower
 from lraee.kernels import configs
@@ -35,6 +43,12 @@ def test_quantizing_together_is_not_free_in_the_model() -> None:
         for launch in block_launches(B32, 1, part.arch, quantizes_together=True):
             is_from_float = launch.constants.get("FROM_FLOAT") is True
             assert (together_us(launch, part) >= 2 * configs.LOAD_LATENCY_US) == is_from_float
+    h100 = next(part for part in PARTS if part.name == "H100")
+    nine, seven = (
+        int8_us(block_launches(B32, 1, h100.arch, quantizes_together=fused), h100, B32, "graph")
+        for fused in (False, True)
+    )
+    assert seven > nine
 
 
 @both_inputs
