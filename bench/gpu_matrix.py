@@ -16,9 +16,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -31,8 +32,12 @@ from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.float_linear import float_linear
-from lraee.kernels.int8_attention import int8_attention
-from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
+from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
+from lraee.kernels.int8_linear import (
+    int8_linear,
+    int8_linear_from_float,
+    int8_linear_quantized,
+)
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.measured import MEASURED
 from lraee.kernels.quantize_rows import quantize_rows
@@ -79,34 +84,42 @@ class Record:
 
 
 def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
-    """Each config of the table with everything fused that can be."""
-    int8, int32, half = torch.int8, torch.int32, torch.float16
-
-    def launch(M: int, K: int, config: Config, is_float: bool) -> Launch:
-        N = 768
-        tail = (meta(N, K, dtype=int8), meta(N), meta(N, dtype=int32), meta(N))
-        options = {"residual": meta(M, N, dtype=half), "layer_scale": meta(N), "config": config}
-        if is_float:
-            call: Callable[[], object] = lambda: int8_linear_from_float(  # noqa: E731
-                meta(M, K, dtype=half), False, *tail, activation="gelu", out_dtype=half, **options
-            )  # type: ignore[arg-type]
-        else:
-            call = lambda: int8_linear(  # noqa: E731
-                meta(M, K, dtype=int8), meta(M), meta(M, dtype=int32), *tail,
-                activation="gelu", out_dtype=half, **options,
-            )  # type: ignore[arg-type]  # fmt: skip
-        return launches_of(call)[0]
-
+    """Each config of the table with everything fused that can be; also with float rows quantized
+    before its tiles, and with its own rows quantized after them.
+    """
     for M, rows in zip(ROWS_OF_BUCKET, configs.TABLE[arch.capability], strict=True):
         for row in rows:
             if configs.legal(row, Shape(M, 768, 3072), arch):
-                yield f"M={M} {_label(row)}", launch(M, 3072, row, False)
-                yield f"float M={M} {_label(row)}", launch(M, 3072, row, True)
+                yield from _cells_of_config(f"M={M} {_label(row)}", M, row)
     for rows_of_layer in MEASURED.get(arch.capability, {}).values():
         for _, numbers in rows_of_layer:
             row = Config(*numbers)
-            yield f"measured {_label(row)}", launch(1600, 3072, row, False)
-            yield f"measured float {_label(row)}", launch(1600, 3072, row, True)
+            yield from _cells_of_config(f"measured {_label(row)}", 1600, row)
+
+
+def _cells_of_config(label: str, M: int, config: Config) -> Iterator[tuple[str, Launch]]:
+    int8, int32, half = torch.int8, torch.int32, torch.float16
+
+    def arguments(N: int, K: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        layer = meta(N, K, dtype=int8), meta(N), meta(N, dtype=int32), meta(N)
+        return layer, {
+            "residual": meta(M, N, dtype=half), "layer_scale": meta(N), "config": config,
+            "activation": "gelu", "out_dtype": half,
+        }  # fmt: skip
+
+    def quantized(K: int) -> tuple[Tensor, ...]:
+        return meta(M, K, dtype=int8), meta(M), meta(M, dtype=int32)
+
+    fc2, options = arguments(768, 3072)
+    yield label, launches_of(lambda: int8_linear(*quantized(3072), *fc2, **options))[0]
+    x = meta(M, 3072, dtype=half)
+    before = launches_of(lambda: int8_linear_from_float(x, False, *fc2, **options))
+    yield f"float {label}", before[0]
+    fc1, wide = arguments(3072, 768)
+    after = launches_of(
+        lambda: int8_linear_quantized(*quantized(768), *fc1, symmetric=False, **wide)
+    )
+    yield f"quantized {label}", after[0]
 
 
 def _label(config: Config) -> str:
@@ -145,6 +158,10 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
         config = configs.attention_config(L, d, L == 77)
         call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
         yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+        call = lambda q=qkv, H=H, L=L, c=config: int8_attention_quantized(  # noqa: E731
+            q, H, L == 77, symmetric=False, config=c
+        )
+        yield f"quantized B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
 
 
 def probe_cells() -> Iterator[tuple[str, Launch]]:

@@ -21,19 +21,25 @@ from torch import Tensor
 
 from bench.launches import Launch, launches_of, meta
 from bench.shapes import B16, B32, L14, Tower
-from lraee.kernels import configs
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Shape, attention_config, pick
 from lraee.kernels.exit_probe import exit_probe
-from lraee.kernels.int8_attention import int8_attention
-from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
+from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
+from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.quantize_rows import quantize_rows
 
 INT8_UTILISATION, FP16_UTILISATION, MEMORY_UTILISATION = 0.45, 0.70, 0.75
 LAUNCH_US = {"eager": 5.0, "graph": 1.5}
-SHORTEST_US = 2.0
-"""A kernel that does next to nothing: filling and draining the GPU."""
+BOUNDARY_US = 1.0
+"""Between two launches that depend on each other: draining the GPU and filling it again."""
+SHORTEST_US = 1.0
+"""What a kernel takes at least between two boundaries: one load, and one store."""
+L2_TRIP_US = 0.3
+"""To L2 and back for a ticket, or a load of what lies there, with a barrier: about two L2 hits.
+
+A hit takes 222 to 339 cycles on an L40 (arXiv 2606.22588), 0.1 us, and some 0.15 us on an A100.
+"""
 SM_GB_S = 80.0
 """What one SM reads from L2: 64 bytes a cycle at some 1.4 GHz, not quite reached."""
 SM_INSTRUCTIONS_PER_US = 128 * 1.5e3
@@ -72,49 +78,42 @@ def _weight(N: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return meta(N, K, dtype=torch.int8), meta(N), meta(N, dtype=torch.int32), meta(N)
 
 
-def block_launches(
-    tower: Tower, batch: int, arch: Arch, *, quantizes_together: bool | None = None
-) -> list[Launch]:
-    """The launches of one INT8 block in float16.
+def block_launches(tower: Tower, batch: int, arch: Arch, *, is_fused: bool = True) -> list[Launch]:
+    """The launches of one INT8 block in float16: seven, as int8_block makes them.
 
-    Nine, or seven where out and fc2 quantize their float rows (int8_linear_from_float): where
-    towers do (configs.quantizes_together), or as the argument says.
+    Nine where not is_fused: attention and fc1 leave float rows, which quantize_rows reads again.
     """
     M, D = batch * tower.L, tower.D
     half = torch.float16
     x, gamma, beta = meta(M, D, dtype=half), meta(D), meta(D)
-    is_together = quantizes_together
-    if is_together is None:
-        is_together = configs.quantizes_together(M, arch)
 
-    def linear(N: int, K: int, activation: str, residual: Tensor | None) -> None:
-        x_q, x_zero = meta(M, K, dtype=torch.int8), meta(M, dtype=torch.int32)
-        int8_linear(
-            x_q, meta(M), x_zero, *_weight(N, K), activation=activation, residual=residual,
-            out_dtype=half, config=pick(Shape(M, N, K), arch),
-        )  # fmt: skip
-
-    def linear_of_float(N: int, K: int) -> None:
-        rows = meta(M, K, dtype=half)
-        if is_together:
-            int8_linear_from_float(
-                rows, False, *_weight(N, K), residual=x, out_dtype=half,
-                config=pick(Shape(M, N, K), arch),
-            )  # fmt: skip
+    def linear(N: int, K: int, residual: Tensor | None, activation: str = "none") -> None:
+        given = (meta(M, K, dtype=torch.int8), meta(M), meta(M, dtype=torch.int32), *_weight(N, K))
+        options = {"activation": activation, "config": pick(Shape(M, N, K), arch)}
+        if activation == "none":
+            int8_linear(*given, residual=residual, out_dtype=half, **options)
+        elif is_fused:
+            int8_linear_quantized(*given, symmetric=False, out_dtype=half, **options)
         else:
-            quantize_rows(rows, False)
-            linear(N, K, "none", x)
+            quantize_rows(int8_linear(*given, out_dtype=half, **options), False)
+
+    def attention() -> None:
+        heads = tower.num_heads
+        config = attention_config(tower.L, D // heads)
+        qkv = meta(batch, tower.L, 3 * D, dtype=half)
+        if is_fused:
+            int8_attention_quantized(qkv, heads, symmetric=False, config=config)
+        else:
+            quantize_rows(int8_attention(qkv, heads, config=config).flatten(0, 1), False)
 
     def block() -> None:
-        heads = tower.num_heads
         layer_norm_quantize(x, gamma, beta, 1e-5, False)
-        linear(3 * D, D, "none", None)
-        config = attention_config(tower.L, D // heads)
-        int8_attention(meta(batch, tower.L, 3 * D, dtype=half), heads, config=config)
-        linear_of_float(D, D)
+        linear(3 * D, D, None)
+        attention()
+        linear(D, D, x)
         layer_norm_quantize(x, gamma, beta, 1e-5, False)
-        linear(4 * D, D, "gelu", None)
-        linear_of_float(D, 4 * D)
+        linear(4 * D, D, None, "gelu")
+        linear(D, 4 * D, x)
 
     return launches_of(block)
 
@@ -144,74 +143,71 @@ def bytes_of(launch: Launch) -> int:
     return sum(seen.values())
 
 
+def _number(launch: Launch, name: str) -> int:
+    value = launch.arguments[name] if name in launch.arguments else launch.constants[name]
+    assert isinstance(value, int)
+    return value
+
+
 def products_of(launch: Launch, tower: Tower) -> int:
     """Operations (two per multiply-add) that a launch gives to tensor cores."""
-    given = launch.arguments
-
-    def number(name: str) -> int:
-        value = given[name]
-        assert isinstance(value, int)
-        return value
-
     if launch.name == "int8_linear":
-        return 2 * number("M") * number("N") * number("K")
+        return 2 * math.prod(_number(launch, name) for name in "MNK")
     if launch.name == "int8_attention":
-        queries = number("asked")
-        heads = launch.programs // math.ceil(queries / int(str(launch.constants["BLOCK_I"])))
-        return 4 * heads * queries * number("L") * number("d")
+        return 4 * math.prod(_number(launch, name) for name in ("B", "H", "asked", "L", "d"))
     if launch.name == "score":
-        return 2 * launch.programs * 16 * number("H") * number("E")
+        return 2 * launch.programs * 16 * _number(launch, "H") * _number(launch, "E")
     return 0
 
 
-def fill(launch: Launch, part: Part) -> float:
-    """Share of the SMs in use on average: the last wave is seldom full."""
-    waves = math.ceil(launch.programs / part.sms)
-    return launch.programs / (waves * part.sms)
+def quantized_rows(launch: Launch) -> tuple[int, int, int]:
+    """Rows that a launch quantizes after its tiles, their width, and programs that do it."""
+    if launch.constants.get("QUANTIZES") not in ("output", True):
+        return 0, 0, 0
+    if launch.name == "int8_linear":
+        M, N = _number(launch, "M"), _number(launch, "N")
+        return M, N, math.ceil(M / _number(launch, "PIECE_ROWS"))
+    B, asked = _number(launch, "B"), _number(launch, "asked")
+    width = _number(launch, "H") * _number(launch, "d")
+    return B * asked, width, B * math.ceil(asked / _number(launch, "PIECE_ROWS"))
 
 
 def kernel_us(launch: Launch, part: Part, tower: Tower) -> float:
     """PREDICTION for one launch, its launch cost apart."""
+    M, width, pieces = quantized_rows(launch)
+    programs = launch.programs - pieces
+    waves = math.ceil(programs / part.sms)
+    fill = programs / (waves * part.sms)  # the last wave is seldom full
     peak = part.fp16_tflops if launch.name == "int8_attention" else part.int8_tops
-    utilisation = INT8_UTILISATION * max(fill(launch, part), 0.05)
+    utilisation = INT8_UTILISATION * max(fill, 0.05)
     compute = products_of(launch, tower) / (peak * 1e6 * utilisation)
-    memory = bytes_of(launch) / (part.bandwidth_gb_s * 1e3 * MEMORY_UTILISATION)
-    alone = max(SHORTEST_US, compute, memory, _score_us(launch, part))
-    return alone + together_us(launch, part)
+    quantized_bytes = M * (width + 8)
+    memory = (bytes_of(launch) - quantized_bytes) / _bytes_per_us(part)
+    if launch.name == "quantize_rows":
+        compute = _quantizing_us(math.prod(_number(launch, name) for name in "MK"), part)
+    us = BOUNDARY_US + max(SHORTEST_US, compute, memory, _score_us(launch, part))
+    if not M:
+        return us
+    # A ticket for each program; then tiles arrive, and pieces see that, load, and quantize
+    again = (quantized_bytes + 2 * M * width) / _bytes_per_us(part)
+    return us + (waves + 3) * L2_TRIP_US + max(again, _quantizing_us(M * width, part, pieces))
 
 
-def together_us(launch: Launch, part: Part) -> float:
-    """What programs take that quantize rows together before their product, per wave.
+def _bytes_per_us(part: Part) -> float:
+    return part.bandwidth_gb_s * 1e3 * MEMORY_UTILISATION
 
-    Two trips to L2 to meet, and for each piece one to take it, one to load it, its bytes (read
-    twice where it is no single tile) and its instructions.
-    """
-    if not launch.constants.get("FROM_FLOAT"):
-        return 0.0
 
-    def constant(name: str) -> int:
-        return int(str(launch.constants[name]))
-
-    M, N, K = (int(str(launch.arguments[name])) for name in ("M", "N", "K"))
-    rows = min(M, constant("BLOCK_M"))
-    sharers = math.ceil(N / constant("BLOCK_N")) * constant("SPLIT_K")
-    pieces = math.ceil(math.ceil(rows / constant("PIECE_ROWS")) / sharers)
-    values = min(rows, constant("PIECE_ROWS")) * K
-    readings = 1 if launch.constants["IS_ONE_TILE"] else 2
-    piece = (
-        2 * configs.LOAD_LATENCY_US
-        + values * (2 * readings + 1) / (SM_GB_S * 1e3)
-        + values * QUANTIZE_INSTRUCTIONS / SM_INSTRUCTIONS_PER_US
-    )
-    waves = math.ceil(launch.programs / part.sms)
-    return waves * (2 * configs.LOAD_LATENCY_US + pieces * piece)
+def _quantizing_us(values: int, part: Part, programs: int | None = None) -> float:
+    """Time of the instructions that quantize values in this many programs; all SMs when None."""
+    sms = part.sms if programs is None else min(part.sms, programs)
+    return values * QUANTIZE_INSTRUCTIONS / (SM_INSTRUCTIONS_PER_US * sms)
 
 
 def _score_us(launch: Launch, part: Part) -> float:
     """The last launch of the probe waits for what each program reads by itself: W2, its classes."""
     if launch.name != "score":
         return 0.0
-    H, E, classes = (int(str(launch.arguments[name])) for name in ("H", "E", "CLASSES"))
+    H, E, classes = (_number(launch, name) for name in ("H", "E", "CLASSES"))
     waves = math.ceil(launch.programs / part.sms)
     return waves * (H * E + 2 * classes * E) / (SM_GB_S * 1e3)
 
@@ -224,7 +220,7 @@ def int8_us(launches: list[Launch], part: Part, tower: Tower, mode: str) -> floa
 def fp16_block_us(tower: Tower, batch: int, part: Part, mode: str) -> float:
     """PREDICTION for one FP16 block: cuBLAS GEMMs, fused attention, the rest bound by memory."""
     M, D, L = batch * tower.L, tower.D, tower.L
-    bandwidth = part.bandwidth_gb_s * 1e3 * MEMORY_UTILISATION
+    bandwidth = _bytes_per_us(part)
     rate = part.fp16_tflops * 1e6 * FP16_UTILISATION
     times = []
     for linear in tower.linears:
@@ -238,7 +234,7 @@ def fp16_block_us(tower: Tower, batch: int, part: Part, mode: str) -> float:
     times.append(max(4 * batch * L * L * D / rate, 2 * 4 * M * D / bandwidth))
     times += [4 * M * D / bandwidth] * 2 + [16 * M * D / bandwidth, 6 * M * D / bandwidth]
     assert len(times) == FP16_LAUNCHES_PER_BLOCK
-    return sum(max(SHORTEST_US, LAUNCH_US[mode], time) for time in times)
+    return sum(max(BOUNDARY_US + max(SHORTEST_US, time), LAUNCH_US[mode]) for time in times)
 
 
 def rows(towers: tuple[Tower, ...] = (B32, B16, L14)) -> Iterator[dict[str, object]]:

@@ -14,8 +14,6 @@ from lraee.kernels.measured import MEASURED
 WORKSPACE_PARTIALS = 1 << 22
 WORKSPACE_TICKETS = 1 << 16
 """Size of a workspace: int32 partial sums, and tickets of output tiles, row blocks or images."""
-ROW_BLOCK_TICKETS = 3
-"""Of a row block of int8_linear_from_float: pieces taken, pieces done, programs gone on."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def legal(config: Config, shape: Shape, arch: Arch) -> bool:
     partials = tiles * config.split_k * config.block_m * config.block_n
     return (
         config.split_k <= math.ceil(shape.K / config.block_k)
-        and tiles + ROW_BLOCK_TICKETS * row_blocks <= WORKSPACE_TICKETS
+        and 1 + row_blocks + tiles <= WORKSPACE_TICKETS
         and partials <= WORKSPACE_PARTIALS
     )
 
@@ -238,14 +236,30 @@ def row_config(M: int, K: int) -> RowConfig:
     return RowConfig(1, num_warps=8 if K > 1024 or M <= 128 else 4)
 
 
-def piece_rows(N: int, config: Config) -> int:
-    """Rows that a program of int8_linear_from_float quantizes at a time, of BLOCK_M that it shares.
+@dataclass(frozen=True)
+class PieceConfig:
+    """Rows that one program quantizes in a launch that does more, block_k values at a time."""
 
-    About one piece for each program of the row block, and at most 16 rows.
+    rows: int
+    block_k: int
+
+
+MOST_SPREAD_ROWS = 512
+"""Up to here a program quantizes one row: as many at once as the GPU has room for."""
+PIECE_VALUES = 64
+"""Values that each thread holds."""
+
+
+def piece_config(M: int, width: int, num_warps: int, group: int) -> PieceConfig:
+    """Pieces of M float rows in a launch with num_warps; a piece lies within group rows.
+
+    Rows of a piece are a power of two up to 16.
     """
-    sharers = math.ceil(N / config.block_n) * config.split_k
-    rows = math.ceil(config.block_m / sharers)
-    return min(16, 1 << (rows - 1).bit_length())
+    most = PIECE_VALUES * 32 * num_warps
+    block_k = min(1 << (max(width, 16) - 1).bit_length(), most)
+    if M <= MOST_SPREAD_ROWS:
+        return PieceConfig(1, block_k)
+    return PieceConfig(min(16, most // block_k, 1 << (group - 1).bit_length()), block_k)
 
 
 def chunk_config(M: int, D: int) -> RowConfig:
@@ -291,17 +305,3 @@ def segments_at_once(config: FloatConfig, tiles: int, K: int, arch: Arch) -> int
     segments = max(1, math.ceil(K / SEGMENT_K))
     partials = tiles * segments * config.block_m * config.block_n
     return segments if tiles < arch.sms and partials <= WORKSPACE_PARTIALS else 1
-
-
-TOGETHER_ROWS = 64
-"""Most rows that the programs of a product quantize themselves, where that was not measured."""
-
-
-def quantizes_together(M: int, arch: Arch) -> bool:
-    """Whether int8_block gives M float rows to int8_linear_from_float: it saves a launch.
-
-    For few rows, where launches set the pace; PREDICTION (bench/gpu_model): meeting costs more than
-    a launch in a CUDA graph saves, the more so the more rows there are. Not on sm_90, where nine
-    launches were measured.
-    """
-    return arch.capability not in MEASURED and M <= TOGETHER_ROWS

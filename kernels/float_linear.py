@@ -57,9 +57,10 @@ def _float_linear_kernel(
     w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if SPLITS > 1:
-        y += _segment(x_rows, w_rows, tl.program_id(1) * SEGMENT, K, stride_wk, row_mask, col_mask,
+        split = tl.program_id(1)
+        y += _segment(x_rows, w_rows, split * SEGMENT, K, stride_wk, row_mask, col_mask,
                       SEGMENT, BLOCK_K, PRECISION)  # fmt: skip
-        y, is_last = gather_partials(y, partial_ptr, ticket_ptr, tile, SPLITS)
+        y, is_last = gather_partials(y, partial_ptr, ticket_ptr, tile, split, SPLITS)
     else:
         for first_k in range(0, K, SEGMENT):
             y += _segment(x_rows, w_rows, first_k, K, stride_wk, row_mask, col_mask,

@@ -1,5 +1,7 @@
 """int8_attention for CUDA: int8 scores, float probabilities, one launch.
 
+int8_attention_quantized gives its rows quantized, for the projection that follows, in that launch.
+
 Q, K and V are read where the projection left them (qkv [B, L, 3 D], any token stride), and gone
 through once, 64 keys at a time. Holding the scores of all keys in registers, as far as 320 tokens,
 left room for 8 warps an SM and was ten times slower than torch's attention at 197 tokens (H200).
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch
+from lraee.kernels import launch, workspace
 from lraee.kernels.common import (
     INFINITY,
     INTERPRETED,
@@ -21,7 +23,16 @@ from lraee.kernels.common import (
     quantizer,
     tile_range,
 )
-from lraee.kernels.configs import AttentionConfig, attention_config
+from lraee.kernels.configs import (
+    WORKSPACE_TICKETS,
+    AttentionConfig,
+    PieceConfig,
+    attention_config,
+    piece_config,
+)
+from lraee.kernels.meeting import arrive, draw, leave, wait_for
+from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
+from lraee.kernels.workspace import Workspace
 
 BLOCK_J = tl.constexpr(64)
 """Keys of one tile."""
@@ -96,21 +107,56 @@ def _attend(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
     return acc / total[:, None]
 
 
-@triton.jit(do_not_specialize=["L", "asked"])
+@triton.jit
+def _quantize_piece(
+    y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, piece, asked, H, d,
+    SYMMETRIC: tl.constexpr, BLOCK_I: tl.constexpr, PIECE_ROWS: tl.constexpr,
+    PIECE_K: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Quantizes PIECE_ROWS rows of one tile of queries when all of its heads are stored."""
+    PIECES: tl.constexpr = BLOCK_I // PIECE_ROWS
+    of_image = tl.cdiv(asked, PIECE_ROWS)
+    image = piece // of_image
+    tile = piece % of_image // PIECES
+    ticket_ptr += image * tl.cdiv(asked, BLOCK_I) + tile
+    offs_i = piece % of_image * PIECE_ROWS + tl.arange(0, PIECE_ROWS)
+    wait_for(ticket_ptr, H)
+    quantize_block(
+        y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, image * asked + offs_i, offs_i < asked, H * d,
+        H * d, SYMMETRIC, IS_ONE_TILE, PIECE_K, ".cg",
+    )  # fmt: skip
+    leave(ticket_ptr, H + tl.minimum(of_image - tile * PIECES, PIECES))
+
+
+@triton.jit(do_not_specialize=["B", "L", "asked"])
 def _int8_attention_kernel(
-    qkv_ptr, y_ptr, L, asked, H, d, stride_b, stride_l, root,
+    qkv_ptr, y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, B, L, asked, H, d,
+    stride_b, stride_l, root,
     IS_CAUSAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, QUANTIZES: tl.constexpr, SYMMETRIC: tl.constexpr,
+    PIECE_ROWS: tl.constexpr, PIECE_K: tl.constexpr, IS_ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I of the queries i < asked of one head.
 
     k is centred on its mean over tokens; logit_ij = s_ij * ((q_scale_i * root) * k_scale_j) with
     s the int8 product and root = d^-1/2.
+    QUANTIZES: more programs, after those of the heads, quantize PIECE_ROWS rows of y each, once all
+    heads of these queries are done (see meeting).
     """
+    item = tl.program_id(0)
     tiles = tl.cdiv(asked, BLOCK_I)
-    head = (tl.program_id(0) // tiles) % H
-    image = (tl.program_id(0) // tiles // H).to(tl.int64)
-    offs_i = (tl.program_id(0) % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
+    if QUANTIZES:
+        item = draw(ticket_ptr, tl.num_programs(0))
+        ticket_ptr += 1
+        if item >= B * H * tiles:
+            _quantize_piece(
+                y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, item - B * H * tiles, asked,
+                H, d, SYMMETRIC, BLOCK_I, PIECE_ROWS, PIECE_K, IS_ONE_TILE,
+            )  # fmt: skip
+            return
+    head = (item // tiles) % H
+    image = (item // tiles // H).to(tl.int64)
+    offs_i = (item % tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
     offs_d = tl.arange(0, BLOCK_D)
     q_ptr = qkv_ptr + image * stride_b + head * d
     k_ptr = q_ptr + H * d
@@ -123,6 +169,51 @@ def _int8_attention_kernel(
     y_rows = y_ptr + (image * asked + offs_i)[:, None] * (H * d) + head * d
     mask = (offs_i < asked)[:, None] & (offs_d < d)[None, :]
     tl.store(y_rows + offs_d[None, :], convert(y, y_ptr.dtype.element_ty), mask=mask)
+    if QUANTIZES:
+        arrive(ticket_ptr + image * tiles + item % tiles)
+
+
+def _launch(
+    qkv: Tensor,
+    num_heads: int,
+    causal: bool,
+    asked: int | None,
+    config: AttentionConfig | None,
+    quantized: Quantized | None = None,
+    symmetric: bool = False,
+    space: Workspace | None = None,
+) -> Tensor:
+    """The launch that both doors share; without quantized its pointers are y and never read."""
+    B, L, D3 = qkv.shape
+    D = D3 // 3
+    d = D // num_heads
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
+    config = config or attention_config(L, d, causal)
+    asked = L if asked is None else asked
+    y = torch.empty((B, asked, D), dtype=qkv.dtype, device=qkv.device)
+    tiles = triton.cdiv(asked, config.block_i)
+    programs = B * num_heads * tiles
+    if not programs:
+        return y
+    piece = PieceConfig(1, 16)
+    if quantized is not None:
+        space = space or workspace.of_current_stream(qkv.device)
+        assert B * tiles < WORKSPACE_TICKETS, f"int8_attention: too many images to quantize: {B}"
+        piece = piece_config(B * asked, D, config.num_warps, min(asked, config.block_i))
+        programs += B * triton.cdiv(asked, piece.rows)
+    launch.start(
+        _int8_attention_kernel,
+        (programs,),
+        qkv, y, *((y, y, y) if quantized is None else quantized),
+        y if space is None else space.tickets,
+        B, L, asked, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
+        IS_CAUSAL=causal,
+        BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
+        UNROLL=config.unroll, QUANTIZES=quantized is not None, SYMMETRIC=symmetric,
+        PIECE_ROWS=piece.rows, PIECE_K=piece.block_k, IS_ONE_TILE=D <= piece.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
 
 
 def int8_attention(
@@ -143,22 +234,28 @@ def int8_attention(
       config: queries and warps of a program; chosen by shape when None.
     Returns: [B, asked, D] in the type of qkv.
     """
+    return _launch(qkv, num_heads, causal, asked, config)
+
+
+def int8_attention_quantized(
+    qkv: Tensor,
+    num_heads: int,
+    causal: bool = False,
+    *,
+    symmetric: bool,
+    asked: int | None = None,
+    config: AttentionConfig | None = None,
+    space: Workspace | None = None,
+) -> Quantized:
+    """quantize_rows of the rows of int8_attention in one launch, the same bits.
+
+    Args:
+      symmetric: as in quantize_rows.
+      space: where its programs meet; that of the current stream when None.
+      others: as in int8_attention.
+    Returns: int8 [B asked, D], its scale float32 [B asked] and zero point int32 [B asked].
+    """
     B, L, D3 = qkv.shape
-    D = D3 // 3
-    d = D // num_heads
-    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    config = config or attention_config(L, d, causal)
-    asked = L if asked is None else asked
-    y = torch.empty((B, asked, D), dtype=qkv.dtype, device=qkv.device)
-    programs = B * num_heads * triton.cdiv(asked, config.block_i)
-    if programs:
-        launch.start(
-            _int8_attention_kernel,
-            (programs,),
-            qkv, y, L, asked, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
-            IS_CAUSAL=causal,
-            BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
-            UNROLL=config.unroll,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return y
+    quantized = empty_quantized(B * (L if asked is None else asked), D3 // 3, qkv.device)
+    _launch(qkv, num_heads, causal, asked, config, quantized, symmetric, space)
+    return quantized

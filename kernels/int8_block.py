@@ -1,37 +1,17 @@
-"""int8_block for CUDA: seven launches while few rows make launches dear, nine beyond that."""
+"""int8_block for CUDA: seven launches. Float rows are quantized in the launch that made them."""
 
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 
-from lraee.kernels import device
-from lraee.kernels.configs import quantizes_together
-from lraee.kernels.int8_attention import int8_attention
-from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
+from lraee.kernels.int8_attention import int8_attention_quantized
+from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
-from lraee.kernels.quantize_rows import quantize_rows
+from lraee.kernels.quantize_rows import Quantized
 
 Parts = Sequence[Tensor | None]
 """Of a linear: w, w_scale, w_sum, bias or None, and layer_scale where there is one."""
-
-
-def _project(
-    y: Tensor, symmetric: bool, linear: Parts, residual: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    """linear(y) * layer_scale + residual of float rows: one launch, or two with quantize_rows."""
-    w, w_scale, w_sum, bias, layer_scale = linear
-    assert w is not None and w_scale is not None and w_sum is not None
-    if quantizes_together(y.shape[0], device.arch(y.device)):
-        return cast(Tensor, int8_linear_from_float(
-            y, symmetric, w, w_scale, w_sum, bias,
-            residual=residual, layer_scale=layer_scale, out_dtype=out_dtype,
-        ))  # fmt: skip
-    return cast(Tensor, int8_linear(
-        *quantize_rows(y, symmetric), w, w_scale, w_sum, bias,
-        residual=residual, layer_scale=layer_scale, out_dtype=out_dtype,
-    ))  # fmt: skip
 
 
 def int8_block(
@@ -49,16 +29,27 @@ def int8_block(
     activation: str,
     first_only: bool = False,
 ) -> Tensor:
-    """A whole transformer block; see lraee.block. The same bits by either number of launches."""
+    """A whole transformer block; see lraee.block."""
     B, L, D = x.shape
     rows = x.reshape(B * L, D)
+
+    def linear(quantized: Quantized, layer: Parts, residual: Tensor | None) -> Tensor:
+        w, w_scale, w_sum, bias, *layer_scale = layer
+        assert w is not None and w_scale is not None and w_sum is not None
+        return cast(Tensor, int8_linear(
+            *quantized, w, w_scale, w_sum, bias, residual=residual,
+            layer_scale=layer_scale[0] if layer_scale else None, out_dtype=x.dtype,
+        ))  # fmt: skip
+
     quantized = layer_norm_quantize(rows, *norm_1, eps[0], symmetric[0])
-    qkv = int8_linear(*quantized, *in_proj, out_dtype=x.dtype)
+    qkv = linear(quantized, in_proj, None)
     asked = 1 if first_only else L
-    y = int8_attention(qkv.view(B, L, 3 * D), num_heads, causal, asked=asked).view(B * asked, D)
-    rows = x[:, 0] if first_only else rows
-    rows = _project(y, symmetric[1], out_proj, rows, x.dtype)
+    quantized = int8_attention_quantized(
+        qkv.view(B, L, 3 * D), num_heads, causal, symmetric=symmetric[1], asked=asked
+    )
+    rows = linear(quantized, out_proj, x[:, 0] if first_only else rows)
     quantized = layer_norm_quantize(rows, *norm_2, eps[1], symmetric[2])
-    y = int8_linear(*quantized, *c_fc, activation=activation, out_dtype=x.dtype)
-    rows = _project(y, symmetric[3], c_proj, rows, x.dtype)
-    return rows.view(B, asked, D)
+    quantized = int8_linear_quantized(
+        *quantized, *c_fc, activation=activation, out_dtype=x.dtype, symmetric=symmetric[3]
+    )
+    return linear(quantized, c_proj, rows).view(B, asked, D)

@@ -1,7 +1,8 @@
 """int8_linear for CUDA: tensor-core int8 product with everything after it fused.
 
-Also int8_linear_from_float, whose programs first quantize the float rows they share, so that a
-layer whose input has no other reader (fc2) needs no launch of its own to quantize it.
+Also with rows quantized in the same launch: int8_linear_from_float those of its input,
+int8_linear_quantized those of its output, for the layer that follows (fc1 for fc2). Each row is
+read and quantized once, by programs of their own among those of the tiles (see meeting).
 """
 
 import torch
@@ -12,23 +13,15 @@ from torch import Tensor
 from lraee.kernels import device, launch, workspace
 from lraee.kernels.common import activate, convert
 from lraee.kernels.configs import (
-    ROW_BLOCK_TICKETS,
     WORKSPACE_TICKETS,
     Config,
     Shape,
     pick,
-    piece_rows,
+    piece_config,
 )
-from lraee.kernels.meeting import last_to_arrive, quantize_together
-from lraee.kernels.quantize_rows import empty_quantized
+from lraee.kernels.meeting import arrive, draw, last_to_arrive, leave, wait_for
+from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
 from lraee.kernels.workspace import Workspace
-
-PIECE_VALUES = {"row": 8, "rows": 4}
-"""Values that a thread of int8_linear_from_float quantizes at once, of one row or of several.
-
-With others some configs spill 8 bytes around a division (sm_80, 86, 89 or 100; Triton 3.8).
-"""
-_ROW_BLOCK_TICKETS = tl.constexpr(ROW_BLOCK_TICKETS)
 
 
 @triton.jit
@@ -72,7 +65,7 @@ def _store_output(
 
 
 @triton.jit
-def gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K: tl.constexpr):
+def gather_partials(acc, partial_ptr, ticket_ptr, tile, split, SPLIT_K: tl.constexpr):
     """Stores this program's partial sums; in the last program of the tile, returns their total,
     added in the order of the parts.
     """
@@ -81,34 +74,83 @@ def gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K: tl.constexpr):
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
     offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     base = partial_ptr + tile * SPLIT_K * SIZE
-    tl.store(base + tl.program_id(1) * SIZE + offs, acc, cache_modifier=".cg")
+    tl.store(base + split * SIZE + offs, acc, cache_modifier=".cg")
     is_last = last_to_arrive(ticket_ptr + tile, SPLIT_K)
     if is_last:
         acc = tl.zeros_like(acc)
-        for split in range(SPLIT_K):
-            acc += tl.load(base + split * SIZE + offs, cache_modifier=".cg")
+        for part in range(SPLIT_K):
+            acc += tl.load(base + part * SIZE + offs, cache_modifier=".cg")
     return acc, is_last
+
+
+@triton.jit
+def _quantize_piece(
+    float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, M, width, stride_fm,
+    SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr, PIECE_ROWS: tl.constexpr,
+    PIECE_K: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """quantize_block of the next PIECE_ROWS float rows."""
+    rows = piece * PIECE_ROWS + tl.arange(0, PIECE_ROWS)
+    quantize_block(
+        float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, rows, rows < M, width, stride_fm,
+        SYMMETRIC, IS_ONE_TILE, PIECE_K, CACHE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _int8_linear_kernel(
     x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
-    residual_ptr, y_ptr, float_ptr, partial_ptr, ticket_ptr, M, N, K,
-    stride_xm, stride_rm, stride_fm,
+    residual_ptr, y_ptr, float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, partial_ptr, ticket_ptr,
+    M, N, K, width, stride_xm, stride_rm, stride_fm,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LAYER_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
-    FROM_FLOAT: tl.constexpr, SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    QUANTIZES: tl.constexpr, SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
     PIECE_ROWS: tl.constexpr, PIECE_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile [BLOCK_M, BLOCK_N] of y over one of SPLIT_K parts of K.
 
-    FROM_FLOAT: the programs of a row block first quantize its float rows into x, x_scale, x_zero
-    (quantize_together). The parts of a split tile are int32, so that their sum does not depend on
-    the split; the last program to arrive adds them and stores y.
+    The parts of a split tile are int32, so that their sum does not depend on the split; the last
+    program to arrive adds them and stores y.
+    QUANTIZES: "none", or "input" or "output": float rows [M, width] are quantized into q, q_scale,
+    q_zero, PIECE_ROWS of them by a program, before the tiles of their row block, whose x they are,
+    or after them, whose y they were.
     """
-    tile = tl.program_id(0)
+    item = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    programs = tl.cdiv(M, BLOCK_M) * tiles_n * SPLIT_K
+    PIECES: tl.constexpr = BLOCK_M // PIECE_ROWS if QUANTIZES != "none" else 1
+    row_ticket_ptr = ticket_ptr + 1
+    if QUANTIZES != "none":
+        item = draw(ticket_ptr, tl.num_programs(0))
+        ticket_ptr += 1 + tl.cdiv(M, BLOCK_M)
+        pieces = tl.num_programs(0) - programs
+    if QUANTIZES == "input":
+        if item < pieces:
+            _quantize_piece(
+                float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, item, M, width, stride_fm,
+                SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K, "",
+            )  # fmt: skip
+            arrive(row_ticket_ptr + item // PIECES)
+            return
+        item -= pieces
+    if QUANTIZES == "output":
+        if item >= programs:
+            piece = item - programs
+            row_ticket_ptr += piece // PIECES
+            of_block = tl.minimum(pieces - piece // PIECES * PIECES, PIECES)
+            wait_for(row_ticket_ptr, tiles_n)
+            _quantize_piece(
+                float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, M, width, stride_fm,
+                SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K, ".cg",
+            )  # fmt: skip
+            leave(row_ticket_ptr, tiles_n + of_block)
+            return
+    tiles = programs // SPLIT_K
+    tile = item % tiles
+    split = item // tiles
     pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    row_ticket_ptr += pid_m
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -116,20 +158,14 @@ def _int8_linear_kernel(
     col_mask = offs_n < N
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * K
-    if FROM_FLOAT:
-        first_row = pid_m * BLOCK_M
-        end_row = tl.minimum(first_row + BLOCK_M, M)
-        quantize_together(
-            float_ptr, x_ptr, x_scale_ptr, x_zero_ptr, first_row, end_row, K, stride_fm,
-            ticket_ptr + _ROW_BLOCK_TICKETS * pid_m, tl.cdiv(N, BLOCK_N) * SPLIT_K,
-            SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K,
-        )  # fmt: skip
-        ticket_ptr += _ROW_BLOCK_TICKETS * tl.cdiv(M, BLOCK_M)
+    if QUANTIZES == "input":
+        of_block = tl.minimum(pieces - pid_m * PIECES, PIECES)
+        wait_for(row_ticket_ptr, of_block)
 
-    CACHE: tl.constexpr = ".cg" if FROM_FLOAT else ""
+    CACHE: tl.constexpr = ".cg" if QUANTIZES == "input" else ""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
-    first = tl.program_id(1) * steps
+    first = split * steps
     for step in range(first, tl.minimum(first + steps, tl.cdiv(K, BLOCK_K))):
         cols = step * BLOCK_K + offs_k
         x_mask, w_mask = row_mask[:, None], col_mask[:, None]
@@ -140,7 +176,7 @@ def _int8_linear_kernel(
         acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
 
     if SPLIT_K > 1:
-        acc, is_last = gather_partials(acc, partial_ptr, ticket_ptr, tile, SPLIT_K)
+        acc, is_last = gather_partials(acc, partial_ptr, ticket_ptr, tile, split, SPLIT_K)
     else:
         is_last = True
     if is_last:
@@ -153,6 +189,10 @@ def _int8_linear_kernel(
             residual_ptr, y_ptr, offs_m, offs_n, M, N, stride_rm,
             HAS_ZERO, HAS_BIAS, HAS_LAYER_SCALE, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
+        if QUANTIZES == "output":
+            arrive(row_ticket_ptr)
+    if QUANTIZES == "input":
+        leave(row_ticket_ptr, of_block + tiles_n * SPLIT_K)
 
 
 def _launch(
@@ -169,10 +209,14 @@ def _launch(
     out_dtype: torch.dtype,
     config: Config,
     space: Workspace | None,
+    quantized: Quantized | None = None,
+    symmetric: bool = False,
     x: Tensor | None = None,
-    is_symmetric: bool = False,
 ) -> Tensor:
-    """The launch that both doors share; absent pointers are replaced by w_scale and never read."""
+    """The launch that all doors share; absent pointers are replaced by w_scale and never read.
+
+    quantized: where the float rows x are quantized to, which x_q is then, or where x is None, y.
+    """
     (M, K), N = x_q.shape, w_scale.shape[0]
     assert w.shape == (N, K), f"int8_linear: w must have the CUDA layout [{N}, {K}], got {w.shape}"
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
@@ -180,16 +224,20 @@ def _launch(
         return y
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
-    if space is None and (config.split_k > 1 or x is not None):
+    if space is None and (config.split_k > 1 or quantized is not None):
         space = workspace.of_current_stream(x_q.device)
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    rows = piece_rows(N, config) if x is not None else 0
-    most = PIECE_VALUES["row" if rows == 1 else "rows"] * 32 * config.num_warps
-    piece_k = min(triton.next_power_of_2(max(K, 16)), most // rows) if rows else 0
+    row_blocks = triton.cdiv(M, config.block_m)
+    programs = row_blocks * triton.cdiv(N, config.block_n) * config.split_k
+    rows = y if x is None else x
+    piece = piece_config(M, rows.shape[1], config.num_warps, config.block_m)
+    if quantized is not None:
+        assert row_blocks < WORKSPACE_TICKETS, f"int8_linear: too many rows to quantize: {M}"
+        programs += triton.cdiv(M, piece.rows)
     absent = w_scale
+    q, q_scale, q_zero = (absent, absent, absent) if quantized is None else quantized
     launch.start(
         _int8_linear_kernel,
-        (tiles, config.split_k),
+        (programs,),
         x_q,
         x_scale.contiguous(),
         absent if x_zero is None else x_zero.contiguous(),
@@ -200,16 +248,20 @@ def _launch(
         absent if layer_scale is None else layer_scale.contiguous(),
         absent if residual is None else residual,
         y,
-        absent if x is None else x,
+        absent if quantized is None else rows,
+        q,
+        q_scale,
+        q_zero,
         absent if space is None else space.partials,
         absent if space is None else space.tickets,
-        M, N, K, x_q.stride(0), 0 if residual is None else residual.stride(0),
-        0 if x is None else x.stride(0),
-        HAS_ZERO=x_zero is not None and not is_symmetric, HAS_BIAS=bias is not None,
-        HAS_LAYER_SCALE=layer_scale is not None, HAS_RESIDUAL=residual is not None,
-        ACTIVATION=activation, EVEN_K=K % config.block_k == 0,
-        FROM_FLOAT=x is not None, SYMMETRIC=is_symmetric, IS_ONE_TILE=K <= piece_k,
-        PIECE_ROWS=rows, PIECE_K=piece_k, SPLIT_K=config.split_k,
+        M, N, K, rows.shape[1], x_q.stride(0), 0 if residual is None else residual.stride(0),
+        rows.stride(0),
+        HAS_ZERO=x_zero is not None and not (x is not None and symmetric),
+        HAS_BIAS=bias is not None, HAS_LAYER_SCALE=layer_scale is not None,
+        HAS_RESIDUAL=residual is not None, ACTIVATION=activation, EVEN_K=K % config.block_k == 0,
+        QUANTIZES="none" if quantized is None else "output" if x is None else "input",
+        SYMMETRIC=symmetric, IS_ONE_TILE=rows.shape[1] <= piece.block_k,
+        PIECE_ROWS=piece.rows, PIECE_K=piece.block_k, SPLIT_K=config.split_k,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -278,17 +330,46 @@ def int8_linear_from_float(
       symmetric: as in quantize_rows.
       others: as in int8_linear.
     Returns: out_dtype [M, N].
-    The programs of a row block quantize its rows together before they multiply: each row is read
-    and quantized once, as by quantize_rows (kernels/meeting.py).
     """
     M, K = x.shape
     x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
     config = config or _pick(x, w_scale)
-    row_blocks = triton.cdiv(M, config.block_m)
-    most = WORKSPACE_TICKETS // ROW_BLOCK_TICKETS
-    assert row_blocks <= most, f"int8_linear_from_float: at most {most * config.block_m} rows"
-    x_q, x_scale, x_zero = empty_quantized(M, K, x.device)
+    quantized = empty_quantized(M, K, x.device)
+    x_q, x_scale, x_zero = quantized
     return _launch(
         x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation,
-        out_dtype, config, space, x, symmetric,
+        out_dtype, config, space, quantized, symmetric, x,
     )  # fmt: skip
+
+
+def int8_linear_quantized(
+    x_q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None = None,
+    *,
+    symmetric: bool,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype = torch.float32,
+    config: Config | None = None,
+    space: Workspace | None = None,
+) -> Quantized:
+    """quantize_rows(int8_linear(x_q, …), symmetric) in one launch, the same bits.
+
+    Args:
+      symmetric: as in quantize_rows.
+      others: as in int8_linear; out_dtype is what the rows are before they are quantized.
+    Returns: int8 [M, N], its scale float32 [M] and zero point int32 [M].
+    """
+    x_q = x_q if x_q.shape[1] <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
+    quantized = empty_quantized(x_q.shape[0], w_scale.shape[0], x_q.device)
+    _launch(
+        x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation,
+        out_dtype, config or _pick(x_q, w_scale), space, quantized, symmetric,
+    )  # fmt: skip
+    return quantized

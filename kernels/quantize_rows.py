@@ -16,21 +16,25 @@ Quantized = tuple[Tensor, Tensor, Tensor]
 def quantize_block(
     x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, offs_m, row_mask, K, stride_xm,
     SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr, BLOCK_K: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """x_q[m] = clamp(round(x[m] / scale_m) + zero_m) of the rows offs_m where row_mask.
 
     A row of at most BLOCK_K values (IS_ONE_TILE) is read once; a longer one twice: range, values.
+    CACHE: how x is read, ".cg" where another program of the launch stored it.
     """
     offs_k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     x_q_rows = x_q_ptr + offs_m.to(tl.int64)[:, None] * K
     mask = row_mask[:, None] & (offs_k[None, :] < K)
-    x = tl.load(x_rows + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_rows + offs_k[None, :], mask=mask, other=0.0, cache_modifier=CACHE)
+    x = x.to(tl.float32)
     lo, hi = tile_range(x)
     if not IS_ONE_TILE:
         for k in range(BLOCK_K, K, BLOCK_K):
             mask = row_mask[:, None] & (k + offs_k[None, :] < K)
-            x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0, cache_modifier=CACHE)
+            x = x.to(tl.float32)
             tile_lo, tile_hi = tile_range(x)
             lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
     scale, zero, is_valid = quantizer(lo, hi, SYMMETRIC)
@@ -42,7 +46,8 @@ def quantize_block(
     else:
         for k in range(0, K, BLOCK_K):
             mask = row_mask[:, None] & (k + offs_k[None, :] < K)
-            x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0, cache_modifier=CACHE)
+            x = x.to(tl.float32)
             x_q = quantize_tile(x, scale, zero, is_valid, SYMMETRIC)
             tl.store(x_q_rows + k + offs_k[None, :], x_q, mask=mask)
 
@@ -57,7 +62,7 @@ def _quantize_rows_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     quantize_block(
         x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, offs_m, offs_m < M, K, stride_xm,
-        SYMMETRIC, IS_ONE_TILE, BLOCK_K,
+        SYMMETRIC, IS_ONE_TILE, BLOCK_K, "",
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     yield from row_cases(target, sizes)
     yield from weight_cases(target, sizes)
     yield from linear_cases(target, sizes)
-    yield from from_float_cases(target, sizes)
+    yield from quantizing_cases(target, sizes)
     yield from float_linear_cases(target, sizes)
     yield from attention_cases(target, sizes)
     yield from block_cases(target, sizes)
@@ -167,51 +167,61 @@ def _linear_difference(
     return find
 
 
-def from_float_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
-    """int8_linear_from_float: the bits of quantize_rows and int8_linear one after the other."""
+def quantizing_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """int8_linear with rows quantized in its launch: the bits of quantize_rows before or after."""
     seeds = itertools.count(1)
     for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
         for row in configs.TABLE[target.arch.capability][configs.bucket(M)]:
             if configs.legal(row, Shape(M, N, K), target.arch):
                 seed = next(seeds)
-                find = _from_float_difference(target, M, N, K, seed, row)
                 given = selftest_inputs.linear(1, 1, 1, seed) | {"x_zero": None}
-                kind = "symmetric" if seed % 2 == 0 else "asymmetric"
-                shape = f"M={M} N={N} K={K} {kind} {_epilogue(given, 'none')}"
-                yield Case("int8_linear_from_float", _label(row), shape, find)
+                symmetric = "symmetric" if seed % 2 == 0 else "asymmetric"
+                shape = f"M={M} N={N} K={K} {symmetric} {_epilogue(given, 'none')}"
+                for kernel in ("int8_linear_from_float", "int8_linear_quantized"):
+                    find = _quantizing_difference(target, M, N, K, seed, row, kernel)
+                    yield Case(kernel, _label(row), shape, find)
 
 
-def _from_float_difference(
-    target: Target, M: int, N: int, K: int, seed: int, config: Config
+def _quantizing_difference(
+    target: Target, M: int, N: int, K: int, seed: int, config: Config, kernel: str
 ) -> Difference:
     def find() -> str | None:
         symmetric = seed % 2 == 0
         given = selftest_inputs.linear(M, N, K, seed)
-        x = selftest_inputs.float_rows(M, K, seed)
-        for name in QUANTIZED:
-            del given[name]
-        expected = reference.int8_linear(*reference.quantize_rows(x, symmetric), **given)
-        space = _space(M, N, config, target.device, has_float_rows=True)
+        is_input = kernel == "int8_linear_from_float"
+        if is_input:
+            x = selftest_inputs.float_rows(M, K, seed)
+            given |= dict(zip(QUANTIZED, reference.quantize_rows(x, symmetric), strict=True))
+        y = reference.int8_linear(**given)
+        guarded = poisoned_all(given, ROW_PADS[seed % 3], target.device)
+        guarded["w"] = poisoned(given["w"], device=target.device)
+        if is_input:
+            guarded["x"] = poisoned(x, ROW_PADS[seed % 3], target.device)
+            for name in QUANTIZED:
+                del guarded[name]
+        space = _space(M, N, config, target.device, quantizes=True)
         with guarded_outputs():
-            actual = int8_linear.int8_linear_from_float(
-                poisoned(x, ROW_PADS[seed % 3], target.device), symmetric,
-                **poisoned_all(given, device=target.device), config=config, space=space,
-            )  # fmt: skip
-        return _exact(("y",), (actual,), (expected,)) or _space_difference(space)
+            actual = getattr(int8_linear, kernel)(
+                **guarded, symmetric=symmetric, config=config, space=space
+            )
+        if is_input:
+            return _exact(("y",), (actual,), (y,)) or _space_difference(space)
+        expected = reference.quantize_rows(y, symmetric)
+        return _exact(QUANTIZED, actual, expected) or _space_difference(space)
 
     return find
 
 
 def _space(
-    M: int, N: int, config: Config, device: torch.device, *, has_float_rows: bool = False
+    M: int, N: int, config: Config, device: torch.device, *, quantizes: bool = False
 ) -> workspace.Workspace | None:
     """A workspace with not an element more than the launch needs, between poison."""
-    if config.split_k == 1 and not has_float_rows:
+    if config.split_k == 1 and not quantizes:
         return None
     row_blocks = math.ceil(M / config.block_m)
     tiles = row_blocks * math.ceil(N / config.block_n) if config.split_k > 1 else 0
     size = tiles * config.split_k * config.block_m * config.block_n
-    count = tiles + (configs.ROW_BLOCK_TICKETS * row_blocks if has_float_rows else 0)
+    count = tiles + (1 + row_blocks if quantizes else 0)
     partials, tickets = (torch.zeros(n, dtype=torch.int32) for n in (size, count))
     return workspace.Workspace(*poisoned_all([partials, tickets], device=device))
 
@@ -309,10 +319,14 @@ def _attention_difference(
         H = shape[2]
         expected = reference.int8_attention(qkv, H, causal)
         with guarded_outputs():
-            actual = int8_attention.int8_attention(
-                poisoned(qkv, ROW_PADS[seed % 3], target.device), H, causal, config=config
+            given = poisoned(qkv, ROW_PADS[seed % 3], target.device)
+            actual = int8_attention.int8_attention(given, H, causal, config=config)
+            rows = int8_attention.int8_attention_quantized(
+                given, H, causal, symmetric=causal, config=config
             )
-        return _first([("y", actual, expected, bounds.of_attention(qkv, expected, H))])
+        quantized = reference.quantize_rows(actual.cpu().flatten(0, 1), causal)
+        bound = bounds.of_attention(qkv, expected, H)
+        return _first([("y", actual, expected, bound)]) or _exact(QUANTIZED, rows, quantized)
 
     return find
 

@@ -79,7 +79,8 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
 ) -> None:
     cases = list(selftest_cases.cases(Target(CPU, ARCHS[capability]), sizes))
     of_kernel = Counter(case.kernel for case in cases)
-    assert {*register.LAUNCHERS, "int8_linear_from_float"} <= of_kernel.keys()
+    extra = {"int8_linear_from_float", "int8_linear_quantized"}
+    assert {*register.LAUNCHERS, *extra} <= of_kernel.keys()
     assert len(cases) == len({(case.kernel, case.config, case.shape) for case in cases})
     linears = [case for case in cases if case.kernel == "int8_linear"]
     labels = {selftest_cases._label(row) for b in configs.TABLE[capability] for row in b}

@@ -9,13 +9,14 @@ from lraee.kernels.configs import (
     BUCKETS,
     TABLE,
     Config,
+    PieceConfig,
     Shape,
     bucket,
     candidates,
     legal,
     measured,
     pick,
-    piece_rows,
+    piece_config,
     predicted_us,
     shared_bytes,
 )
@@ -88,12 +89,15 @@ def test_batch_sizes_share_a_bucket() -> None:
     assert bucket(51) == bucket(64) and bucket(1600) == bucket(100_000)
 
 
-def test_pieces_of_a_row_block_are_about_as_many_as_its_programs() -> None:
-    for M, N, K in ((50, 768, 768), (50, 768, 3072), (1600, 768, 3072), (8224, 1024, 4096)):
-        config = pick(Shape(M, N, K), ARCHS[80])
-        rows, programs = piece_rows(N, config), -(-N // config.block_n) * config.split_k
-        assert config.block_m % rows == 0
-        assert rows == 16 or rows == 1 or rows / 2 < config.block_m / programs <= rows
+def test_pieces_of_rows() -> None:
+    """A row each while there are few; then what a program holds at once, inside one row block."""
+    assert piece_config(50, 3072, num_warps=4, group=64) == PieceConfig(1, 4096)
+    assert piece_config(1600, 3072, num_warps=8, group=128) == PieceConfig(4, 4096)
+    assert piece_config(1600, 768, num_warps=8, group=128) == PieceConfig(16, 1024)
+    assert piece_config(4000, 768, num_warps=4, group=1) == PieceConfig(1, 1024)
+    assert piece_config(4000, 100_000, num_warps=4, group=64) == PieceConfig(1, 8192)
+    for group in (1, 2, 16, 64):
+        assert group % piece_config(4000, 32, num_warps=8, group=group).rows == 0
 
 
 def test_more_work_is_never_predicted_faster() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lraee import bounds, reference
+from lraee.kernels import workspace
 from lraee.kernels.configs import AttentionConfig, attention_config
-from lraee.kernels.int8_attention import int8_attention
+from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.poison import guarded_outputs, poisoned
 from lraee.selftest_inputs import attention
 from tests.support import assert_same, assert_within
@@ -93,3 +94,45 @@ def test_config_is_chosen() -> None:
     qkv = torch.randn(1, 20, 3 * 16)
     expected = reference.int8_attention(qkv, 2)
     assert_within(int8_attention(qkv, 2), expected, bounds.of_attention(qkv, expected, 2))
+
+
+def check_quantized(B: int, L: int, H: int, d: int, seed: int, asked: int | None = None) -> None:
+    """The same bits as int8_attention followed by quantize_rows, NaN of one image in its rows."""
+    qkv, symmetric = attention(B, L, H, d, seed), seed % 2 == 0
+    qkv[B // 2, 0, 0] = torch.nan
+    y = int8_attention(qkv, H, seed % 3 == 0, asked=asked)
+    expected = reference.quantize_rows(y.reshape(-1, H * d), symmetric)
+    with guarded_outputs():
+        actual = int8_attention_quantized(
+            poisoned(qkv, row_pad=seed % 3), H, seed % 3 == 0, symmetric=symmetric, asked=asked
+        )
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other, B=B, L=L, H=H, d=d, seed=seed, asked=asked)
+    assert not workspace.of_current_stream(torch.device("cpu")).tickets.any()
+
+
+def test_quantized() -> None:
+    for seed, L in enumerate(LENGTHS):
+        check_quantized(1 + seed % 3, L, 1 + seed % 2, 8, seed)
+
+
+def test_the_first_tokens_quantized() -> None:
+    for seed, asked in enumerate((1, 16, 17, 63, 64, 65)):
+        check_quantized(2, 70, 2, 9, seed, asked)
+
+
+def test_many_rows_quantized() -> None:
+    """Pieces of several rows, the last of an image not full; and one row of each of many images."""
+    check_quantized(30, 21, 1, 8, seed=1)
+    check_quantized(515, 2, 1, 8, seed=2, asked=1)
+
+
+@pytest.mark.slow
+def test_every_length_quantized() -> None:
+    for L in range(1, 258):
+        check_quantized(1, L, 1, 8, seed=L)
+
+
+def test_no_images_quantized() -> None:
+    x_q, x_scale, x_zero = int8_attention_quantized(torch.empty(0, 5, 24), 2, symmetric=True)
+    assert x_q.shape == (0, 8) and x_scale.shape == x_zero.shape == (0,)

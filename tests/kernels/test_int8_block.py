@@ -1,15 +1,13 @@
-"""int8_block in the interpreter: the definition's block; seven launches or nine, the same bits."""
+"""int8_block in the interpreter: seven launches, and the bits of its operators one by one."""
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench.launches import launches_of
-from lraee import block, selftest_inputs
-from lraee.kernels import int8_block as module
+from lraee import block, selftest_cases, selftest_inputs
 from lraee.kernels.int8_block import int8_block
 from tests.support import assert_same, assert_within
 
@@ -20,23 +18,23 @@ def arguments(B: int, L: int, seed: int, activation: str = "none") -> list[Any]:
     return [*selftest_inputs.block(B, L, H, D // H, seed, torch.device("cpu"))[:-1], activation]
 
 
-def by(launches: int, given: list[Any], *, first_only: bool = False) -> Tensor:
-    with mock.patch.object(module, "quantizes_together", lambda M, arch: launches == 7):
-        return int8_block(*given, first_only=first_only)
+def one_by_one(given: list[Any], *, first_only: bool = False) -> Tensor:
+    """The block by launchers that quantize rows in a launch of their own."""
+    return block.int8_block(*given, first_only, operators=selftest_cases.launchers())
 
 
-def test_seven_launches_or_nine_the_same_bits() -> None:
+def test_the_bits_of_its_operators_one_by_one() -> None:
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9), (1, 50)]):
         given = arguments(B, L, seed, "quick_gelu" if seed == 2 else "none")
-        assert_same(by(7, given), by(9, given), seed=seed)
+        for first_only in (False, True):
+            expected = one_by_one(given, first_only=first_only)
+            assert_same(int8_block(*given, first_only=first_only), expected, seed=seed)
 
 
-@pytest.mark.parametrize("launches", [7, 9])
-def test_the_first_token_alone_has_its_bits(launches: int) -> None:
+def test_the_first_token_alone_has_its_bits() -> None:
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9)]):
         given = arguments(B, L, seed, "gelu" if seed == 2 else "none")
-        whole = by(launches, given)
-        assert_same(by(launches, given, first_only=True), whole[:, :1], seed=seed)
+        assert_same(int8_block(*given, first_only=True), int8_block(*given)[:, :1], seed=seed)
 
 
 def test_it_is_the_block() -> None:
@@ -44,10 +42,10 @@ def test_it_is_the_block() -> None:
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9)]):
         given = arguments(B, L, seed)
         expected = block.int8_block(*given)
-        assert_within(by(9, given), expected, 2e-2 * float(expected.abs().max()), seed=seed)
+        assert_within(int8_block(*given), expected, 2e-2 * float(expected.abs().max()), seed=seed)
         one = [*given]
         one[2] = [None if part is None else part * 0 for part in given[2]]  # no attention at all
-        assert_same(by(9, one), block.int8_block(*one), seed=seed)
+        assert_same(int8_block(*one), block.int8_block(*one), seed=seed)
 
 
 def test_an_image_alone_and_in_a_batch() -> None:
@@ -60,9 +58,11 @@ def test_an_image_alone_and_in_a_batch() -> None:
         assert alone.isfinite().all()
 
 
-@pytest.mark.parametrize("launches", [7, 9])
-def test_launches(launches: int) -> None:
+@pytest.mark.parametrize("first_only", [False, True])
+def test_seven_launches(first_only: bool) -> None:
     given = arguments(2, 5, 0)
-    names = [launch.name for launch in launches_of(lambda: by(launches, given))]
-    assert len(names) == launches
-    assert names.count("quantize_rows") == launches - 7
+    names = [launch.name for launch in launches_of(lambda: int8_block(*given, first_only))]
+    assert names == [
+        "layer_norm_quantize", "int8_linear", "int8_attention", "int8_linear",
+        "layer_norm_quantize", "int8_linear", "int8_linear",
+    ]  # fmt: skip

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from lraee import bounds, reference
-from lraee.kernels import workspace
+from lraee.kernels import configs, workspace
 from lraee.kernels.configs import Config
-from lraee.kernels.int8_linear import int8_linear, int8_linear_from_float
+from lraee.kernels.int8_linear import (
+    int8_linear,
+    int8_linear_from_float,
+    int8_linear_quantized,
+)
 from lraee.poison import guarded_outputs, poisoned, poisoned_all
 from lraee.selftest_inputs import float_rows, linear
 from tests.support import assert_same, assert_within
@@ -152,3 +156,49 @@ def test_int8_linear_from_float_every_shape() -> None:
     assert len(FLOAT_SHAPES) >= 200
     for seed, (M, N, K, config) in enumerate(FLOAT_SHAPES):
         check_from_float(M, N, K, seed + 1, config)
+
+
+# int8_linear_quantized
+
+
+def check_quantized(M: int, N: int, K: int, seed: int, config: Config) -> None:
+    """The same bits as int8_linear followed by quantize_rows."""
+    symmetric = seed % 2 == 0
+    given = linear(M, N, K, seed)
+    if seed % 4 == 0 and given["bias"] is not None:
+        given["bias"][0] = torch.nan
+    expected = reference.quantize_rows(reference.int8_linear(**given), symmetric)
+    guarded = poisoned_all(given, row_pad=seed % 3) | {"w": poisoned(given["w"])}
+    with guarded_outputs():
+        actual = int8_linear_quantized(**guarded, symmetric=symmetric, config=config)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other, M=M, N=N, K=K, seed=seed, config=config)
+
+
+def test_int8_linear_quantized() -> None:
+    for seed, (M, N, K, config) in enumerate(SHAPES[::3]):
+        check_quantized(M, N, K, seed, config)
+
+
+@pytest.mark.slow
+def test_int8_linear_quantized_every_shape() -> None:
+    for seed, (M, N, K, config) in enumerate(SHAPES):
+        check_quantized(M, N, K, seed + 1, config)
+
+
+@pytest.mark.parametrize("width", [20, 300])
+def test_pieces_of_several_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows: several a piece, or one in several steps where they are long."""
+    monkeypatch.setattr(configs, "PIECE_VALUES", 1)
+    for seed, config in enumerate([TINY, SPLIT, WIDE]):
+        check_quantized(530, width, 40, seed, config)
+        check_from_float(530, 17, width, seed, config)
+
+
+def test_quantizing_no_rows_and_no_columns() -> None:
+    for M, N, K in ((0, 5, 8), (5, 3, 0)):
+        given = linear(M, N, K, 15)
+        expected = reference.quantize_rows(reference.int8_linear(**given), False)
+        actual = int8_linear_quantized(**given, symmetric=False)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other, M=M)

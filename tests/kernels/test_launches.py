@@ -1,20 +1,21 @@
 """Launches and traffic of a block and of an exit, from what the launchers would launch."""
 
+import itertools
+
 import pytest
 import torch
 
 from bench.gpu_model import (
+    L2_TRIP_US,
     PARTS,
     block_launches,
     bytes_of,
-    int8_us,
+    kernel_us,
     probe_launches,
     rows,
-    together_us,
 )
 from bench.launches import launches_of, meta
 from bench.shapes import B32, L14, Tower
-from lraee.kernels import configs
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 
@@ -22,33 +23,31 @@ LINEAR = "int8_linear"
 both_inputs = pytest.mark.parametrize("has_class_token", [False, True])
 
 
-def test_a_block_takes_nine_launches_or_seven() -> None:
-    for batch in (1, 32):
-        nine = block_launches(B32, batch, ARCHS[80], quantizes_together=False)
-        names = [launch.name for launch in nine]
+def test_a_block_takes_seven_launches() -> None:
+    for arch, batch in itertools.product(ARCHS.values(), (1, 32)):
+        names = [launch.name for launch in block_launches(B32, batch, arch)]
         assert names == [
-            "layer_norm_quantize", LINEAR, "int8_attention", "quantize_rows", LINEAR,
-            "layer_norm_quantize", LINEAR, "quantize_rows", LINEAR,
+            "layer_norm_quantize", LINEAR, "int8_attention", LINEAR,
+            "layer_norm_quantize", LINEAR, LINEAR,
         ]  # fmt: skip
-        fused = block_launches(B32, batch, ARCHS[80], quantizes_together=True)
-        assert [launch.name for launch in fused] == [n for n in names if n != "quantize_rows"]
-    as_towers_do = [(80, 1, 7), (80, 32, 9), (90, 1, 9)]
-    for arch, batch, count in as_towers_do:
-        assert len(block_launches(B32, batch, ARCHS[arch])) == count
+        apart = [launch.name for launch in block_launches(B32, batch, arch, is_fused=False)]
+        assert len(apart) == 9 and [n for n in apart if n != "quantize_rows"] == names
 
 
-def test_quantizing_together_is_not_free_in_the_model() -> None:
-    """Programs that meet take longer than the same product with rows quantized before."""
-    for part in PARTS:
-        for launch in block_launches(B32, 1, part.arch, quantizes_together=True):
-            is_from_float = launch.constants.get("FROM_FLOAT") is True
-            assert (together_us(launch, part) >= 2 * configs.LOAD_LATENCY_US) == is_from_float
-    h100 = next(part for part in PARTS if part.name == "H100")
-    nine, seven = (
-        int8_us(block_launches(B32, 1, h100.arch, quantizes_together=fused), h100, B32, "graph")
-        for fused in (False, True)
-    )
-    assert seven > nine
+@pytest.mark.parametrize("tower", [B32, L14], ids=lambda tower: tower.name)
+def test_quantizing_in_a_launch_is_not_free_in_the_model(tower: Tower) -> None:
+    """A launch that also quantizes takes longer by what that moves, and meets."""
+    for part, batch in itertools.product(PARTS, (1, 32)):
+        M, D = batch * tower.L, tower.D
+        fused = block_launches(tower, batch, part.arch)
+        apart = block_launches(tower, batch, part.arch, is_fused=False)
+        plain = [launch for launch in apart if launch.name != "quantize_rows"]
+        more = [kernel_us(a, part, tower) - kernel_us(b, part, tower)
+                for a, b in zip(fused, plain, strict=True)]  # fmt: skip
+        for place, width in ((2, D), (5, 4 * D)):
+            moved = 3 * M * width / (part.bandwidth_gb_s * 1e3)
+            assert more[place] > 4 * L2_TRIP_US + moved
+        assert [more[place] for place in (0, 1, 3, 4, 6)] == pytest.approx([0] * 5)
 
 
 @both_inputs
@@ -67,16 +66,19 @@ def test_bytes_of_a_block(tower: Tower) -> None:
     def linear(N: int, K: int, has_residual: bool) -> int:
         return M * (K + 8) + N * (K + 12) + 2 * M * N * (2 if has_residual else 1)
 
+    def quantized(width: int) -> int:
+        return M * (width + 8)
+
     attention = 2 * M * 3 * D + 2 * M * D
     expected = [
-        norm, linear(3 * D, D, False), attention, 2 * M * D + linear(D, D, True),
-        norm, linear(4 * D, D, False), 2 * M * 4 * D + linear(D, 4 * D, True),
+        norm, linear(3 * D, D, False), attention + quantized(D), linear(D, D, True),
+        norm, linear(4 * D, D, False) + quantized(4 * D), linear(D, 4 * D, True),
     ]  # fmt: skip
-    launches = block_launches(tower, batch, ARCHS[80], quantizes_together=True)
+    launches = block_launches(tower, batch, ARCHS[80])
     assert [bytes_of(one) for one in launches] == expected
-    # A quantizer of its own writes the rows once more than they are read
-    nine = block_launches(tower, batch, ARCHS[80], quantizes_together=False)
-    assert sum(map(bytes_of, nine)) == sum(expected) + M * (D + 8) + M * (4 * D + 8)
+    # A quantizer of its own reads the float rows once more
+    nine = block_launches(tower, batch, ARCHS[80], is_fused=False)
+    assert sum(map(bytes_of, nine)) == sum(expected) + 2 * M * (D + 4 * D)
 
 
 @both_inputs
