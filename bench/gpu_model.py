@@ -23,7 +23,7 @@ from bench.launches import Launch, launches_of, meta
 from bench.shapes import B16, B32, L14, Tower
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Shape, attention_config, pick
-from lraee.kernels.exit_probe import exit_probe
+from lraee.kernels.exit_probe import EMBEDDED, exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
@@ -156,7 +156,8 @@ def products_of(launch: Launch, tower: Tower) -> int:
     if launch.name == "int8_attention":
         return 4 * math.prod(_number(launch, name) for name in ("B", "H", "asked", "L", "d"))
     if launch.name == "score":
-        return 2 * launch.programs * 16 * _number(launch, "H") * _number(launch, "E")
+        blocks = math.ceil(_number(launch, "B") / _number(launch, "ROWS"))
+        return 2 * 16 * blocks * _number(launch, "H") * _number(launch, "E")
     return 0
 
 
@@ -204,12 +205,18 @@ def _quantizing_us(values: int, part: Part, programs: int | None = None) -> floa
 
 
 def _score_us(launch: Launch, part: Part) -> float:
-    """The last launch of the probe waits for what each program reads by itself: W2, its classes."""
+    """The last launch of the probe waits for itself: embedding, classes, and the best of all.
+
+    Four trips to L2 for the embedding (a ticket, its arrival, seen by others, read by them), three
+    for what the parts found (arrival of the last, reading the others, the decision); between them
+    each program reads its share of W2, and its classes.
+    """
     if launch.name != "score":
         return 0.0
     H, E, classes = (_number(launch, name) for name in ("H", "E", "CLASSES"))
     waves = math.ceil(launch.programs / part.sms)
-    return waves * (H * E + 2 * classes * E) / (SM_GB_S * 1e3)
+    read = (int(EMBEDDED) * H + 2 * classes * E) / (SM_GB_S * 1e3)
+    return 7 * L2_TRIP_US + waves * read
 
 
 def int8_us(launches: list[Launch], part: Part, tower: Tower, mode: str) -> float:

@@ -14,15 +14,16 @@
      that pools them, so z is still read once; the variance is one of patches in both cases.
      The last program of an image to finish has the whole row at hand (6 or 9 KB, in L2): it
      normalises and quantizes it, and adds up the variance, so that neither needs a launch.
-  2. head. hidden = gelu(W1 x + b1) is int8_linear as it stands.
-  3. score. cos_k = <e, t_k> / |e| needs the whole embedding e, so each program, which owns some
-     classes, computes all of e (0.4 MB of int8 weights from L2) instead of waiting for another
-     launch. It then goes once through its classes with four numbers per image:
+  2. head. quantize(gelu(W1 x + b1)) is int8_linear_quantized as it stands.
+  3. score. cos_k = <e, t_k> / |e| needs the whole embedding e = W2 hidden + b2: the first programs
+     store 32 values of it each, and the others wait for these (see meeting) instead of for another
+     launch. Each goes once through its classes with four numbers per image:
        best b, its class, second best b', and total = sum exp(l_k - b),
      where taking in a block with numbers (c, c', total_c) gives
        b_new = max(b, c),  b'_new = max(min(b, c), max(b', c')),
        total_new = total exp(b - b_new) + total_c exp(c - b_new).
-     The last program of an image to finish merges the programs' four numbers in class order. Then
+     The last program of an image to finish takes the programs' four numbers, at most 64 of each,
+     into one in the same way, all at once. Then
        confidence = p_(1) = exp(b - b) / total = 1 / total,
        margin = p_(1) - p_(2) = confidence (1 - exp(b' - b)),
        score = sigmoid(g0 confidence + g1 margin + g2 variance + g3).
@@ -42,15 +43,13 @@ from lraee.kernels.common import (
     INFINITY,
     LANES,
     fold_lanes,
-    quantize_tile,
-    quantizer,
     sum_16,
-    value_range,
 )
 from lraee.kernels.configs import ProbeConfig, probe_config
 from lraee.kernels.exit_probe_pool import pool_tokens
-from lraee.kernels.int8_linear import int8_linear
-from lraee.kernels.meeting import last_to_arrive
+from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
+from lraee.kernels.meeting import arrive, draw, last_to_arrive, wait_for
+from lraee.kernels.quantize_rows import Quantized
 from lraee.kernels.workspace import Workspace
 
 Probe = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -58,22 +57,11 @@ Probe = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TILE_B = tl.constexpr(16)
 """Rows of the smallest tensor-core product: images of one program, or one image and 15 copies."""
 
+EMBEDDED = tl.constexpr(32)
+"""Values of the embedding that one program computes."""
+
 BLOCK_C = tl.constexpr(16)
 """Classes taken in at once. Part of the order of sums: the same for every batch size."""
-
-
-@triton.jit
-def _row_quantizer(x_rows, row_mask, K, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip  # noqa: E501
-    """Quantizer of BLOCK_M float rows, from one reading of them."""
-    offs_k = tl.arange(0, BLOCK_K)
-    lo = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    hi = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask = row_mask[:, None] & (k + offs_k[None, :] < K)
-        x = tl.load(x_rows + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        tile_lo, tile_hi = value_range(x)
-        lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
-    return quantizer(tl.min(lo, axis=1), tl.max(hi, axis=1), SYMMETRIC)
 
 
 @triton.jit
@@ -91,37 +79,28 @@ def _dequantize(acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, b_ptr, offs_n, N, 
 
 @triton.jit
 def _embed(
-    hidden_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, B, H, E,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    x_q_ptr, x_scale_ptr, x_zero_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr,
+    block, tile, B, H, E, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Stores embedding = W2 quantize(hidden) + b2 of ROWS images.
-
-    Every program of these images stores all of it, the same bits; a program reads what it stored
-    itself after a barrier, so none waits for another.
-    """
+    """Stores EMBEDDED values of embedding = W2 hidden + b2 of ROWS images."""
     tile_b = tl.arange(0, TILE_B)
     # With ROWS = 1 every row of the product is the same image
-    offs_b = tl.program_id(1) * ROWS + tile_b % ROWS
+    offs_b = block * ROWS + tile_b % ROWS
     row_mask = offs_b < B
-    rows = hidden_ptr + offs_b.to(tl.int64)[:, None] * H
-    scale, zero, is_valid = _row_quantizer(rows, row_mask, H, False, TILE_B, BLOCK_H)
-    for e in range(0, E, LANES):
-        offs_e = e + tl.arange(0, LANES)
-        acc = tl.zeros((TILE_B, LANES), tl.int32)
-        for h in range(0, H, BLOCK_H):
-            cols = h + tl.arange(0, BLOCK_H)
-            h_mask = (cols < H)[None, :]
-            x = tl.load(rows + cols[None, :], mask=row_mask[:, None] & h_mask, other=0.0)
-            w_mask = (offs_e < E)[:, None] & h_mask
-            w = tl.load(w_ptr + offs_e[:, None] * H + cols[None, :], mask=w_mask, other=0)
-            x_q = quantize_tile(x, scale, zero, is_valid, False)
-            acc = tl.dot(x_q, tl.trans(w), acc, out_dtype=tl.int32)
-        y = _dequantize(
-            acc, scale, zero.to(tl.int32), w_scale_ptr, w_sum_ptr, b_ptr, offs_e, E, HAS_BIAS
-        )
-        mask = (row_mask & (tile_b < ROWS))[:, None] & (offs_e < E)[None, :]
-        tl.store(embedding_ptr + offs_b.to(tl.int64)[:, None] * E + offs_e[None, :], y, mask=mask)
-    tl.debug_barrier()
+    rows = offs_b.to(tl.int64)[:, None]
+    offs_e = tile * EMBEDDED + tl.arange(0, EMBEDDED)
+    acc = tl.zeros((TILE_B, EMBEDDED), tl.int32)
+    for h in range(0, H, BLOCK_H):
+        cols = (h + tl.arange(0, BLOCK_H))[None, :]
+        x = tl.load(x_q_ptr + rows * H + cols, mask=row_mask[:, None] & (cols < H), other=0)
+        w_mask = (offs_e < E)[:, None] & (cols < H)
+        w = tl.load(w_ptr + offs_e[:, None] * H + cols, mask=w_mask, other=0)
+        acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+    scale = tl.load(x_scale_ptr + offs_b, mask=row_mask, other=0.0)
+    zero = tl.load(x_zero_ptr + offs_b, mask=row_mask, other=0)
+    y = _dequantize(acc, scale, zero, w_scale_ptr, w_sum_ptr, b_ptr, offs_e, E, HAS_BIAS)
+    mask = (row_mask & (tile_b < ROWS))[:, None] & (offs_e < E)[None, :]
+    tl.store(embedding_ptr + rows * E + offs_e[None, :], y, mask=mask)
 
 
 @triton.jit
@@ -132,7 +111,7 @@ def _length(embedding, row_mask, E, E_CHUNKS: tl.constexpr):
     for c in tl.static_range(E_CHUNKS):
         cols = c * LANES + tl.arange(0, LANES)
         mask = row_mask[:, None] & (cols < E)[None, :]
-        e = tl.load(embedding + cols[None, :], mask=mask, other=0.0)
+        e = tl.load(embedding + cols[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         lanes += e * e
     return tl.maximum(tl.sqrt_rn(fold_lanes(lanes)), 1e-12)
 
@@ -142,7 +121,8 @@ def _add_products(lanes, c, embedding, row_mask, class_rows, class_mask, E):
     """lanes[b, k, j] + e[b, 64 c + j] * t[k, 64 c + j]."""
     cols = c * LANES + tl.arange(0, LANES)
     col_mask = (cols < E)[None, :]
-    e = tl.load(embedding + cols[None, :], mask=row_mask[:, None] & col_mask, other=0.0)
+    e_mask = row_mask[:, None] & col_mask
+    e = tl.load(embedding + cols[None, :], mask=e_mask, other=0.0, cache_modifier=".cg")
     t = tl.load(class_rows + cols[None, :], mask=class_mask[:, None] & col_mask, other=0.0)
     return lanes + e[:, None, :] * t.to(tl.float32)[None, :, :]
 
@@ -185,28 +165,29 @@ def _merge(best, second, total, top, new_best, new_second, new_total, new_top):
 
 @triton.jit
 def _finish(
-    part_ptr, variance_ptr, gate_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr, B,
+    part_ptr, variance_ptr, gate_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr, block, B,
     PARTS, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the four numbers of all parts in class order and writes the decision."""
-    offs = tl.arange(0, ROWS)
-    best = tl.full((ROWS,), -INFINITY, tl.float32)
-    second = tl.full((ROWS,), -INFINITY, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    top = tl.zeros((ROWS,), tl.int32)
-    for part in range(PARTS):
-        base = part_ptr + part * (4 * ROWS) + offs
-        best, second, total, top = _merge(
-            best, second, total, top,
-            tl.load(base, cache_modifier=".cg"),
-            tl.load(base + ROWS, cache_modifier=".cg"),
-            tl.load(base + 2 * ROWS, cache_modifier=".cg"),
-            tl.load(base + 3 * ROWS, cache_modifier=".cg").to(tl.int32, bitcast=True),
-        )  # fmt: skip
+    """Takes the four numbers of all parts into one and writes the decision."""
+    # One lane a part, and fold_lanes for their sum
+    parts = tl.arange(0, LANES)[:, None]
+    base = part_ptr + parts * (4 * ROWS) + tl.arange(0, ROWS)[None, :]
+    mask = parts < PARTS
+    bests = tl.trans(tl.load(base, mask=mask, other=-INFINITY, cache_modifier=".cg"))
+    seconds = tl.trans(tl.load(base + ROWS, mask=mask, other=-INFINITY, cache_modifier=".cg"))
+    totals = tl.trans(tl.load(base + 2 * ROWS, mask=mask, other=0.0, cache_modifier=".cg"))
+    tops = tl.trans(tl.load(base + 3 * ROWS, mask=mask, other=0.0, cache_modifier=".cg"))
+    tops = tops.to(tl.int32, bitcast=True)
+    best = tl.max(bests, axis=1)
+    # Of equal bests the lowest class stays; the others are its seconds
+    top = tl.min(tl.where(bests == best[:, None], tops, 2147483647), axis=1)
+    others = tl.where(tops == top[:, None], -INFINITY, bests)
+    second = tl.max(tl.maximum(others, seconds), axis=1)
+    total = fold_lanes(totals * tl.exp(bests - best[:, None]))
     confidence = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), total)
     margin = confidence * (1.0 - tl.exp(second - best))
-    top = tl.where(total == total, top, 0)
-    offs_b = tl.program_id(1) * ROWS + offs
+    top *= (total == total).to(tl.int32)
+    offs_b = block * ROWS + tl.arange(0, ROWS)
     mask = offs_b < B
     variance = tl.load(variance_ptr + offs_b, mask=mask, other=0.0)
     weighted = tl.load(gate_ptr) * confidence + tl.load(gate_ptr + 1) * margin
@@ -219,19 +200,34 @@ def _finish(
 
 @triton.jit(do_not_specialize=["B"])
 def _score_kernel(
-    hidden_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, classes_ptr, logit_scale, gate_ptr,
-    variance_ptr, embedding_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr,
-    part_ptr, ticket_ptr, B, H, E, K, CLASSES, PARTS,
+    x_q_ptr, x_scale_ptr, x_zero_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, classes_ptr,
+    logit_scale, gate_ptr, variance_ptr, embedding_ptr, top1_ptr, confidence_ptr, margin_ptr,
+    score_ptr, part_ptr, ticket_ptr, B, H, E, K, CLASSES, PARTS,
     HAS_W2: tl.constexpr, HAS_BIAS: tl.constexpr, E_CHUNKS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Embedding of ROWS images, its best two of CLASSES classes, and in the last part the score."""
+    item = tl.program_id(0)
+    tiles = 0
     if HAS_W2:
-        _embed(
-            hidden_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr, b_ptr, B, H, E,
-            HAS_BIAS, ROWS, BLOCK_H,
-        )  # fmt: skip
-    offs_b = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        item = draw(ticket_ptr, tl.num_programs(0))
+        ticket_ptr += 1
+        tiles = tl.cdiv(E, EMBEDDED)
+        blocks = tl.cdiv(B, ROWS)
+        if item < blocks * tiles:
+            _embed(
+                x_q_ptr, x_scale_ptr, x_zero_ptr, embedding_ptr, w_ptr, w_scale_ptr, w_sum_ptr,
+                b_ptr, item // tiles, item % tiles, B, H, E, HAS_BIAS, ROWS, BLOCK_H,
+            )  # fmt: skip
+            arrive(ticket_ptr + item // tiles)
+            return
+        item -= blocks * tiles
+    block = item // PARTS
+    part = item % PARTS
+    ticket_ptr += block
+    if HAS_W2:
+        wait_for(ticket_ptr, tiles)
+    offs_b = block * ROWS + tl.arange(0, ROWS)
     row_mask = offs_b < B
     embedding = embedding_ptr + offs_b.to(tl.int64)[:, None] * E
     length = _length(embedding, row_mask, E, E_CHUNKS)
@@ -240,7 +236,7 @@ def _score_kernel(
     second = tl.full((ROWS,), -INFINITY, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     top = tl.zeros((ROWS,), tl.int32)
-    first_k = tl.program_id(0) * CLASSES
+    first_k = part * CLASSES
     last_k = tl.minimum(first_k + CLASSES, K)
     for k in range(first_k, last_k, BLOCK_C):
         offs_k = k + tl.arange(0, BLOCK_C)
@@ -256,23 +252,24 @@ def _score_kernel(
             best, second, total, top, block_best, tl.max(others, axis=1), block_total, block_top
         )
 
-    part_ptr += tl.program_id(1).to(tl.int64) * PARTS * (4 * ROWS)
-    base = part_ptr + tl.program_id(0) * (4 * ROWS) + tl.arange(0, ROWS)
+    part_ptr += block.to(tl.int64) * PARTS * (4 * ROWS)
+    base = part_ptr + part * (4 * ROWS) + tl.arange(0, ROWS)
     tl.store(base, best, cache_modifier=".cg")
     tl.store(base + ROWS, second, cache_modifier=".cg")
     tl.store(base + 2 * ROWS, total, cache_modifier=".cg")
     tl.store(base + 3 * ROWS, top.to(tl.float32, bitcast=True), cache_modifier=".cg")
-    if last_to_arrive(ticket_ptr + tl.program_id(1), PARTS):
+    # The tiles of the embedding arrived by the same ticket
+    if last_to_arrive(ticket_ptr, tiles + PARTS):
         _finish(
-            part_ptr, variance_ptr, gate_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr, B,
-            PARTS, ROWS,
+            part_ptr, variance_ptr, gate_ptr, top1_ptr, confidence_ptr, margin_ptr, score_ptr,
+            block, B, PARTS, ROWS,
         )  # fmt: skip
 
 
 def classes_per_program(K: int) -> int:
     """Classes dealt to one program: by their number alone, so that batches cannot differ.
 
-    64 keep a program about as long at its classes as at the embedding; at most 64 programs.
+    64, of which four numbers are stored, a sixteenth of their logits; at most 64 programs.
     """
     return max(64, 16 * -(-K // (16 * 64)))
 
@@ -322,36 +319,40 @@ def exit_probe(
     space = space or workspace.of_current_stream(z.device)
     assert space.tickets.numel() >= B, f"exit_probe: at most {space.tickets.numel()} images"
     x = pool_tokens(z, gamma, beta, eps, variance, config=config, space=space)
-    hidden = int8_linear(
-        *x, w1, w1_scale, w1_sum, b1, activation="none" if w2 is None else "gelu", space=space
-    )
-    embedding = hidden if w2 is None else _floats((B, E), z)
-    _launch_score(
-        hidden, w2, w2_scale, w2_sum, b2, classes, logit_scale, gate,
-        (embedding, top1, confidence, margin, variance, score), config, space,
-    )  # fmt: skip
-    return embedding, top1, confidence, margin, variance, score
+    hidden: Quantized | None = None
+    if w2 is None:
+        embedding = int8_linear(*x, w1, w1_scale, w1_sum, b1, space=space)
+    else:
+        embedding = _floats((B, E), z)
+        hidden = int8_linear_quantized(
+            *x, w1, w1_scale, w1_sum, b1, activation="gelu", symmetric=False, space=space
+        )
+    probe = embedding, top1, confidence, margin, variance, score
+    layer = w2, w2_scale, w2_sum, b2
+    _launch_score(hidden, layer, classes, logit_scale, gate, probe, config, space)
+    return probe
 
 
 def _launch_score(
-    hidden: Tensor, w2: Tensor | None, w2_scale: Tensor | None, w2_sum: Tensor | None,
-    b2: Tensor | None, classes: Tensor, logit_scale: float, gate: Tensor,
-    probe: Probe, config: ProbeConfig, space: Workspace,
+    hidden: Quantized | None, layer: tuple[Tensor | None, ...], classes: Tensor, logit_scale: float,
+    gate: Tensor, probe: Probe, config: ProbeConfig, space: Workspace,
 ) -> None:  # fmt: skip
-    """Third launch: writes embedding, top1, confidence, margin and score."""
+    """Third launch: top1, confidence, margin and score; the embedding, where there is a layer."""
     embedding, top1, confidence, margin, variance, score = probe
-    (B, H), (K, E) = hidden.shape, classes.shape
+    (B, E), K = embedding.shape, classes.shape[0]
     per_program = classes_per_program(K)
     programs, blocks = triton.cdiv(K, per_program), triton.cdiv(B, config.rows)
-    parts = _floats((blocks, programs, 4, config.rows), hidden)
-    assert blocks <= space.tickets.numel(), f"exit_probe: at most {space.tickets.numel()} blocks"
-    layer = [hidden if part is None else part.contiguous() for part in (w2, w2_scale, w2_sum, b2)]
+    parts = _floats((blocks, programs, 4, config.rows), embedding)
+    assert blocks < space.tickets.numel(), f"exit_probe: at most {space.tickets.numel() - 1} blocks"
+    tiles = 0 if hidden is None else triton.cdiv(E, int(EMBEDDED))
+    absent = embedding
     launch.start(
-        _score_kernel, (programs, blocks),
-        hidden, *layer,
+        _score_kernel, (blocks * (tiles + programs),),
+        *(hidden or (absent, absent, absent)),
+        *(absent if part is None else part.contiguous() for part in layer),
         classes.contiguous(), logit_scale, gate.contiguous(), variance,
         embedding, top1, confidence, margin, score, parts, space.tickets,
-        B, H, E, K, per_program, programs,
-        HAS_W2=w2 is not None, HAS_BIAS=b2 is not None, E_CHUNKS=triton.cdiv(E, 64),
+        B, 0 if hidden is None else hidden[0].shape[1], E, K, per_program, programs,
+        HAS_W2=hidden is not None, HAS_BIAS=layer[3] is not None, E_CHUNKS=triton.cdiv(E, 64),
         ROWS=config.rows, BLOCK_H=config.block_h, num_warps=config.num_warps,
     )  # fmt: skip

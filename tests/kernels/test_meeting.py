@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 from bench.launches import Launch, recorded
 from lraee import reference
 from lraee.kernels.configs import Config
+from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import (
     int8_linear,
@@ -25,7 +26,7 @@ from lraee.kernels.int8_linear import (
     int8_linear_quantized,
 )
 from lraee.kernels.workspace import Workspace
-from lraee.selftest_inputs import attention, float_rows, linear
+from lraee.selftest_inputs import attention, float_rows, linear, probe
 from tests.support import assert_same
 
 PROCESSES = 4
@@ -47,11 +48,12 @@ def run_programs(launch: Launch, programs: list[int], start: Any) -> None:
     }
     given = inspect.getcallargs(function, **converted)
     scope = interpreter._patch_lang(function)
-    interpreter.interpreter_builder.set_grid_dim(*launch.grid, 1, 1)
+    columns, *rows = launch.grid
+    interpreter.interpreter_builder.set_grid_dim(columns, *(rows or [1]), 1)
     start.wait()
     try:
         for program in programs:
-            interpreter.interpreter_builder.set_grid_idx(program, 0, 0)
+            interpreter.interpreter_builder.set_grid_idx(program % columns, program // columns, 0)
             function(**given)
     finally:
         scope.restore()
@@ -138,6 +140,21 @@ def test_rows_of_attention_are_quantized_after_their_heads() -> None:
         given = {"qkv": qkv, "num_heads": H, "symmetric": True, "asked": asked}
         expected = reference.quantize_rows(y.view(-1, H * d), True)
         check(int8_attention_quantized, given, expected, seed)
+
+
+@pytest.mark.parametrize(("H", "B"), [(48, 1), (48, 18), (None, 3)])
+def test_the_three_launches_of_a_probe(H: int | None, B: int) -> None:
+    given = probe(B, 5, 64, H, 40, 150, seed=B)
+    expected = exit_probe(*given)
+    space = workspace()
+    with recorded() as launches:
+        actual = exit_probe(*given, space=space)
+    assert len(launches) == 3
+    for seed, launch in enumerate(launches):
+        run_at_once(launch, seed)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other, H=H, B=B)
+    assert not space.tickets.any()
 
 
 def test_parts_of_a_split_tile_meet() -> None:
