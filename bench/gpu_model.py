@@ -23,7 +23,7 @@ from bench.launches import Launch, launches_of, meta
 from bench.shapes import B16, B32, L14, Tower
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Shape, attention_config, pick
-from lraee.kernels.exit_probe import EMBEDDED, exit_probe
+from lraee.kernels.exit_probe import TILE_N, exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
@@ -119,7 +119,7 @@ def block_launches(tower: Tower, batch: int, arch: Arch, *, is_fused: bool = Tru
 
 
 def probe_launches(tower: Tower, batch: int, *, has_class_token: bool = False) -> list[Launch]:
-    """The launches of one exit probe: the paper's head D -> D -> E, or 2 D -> 512 -> E."""
+    """The launch of one exit probe: the paper's head D -> D -> E, or 2 D -> 512 -> E."""
     D, E = tower.D, tower.E
     P, H = (2 * D, HIDDEN) if has_class_token else (D, D)
     z, gamma, beta = meta(batch, tower.L, D, dtype=torch.float16), meta(P), meta(P)
@@ -155,9 +155,10 @@ def products_of(launch: Launch, tower: Tower) -> int:
         return 2 * math.prod(_number(launch, name) for name in "MNK")
     if launch.name == "int8_attention":
         return 4 * math.prod(_number(launch, name) for name in ("B", "H", "asked", "L", "d"))
-    if launch.name == "score":
+    if launch.name == "exit_probe":
+        P, H, E = (_number(launch, name) for name in "PHE")
         blocks = math.ceil(_number(launch, "B") / _number(launch, "ROWS"))
-        return 2 * 16 * blocks * _number(launch, "H") * _number(launch, "E")
+        return 2 * 16 * blocks * H * (P + E)
     return 0
 
 
@@ -186,7 +187,9 @@ def kernel_us(launch: Launch, part: Part, tower: Tower) -> float:
     memory = (bytes_of(launch) - quantized_bytes) / _bytes_per_us(part)
     if launch.name == "quantize_rows":
         compute = _quantizing_us(math.prod(_number(launch, name) for name in "MK"), part)
-    us = BOUNDARY_US + max(SHORTEST_US, compute, memory, _score_us(launch, part))
+    us = BOUNDARY_US + max(SHORTEST_US, compute, memory)
+    if launch.name == "exit_probe":
+        return us + _chain_us(launch, part)
     if not M:
         return us
     # A ticket for each program; then tiles arrive, and pieces see that, load, and quantize
@@ -204,19 +207,22 @@ def _quantizing_us(values: int, part: Part, programs: int | None = None) -> floa
     return values * QUANTIZE_INSTRUCTIONS / (SM_INSTRUCTIONS_PER_US * sms)
 
 
-def _score_us(launch: Launch, part: Part) -> float:
-    """The last launch of the probe waits for itself: embedding, classes, and the best of all.
+TRIPS_OF_PROBE = 15
+"""Of one image through exit_probe: a ticket; the last channels arrive, read the row and arrive; a
+tile of the head sees that, reads, is the last to arrive, reads hidden and arrives; a tile of the
+embedding sees that, reads and arrives; a part sees that, reads, is the last to arrive, and reads
+the others' (14, and one more for variance).
+"""
 
-    Four trips to L2 for the embedding (a ticket, its arrival, seen by others, read by them), three
-    for what the parts found (arrival of the last, reading the others, the decision); between them
-    each program reads its share of W2, and its classes.
+
+def _chain_us(launch: Launch, part: Part) -> float:
+    """What the parts of a probe add to its slowest resource, for each waits for the one before:
+    trips to L2, and what a program reads of weights and classes by itself.
     """
-    if launch.name != "score":
-        return 0.0
-    H, E, classes = (_number(launch, name) for name in ("H", "E", "CLASSES"))
+    P, H, E, classes = (_number(launch, name) for name in ("P", "H", "E", "CLASSES"))
     waves = math.ceil(launch.programs / part.sms)
-    read = (int(EMBEDDED) * H + 2 * classes * E) / (SM_GB_S * 1e3)
-    return 7 * L2_TRIP_US + waves * read
+    read = int(TILE_N) * (P + H) + 2 * classes * E
+    return TRIPS_OF_PROBE * L2_TRIP_US + waves * read / (SM_GB_S * 1e3)
 
 
 def int8_us(launches: list[Launch], part: Part, tower: Tower, mode: str) -> float:

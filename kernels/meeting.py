@@ -5,8 +5,9 @@ draws the next. Whoever waits for an item thus waits for a program that runs alr
 earlier items alone: all get on, however few programs the GPU runs at a time and in whatever order
 it starts them. Run one after another, as in the interpreter, nobody ever waits.
 
-Tickets are zero before and after each launch (see workspace). Values that another program of the
-same launch stored are read with cache_modifier=".cg", for L1 is not coherent.
+Tickets are zero before and after each launch (see workspace). L1 is not coherent: the acquire of
+wait_for and last_to_arrive empties it (CCTL.IVALL in the machine code), and what is read once is
+read with cache_modifier=".cg", around it.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""exit_probe in the interpreter: the decision of the definition, in three launches."""
+"""exit_probe in the interpreter: the decision of the definition, in one launch."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.launches import launches_of
 from lraee import bounds, reference
-from lraee.kernels import exit_probe as module
-from lraee.kernels import exit_probe_pool, int8_linear, launch
 from lraee.kernels.configs import ProbeConfig
-from lraee.kernels.exit_probe import classes_per_program, exit_probe
+from lraee.kernels.exit_probe import exit_probe
+from lraee.kernels.exit_probe_score import classes_per_program
 from lraee.poison import guarded_outputs, poisoned, poisoned_all
 from lraee.selftest_inputs import probe
 from tests.support import EPS32, assert_same, assert_within
@@ -136,19 +136,11 @@ def test_variance_survives_a_large_mean() -> None:
 
 
 @both_inputs
-def test_three_launches(monkeypatch: pytest.MonkeyPatch, has_class_token: bool) -> None:
-    started = []
-    start = launch.start
-
-    def count(kernel: Any, *arguments: Any, **constants: Any) -> None:
-        started.append(kernel)
-        start(kernel, *arguments, **constants)
-
-    monkeypatch.setattr(launch, "start", count)
-    exit_probe(*probe(2, 5, 64, 48, 32, 20, 0, has_class_token))
-    assert started == [
-        exit_probe_pool._pool_kernel, int8_linear._int8_linear_kernel, module._score_kernel,
-    ]  # fmt: skip
+def test_one_launch(has_class_token: bool) -> None:
+    for H in (48, None):
+        given = probe(2, 5, 64, H, 32, 20, 0, has_class_token)
+        launches = launches_of(lambda given=given: exit_probe(*given))
+        assert [launch.name for launch in launches] == ["exit_probe"]
 
 
 @both_inputs
@@ -164,6 +156,6 @@ def test_no_images(has_class_token: bool) -> None:
 def test_config_is_obeyed(has_class_token: bool) -> None:
     given = probe(3, 40, 96, 70, 32, 20, 0, has_class_token)
     expected = exit_probe(*given)
-    config = ProbeConfig(rows=1, block_d=32, unroll=4, block_h=64)
+    config = ProbeConfig(rows=1, block_d=32, unroll=4, block_k=64, block_h=32)
     for name, value, wanted in zip(NAMES, exit_probe(*given, config=config), expected, strict=True):
         assert_same(value, wanted, name=name)

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 from bench.launches import Launch, recorded
 from lraee import reference
-from lraee.kernels.configs import Config
+from lraee.kernels.configs import Config, ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import (
@@ -143,18 +143,11 @@ def test_rows_of_attention_are_quantized_after_their_heads() -> None:
 
 
 @pytest.mark.parametrize(("H", "B"), [(48, 1), (48, 18), (None, 3)])
-def test_the_three_launches_of_a_probe(H: int | None, B: int) -> None:
+def test_the_items_of_a_probe(H: int | None, B: int) -> None:
+    config = ProbeConfig(rows=1 if B == 1 else 16, block_d=32)
     given = probe(B, 5, 64, H, 40, 150, seed=B)
     expected = exit_probe(*given)
-    space = workspace()
-    with recorded() as launches:
-        actual = exit_probe(*given, space=space)
-    assert len(launches) == 3
-    for seed, launch in enumerate(launches):
-        run_at_once(launch, seed)
-    for one, other in zip(actual, expected, strict=True):
-        assert_same(one, other, H=H, B=B)
-    assert not space.tickets.any()
+    check(lambda space: exit_probe(*given, config=config, space=space), {}, expected, seed=B)
 
 
 def test_parts_of_a_split_tile_meet() -> None:
