@@ -48,12 +48,11 @@ def run_programs(launch: Launch, programs: list[int], start: Any) -> None:
     }
     given = inspect.getcallargs(function, **converted)
     scope = interpreter._patch_lang(function)
-    columns, *rows = launch.grid
-    interpreter.interpreter_builder.set_grid_dim(columns, *(rows or [1]), 1)
+    interpreter.interpreter_builder.set_grid_dim(*launch.grid, 1, 1)
     start.wait()
     try:
         for program in programs:
-            interpreter.interpreter_builder.set_grid_idx(program % columns, program // columns, 0)
+            interpreter.interpreter_builder.set_grid_idx(program, 0, 0)
             function(**given)
     finally:
         scope.restore()
