@@ -230,24 +230,41 @@ def int8_us(launches: list[Launch], part: Part, tower: Tower, mode: str) -> floa
     return sum(max(kernel_us(one, part, tower), LAUNCH_US[mode]) for one in launches)
 
 
+def _fp16_product_us(M: int, N: int, K: int, part: Part) -> float:
+    tile = 64 if M <= 256 else 128
+    tiles = math.ceil(M / tile) * math.ceil(N / tile)
+    waves = math.ceil(tiles / part.sms)
+    share = max(tiles / (waves * part.sms), 0.05)
+    compute = 2 * M * N * K / (part.fp16_tflops * 1e6 * FP16_UTILISATION * share)
+    return max(compute, 2 * (M * K + N * K + M * N) / _bytes_per_us(part))
+
+
+def _sum_us(times: list[float], mode: str) -> float:
+    return sum(max(BOUNDARY_US + max(SHORTEST_US, time), LAUNCH_US[mode]) for time in times)
+
+
 def fp16_block_us(tower: Tower, batch: int, part: Part, mode: str) -> float:
     """PREDICTION for one FP16 block: cuBLAS GEMMs, fused attention, the rest bound by memory."""
     M, D, L = batch * tower.L, tower.D, tower.L
     bandwidth = _bytes_per_us(part)
     rate = part.fp16_tflops * 1e6 * FP16_UTILISATION
-    times = []
-    for linear in tower.linears:
-        tile = 64 if M <= 256 else 128
-        tiles = math.ceil(M / tile) * math.ceil(linear.N / tile)
-        waves = math.ceil(tiles / part.sms)
-        share = max(tiles / (waves * part.sms), 0.05)
-        compute = 2 * M * linear.N * linear.K / (rate * share)
-        memory = 2 * (M * linear.K + linear.N * linear.K + M * linear.N) / bandwidth
-        times.append(max(compute, memory))
+    times = [_fp16_product_us(M, linear.N, linear.K, part) for linear in tower.linears]
     times.append(max(4 * batch * L * L * D / rate, 2 * 4 * M * D / bandwidth))
     times += [4 * M * D / bandwidth] * 2 + [16 * M * D / bandwidth, 6 * M * D / bandwidth]
     assert len(times) == FP16_LAUNCHES_PER_BLOCK
-    return sum(max(BOUNDARY_US + max(SHORTEST_US, time), LAUNCH_US[mode]) for time in times)
+    return _sum_us(times, mode)
+
+
+def outside_us(tower: Tower, batch: int, part: Part, mode: str) -> float:
+    """PREDICTION for what is no block, in FP16 with INT8 blocks too: patches side by side, their
+    product, class token and positions, ln_pre; ln_post of the class token, and the projection.
+    """
+    patches, K = batch * (tower.L - 1), 3 * tower.patch_px**2
+    M, D, bandwidth = batch * tower.L, tower.D, _bytes_per_us(part)
+    times = [4 * patches * K / bandwidth, _fp16_product_us(patches, D, K, part)]
+    times += [4 * M * D / bandwidth, 6 * M * D / bandwidth, 4 * M * D / bandwidth]
+    times += [4 * batch * D / bandwidth, _fp16_product_us(batch, tower.E, D, part)]
+    return _sum_us(times, mode)
 
 
 def rows(towers: tuple[Tower, ...] = (B32, B16, L14)) -> Iterator[dict[str, object]]:
@@ -261,8 +278,9 @@ def rows(towers: tuple[Tower, ...] = (B32, B16, L14)) -> Iterator[dict[str, obje
                 block = block_launches(tower, batch, part.arch)
                 probe = probe_launches(tower, batch, has_class_token=True)
                 for mode in LAUNCH_US:
-                    int8 = tower.layers * int8_us(block, part, tower, mode)
-                    fp16 = tower.layers * fp16_block_us(tower, batch, part, mode)
+                    outside = outside_us(tower, batch, part, mode)
+                    int8 = outside + tower.layers * int8_us(block, part, tower, mode)
+                    fp16 = outside + tower.layers * fp16_block_us(tower, batch, part, mode)
                     share = int8_us(probe, part, tower, mode) / int8
                     yield {
                         "gpu": part.name, "tower": tower.name, "batch": batch, "launch": mode,
