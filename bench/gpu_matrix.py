@@ -82,20 +82,22 @@ class Record:
 
 
 def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
-    """Each config of the table with everything fused that can be; also with float rows quantized
-    before its tiles, and with its own rows quantized after them.
+    """Each config with everything fused that can be, alone and with its rows quantized after its
+    tiles, as blocks use it; the first of each bucket also with float rows quantized before them.
     """
     for M, rows in zip(ROWS_OF_BUCKET, configs.TABLE[arch.capability], strict=True):
         for row in rows:
             if configs.legal(row, Shape(M, 768, 3072), arch):
-                yield from _cells_of_config(f"M={M} {_label(row)}", M, row)
+                yield from _cells_of_config(f"M={M} {_label(row)}", M, row, row == rows[0])
     for rows_of_layer in MEASURED.get(arch.capability, {}).values():
         for _, numbers in rows_of_layer:
             row = Config(*numbers)
             yield from _cells_of_config(f"measured {_label(row)}", 1600, row)
 
 
-def _cells_of_config(label: str, M: int, config: Config) -> Iterator[tuple[str, Launch]]:
+def _cells_of_config(
+    label: str, M: int, config: Config, has_float: bool = False
+) -> Iterator[tuple[str, Launch]]:
     int8, int32, half = torch.int8, torch.int32, torch.float16
 
     def arguments(N: int, K: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -111,8 +113,9 @@ def _cells_of_config(label: str, M: int, config: Config) -> Iterator[tuple[str, 
     fc2, options = arguments(768, 3072)
     yield label, launches_of(lambda: int8_linear(*quantized(3072), *fc2, **options))[0]
     x = meta(M, 3072, dtype=half)
-    before = launches_of(lambda: int8_linear_from_float(x, False, *fc2, **options))
-    yield f"float {label}", before[0]
+    if has_float:
+        before = launches_of(lambda: int8_linear_from_float(x, False, *fc2, **options))
+        yield f"float {label}", before[0]
     fc1, wide = arguments(3072, 768)
     after = launches_of(
         lambda: int8_linear_quantized(*quantized(768), *fc1, symmetric=False, **wide)
