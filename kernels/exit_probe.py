@@ -242,6 +242,8 @@ def exit_probe(
     embedding = _floats((B, E), z)
     # What an affine head leaves is the embedding itself
     hidden = embedding if w2 is None else _floats((B, H), z)
+    x = empty_quantized(B, P, z.device)
+    hidden_q = x if w2 is None else empty_quantized(B, H, z.device)
     layers = [w1, w1_scale, w1_sum, b1, w2, w2_scale, w2_sum, b2]
     programs = B * triton.cdiv(D, config.block_d) + blocks * parts
     for width in (H,) if w2 is None else (H, E):
@@ -251,8 +253,8 @@ def exit_probe(
         z, gamma.contiguous(), beta.contiguous(), eps,
         *(gate if part is None else part.contiguous() for part in layers),
         classes.contiguous(), logit_scale, gate.contiguous(),
-        _floats((B, P), z), _floats((B, D), z), *empty_quantized(B, P, z.device),
-        hidden, *empty_quantized(B, H, z.device), _floats((blocks, parts, 4, config.rows), z),
+        _floats((B, P), z), _floats((B, D), z), *x,
+        hidden, *hidden_q, _floats((blocks, parts, 4, config.rows), z),
         embedding, top1, confidence, margin, variance, score, space.tickets,
         B, L - 1, D, P, H, E, K, per_program, parts, z.stride(0), z.stride(1),
         HAS_W2=w2 is not None, HAS_B1=b1 is not None, HAS_B2=b2 is not None,

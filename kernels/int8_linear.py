@@ -15,6 +15,7 @@ from lraee.kernels.common import activate, convert
 from lraee.kernels.configs import (
     WORKSPACE_TICKETS,
     Config,
+    PieceConfig,
     Shape,
     pick,
     piece_config,
@@ -229,8 +230,11 @@ def _launch(
     row_blocks = triton.cdiv(M, config.block_m)
     programs = row_blocks * triton.cdiv(N, config.block_n) * config.split_k
     rows = y if x is None else x
-    piece = piece_config(M, rows.shape[1], config.num_warps, config.block_m)
+    # Launches that quantize nothing must not compile anew for another piece
+    piece, width = PieceConfig(1, 16), 0
     if quantized is not None:
+        width = rows.shape[1]
+        piece = piece_config(M, width, config.num_warps, config.block_m)
         assert row_blocks < WORKSPACE_TICKETS, f"int8_linear: too many rows to quantize: {M}"
         programs += triton.cdiv(M, piece.rows)
     absent = w_scale
@@ -254,13 +258,13 @@ def _launch(
         q_zero,
         absent if space is None else space.partials,
         absent if space is None else space.tickets,
-        M, N, K, rows.shape[1], x_q.stride(0), 0 if residual is None else residual.stride(0),
-        rows.stride(0),
+        M, N, K, width, x_q.stride(0), 0 if residual is None else residual.stride(0),
+        0 if quantized is None else rows.stride(0),
         HAS_ZERO=x_zero is not None and not (x is not None and symmetric),
         HAS_BIAS=bias is not None, HAS_LAYER_SCALE=layer_scale is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, EVEN_K=K % config.block_k == 0,
         QUANTIZES="none" if quantized is None else "output" if x is None else "input",
-        SYMMETRIC=symmetric, IS_ONE_TILE=rows.shape[1] <= piece.block_k,
+        SYMMETRIC=symmetric, IS_ONE_TILE=width <= piece.block_k,
         PIECE_ROWS=piece.rows, PIECE_K=piece.block_k, SPLIT_K=config.split_k,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m,

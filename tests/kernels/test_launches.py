@@ -17,6 +17,8 @@ from bench.gpu_model import (
 from bench.launches import launches_of, meta
 from bench.shapes import B32, L14, Tower
 from lraee.kernels.archs import ARCHS
+from lraee.kernels.configs import Config
+from lraee.kernels.int8_linear import int8_linear
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 
 LINEAR = "int8_linear"
@@ -100,6 +102,18 @@ def test_no_logits_in_memory() -> None:
                 assert value.shape != (512, 1000) and value.numel() != 512 * 1000, name
     parts = probe_launches(B32, 512)[0].arguments["part_ptr"]
     assert isinstance(parts, torch.Tensor) and parts.numel() == 512 * 16 * 4
+
+
+def test_a_product_alone_is_not_compiled_anew_for_another_width() -> None:
+    """Nor for more rows: how rows would be quantized is no part of it."""
+    config = Config(64, 64, 128, num_warps=4, num_stages=4)
+    constants = []
+    for M, N in ((50, 768), (600, 768), (600, 3072)):
+        x = (meta(M, 768, dtype=torch.int8), meta(M), meta(M, dtype=torch.int32))
+        w = (meta(N, 768, dtype=torch.int8), meta(N), meta(N, dtype=torch.int32))
+        (launch,) = launches_of(lambda x=x, w=w: int8_linear(*x, *w, config=config))  # type: ignore[misc]
+        constants.append(launch.constants)
+    assert constants[0] == constants[1] == constants[2]
 
 
 def test_specialisation_of_what_triton_compiles() -> None:
