@@ -1,0 +1,1 @@
+"""Embeddings for many: folders and archives of photos to Parquet."""
