@@ -128,8 +128,8 @@ class _Walker:
             return "is a link to a folder around it"
         if not _is_inside(target, self._real_root):
             return None
-        inner = os.path.relpath(target, self._real_root).split(b"/")
-        is_listed = not any(refused_folder(to_text(part)) for part in inner)
+        inner = to_text(target[len(self._real_root) :]).split("/")
+        is_listed = not any(map(refused_folder, inner))
         return "is a link to a folder that is listed by its own name" if is_listed else None
 
 
