@@ -22,13 +22,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a file may be before it is refused unread."""
+    """How large a file or a whole source may be before it is refused unread."""
 
     file_size_bytes: int = 64 << 20
     total_size_bytes: int = 256 << 30
     count: int = 5_000_000
-    pixels: int = 64_000_000
-    aspect: float = 50.0
 
 
 @dataclass(frozen=True)
