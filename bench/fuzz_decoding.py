@@ -6,6 +6,7 @@ another shape, more than 1 GiB or 30 s for one file ends it; the file is left in
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 CORPUS = Path(__file__).parents[1] / "tests" / "data" / "corpus"
@@ -36,8 +37,10 @@ def main() -> None:
             else:
                 assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == "uint8"
 
-    options = [f"-max_total_time={arguments.seconds}", "-timeout=30", "-rss_limit_mb=2048"]
-    atheris.Setup([sys.argv[0], *options, str(arguments.corpus)], one)
+    options = [f"-max_total_time={arguments.seconds}", "-timeout=30", "-rss_limit_mb=1024"]
+    # New inputs go to the first folder; the corpus is only read.
+    new_inputs = tempfile.mkdtemp(prefix="lraee-fuzz-")
+    atheris.Setup([sys.argv[0], *options, new_inputs, str(arguments.corpus)], one)
     atheris.Fuzz()
 
 
