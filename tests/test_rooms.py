@@ -40,6 +40,8 @@ HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
 EXTRA = {
+    "evaluation": {"clip_benchmark", "mteb"},
+    "serving": {"pyarrow", "ray"},
     "data": {"simplejpeg", "pillow_heif"},
     "exits": {"sklearn"},
     "calibration": {"sklearn", "scipy"},
