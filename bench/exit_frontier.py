@@ -29,7 +29,7 @@ from lraee.data.classes import class_features, read_classes
 from lraee.data.photos import Photos
 from lraee.exits.head import HeadWeights
 from lraee.measurement import machine
-from lraee.model.accelerate import acceleration_of
+from lraee.model.acceleration import acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
 from lraee.study.looks import KeptPair

@@ -40,7 +40,7 @@ from lraee.data.photos import Photos
 from lraee.exits.gate import fit_logistic
 from lraee.exits.head import HeadWeights, pool
 from lraee.measurement import machine
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, find_tower
 from lraee.towers.flops import PartFlops
 
 MODEL, SIZE, PHOTO = "lraee-tiny", (56, 56), 64
@@ -110,7 +110,7 @@ def read_photos(path: Path, wnids: Path, limit: int | None) -> tuple[Tensor, Ten
 def look(model: nn.Module, fast: nn.Module, blocks: Blocks, crops: Iterable[Tensor]) -> View:
     """One view of every photo through both towers."""
     seen: list[Tensor] = []
-    resblocks = towers.blocks_of(towers.find_tower(fast))
+    resblocks = blocks_of(find_tower(fast))
     hooks = [
         resblocks[block - 1].register_forward_hook(lambda module, inputs, z: seen.append(z))
         for block in blocks
@@ -207,7 +207,7 @@ def compare_gates(data: Data, exits: Blocks) -> None:
     for i, block in enumerate(exits):
         right = _percent(seen.answers[:, i] == seen.labels)
         print(f"block {block}: {right} / {_percent(seen.answers[:, i] == seen.teacher)}")
-    parts = PartFlops.of(towers.find_tower(zoo.load(MODEL)[0]))
+    parts = PartFlops.of(find_tower(zoo.load(MODEL)[0]))
     probes = [2 * (head.macs + data.classes.numel()) for head in heads.values()]
     costs = np.array(parts.when_leaving(exits, probes)) / parts.total
     for name, used in GATES.items():

@@ -34,9 +34,9 @@ from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
-from lraee.model.accelerate import acceleration_of
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.model.acceleration import acceleration_of
+from lraee.towers.families import blocks_of, find_tower
+from lraee.towers.runner import embedding_size, exits_of
 from lraee.zoo.opening import open_model
 
 HIDDEN, NUM_CLASSES = 512, 1000
@@ -47,9 +47,9 @@ PHOTOS = 256
 
 def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits:
     """Heads that know nothing, after these blocks of 12; nobody leaves yet."""
-    tower, made = towers.find_tower(fast), acceleration_of(fast)
+    tower, made = find_tower(fast), acceleration_of(fast)
     assert made is not None
-    D, E = cast(nn.Conv2d, tower.conv1).out_channels, vision.embedding_size(tower)
+    D, E = cast(nn.Conv2d, tower.conv1).out_channels, embedding_size(tower)
     source = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -59,7 +59,7 @@ def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits
         w1, b1, w2, b2 = normal(HIDDEN, 2 * D), normal(HIDDEN), normal(E, HIDDEN), normal(E)
         return HeadWeights(torch.ones(2 * D), torch.zeros(2 * D), w1, b1, w2, b2)
 
-    depths = tuple(block * len(towers.blocks_of(tower)) // 12 for block in shares)
+    depths = tuple(block * len(blocks_of(tower)) // 12 for block in shares)
     gate = Gate("confidence", ((0.0,) * 4,) * len(depths), (math.inf,) * len(depths))
     return Exits(
         heads={depth: head() for depth in depths},
@@ -104,7 +104,7 @@ def run(fast: nn.Module, images: Tensor, batch: int) -> None:
 
 def table(fast: nn.Module, images: Tensor, batch: int, budget_s: float) -> list[str]:
     """One row of the Markdown table; checks first that exits off is the same computation."""
-    router = vision.exits_of(towers.find_tower(fast))
+    router = exits_of(find_tower(fast))
     assert router is not None
     opened = router.gate
     closed = replace(opened, thresholds=(math.inf,) * len(opened.thresholds))
@@ -176,7 +176,7 @@ def main(
     opened = open_model(tower, may_be_random=True)
     loaded = None if exits is None else Exits.load(exits)
     plain = lraee.accelerate(opened.model, scheme=scheme if loaded is None else loaded.scheme)
-    size = cast(tuple[int, int], towers.find_tower(plain).image_size)
+    size = cast(tuple[int, int], find_tower(plain).image_size)
     if photos is None:
         images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
     else:

@@ -23,7 +23,7 @@ from torch import nn
 
 import lraee
 from bench.environment import describe
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower
 from lraee.zoo.opening import open_model
 
 FORMS = ("float32", "int8", "int8-patches")
@@ -36,7 +36,7 @@ def ready(form: str, tower: str) -> tuple[nn.Module, float]:
     start = time.perf_counter()
     if form != "float32":
         lraee.accelerate(model, scheme=form, inplace=True)
-    return towers.find_tower(model), time.perf_counter() - start
+    return find_tower(model), time.perf_counter() - start
 
 
 def measure(form: str, tower: str, batch: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from lraee.calibration.noise import BlockNoise, NoiseMeter
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, find_tower
 
 Images = Tensor | Iterable[Tensor]
 """Preprocessed images [n, 3, H, W], or their batches: any iterable that starts anew each time and
@@ -40,7 +40,7 @@ class Pair:
     ) -> None:
         """See the class."""
         self.teacher, self.fast = teacher, fast
-        self.size = cast(tuple[int, int], towers.find_tower(fast).image_size)
+        self.size = cast(tuple[int, int], find_tower(fast).image_size)
         self._images, self._batch, self.progress = images, batch, progress
         self._first: Tensor | None = None
         if not isinstance(images, Iterable) or isinstance(images, Iterator):
@@ -91,8 +91,8 @@ class Pair:
     @torch.inference_mode()
     def noise(self, most: int) -> list[BlockNoise]:
         """The noise profile over the first images, `most` of them."""
-        tower, fast_tower = towers.find_tower(self.teacher), towers.find_tower(self.fast)
-        meter = NoiseMeter(len(towers.blocks_of(tower)))
+        tower, fast_tower = find_tower(self.teacher), find_tower(self.fast)
+        meter = NoiseMeter(len(blocks_of(tower)))
         left = most
         with full_depth(self.fast), tapped(tower) as z, tapped(fast_tower) as z_int8:
             for images in self.batches("noise"):
@@ -120,7 +120,7 @@ class Pair:
         """
         source = None if view_seed is None else torch.Generator().manual_seed(view_seed)
         pooled, teacher = [], []
-        with full_depth(self.fast), tapped(towers.find_tower(self.fast)) as z:
+        with full_depth(self.fast), tapped(find_tower(self.fast)) as z:
             for images in self._marked(rows, "crops" if source else "heads"):
                 if source is None:
                     x = centred(images, self.size)
@@ -150,7 +150,7 @@ class Pair:
         gate = torch.zeros(4)
         modules = {block: Int8Head(head, gate).to(device) for block, head in heads.items()}
         classes = contrasts(classes).to(device)
-        with full_depth(self.fast), tapped(towers.find_tower(self.fast)) as z:
+        with full_depth(self.fast), tapped(find_tower(self.fast)) as z:
 
             def batches() -> Iterator[list[Probe]]:
                 for images in self._marked(rows, "probes"):
@@ -175,7 +175,7 @@ class Pair:
 @contextmanager
 def tapped(tower: nn.Module) -> Iterator[list[Tensor]]:
     """The tokens [B, L, D] of the tower's last call: before the first block, then after each."""
-    blocks = towers.blocks_of(tower)
+    blocks = blocks_of(tower)
     z: list[Tensor] = [torch.empty(0)] * (len(blocks) + 1)
     is_batch_first = bool(tower.get_submodule("transformer").batch_first)
 

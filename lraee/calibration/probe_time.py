@@ -15,7 +15,7 @@ from lraee.exits.head import HeadWeights, Int8Head, contrasts
 from lraee.exits.router import Router
 from lraee.measurement.timing import interleaved
 from lraee.model.trace import full_depth
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, find_tower
 
 BATCHES = (1, 32)
 OVERHEAD = 0.02
@@ -73,11 +73,11 @@ def measure(
       head, classes, logit_scale: of the probe.
       budget_s: for each batch size.
     """
-    tower = towers.find_tower(model)
+    tower = find_tower(model)
     like = next(tower.parameters())
     probe = Int8Head(head, torch.zeros(4)).to(like.device)
     contrast = contrasts(classes).to(like.device)
-    run_block = towers.blocks_of(tower)[block - 1]
+    run_block = blocks_of(tower)[block - 1]
     probed = _with_exit(tower, block, head, classes, logit_scale)
     is_batch_first = bool(tower.get_submodule("transformer").batch_first)
     size = cast(tuple[int, int], tower.image_size)

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from lraee.exits.bundle import Exits, one_class
 from lraee.exits.serialization import from_parts, tensor_shapes, to_parts
 from lraee.layers.scheme import SINCE, Scheme
-from lraee.model.accelerate import Acceleration, acceleration_of, add_exits, assemble, checked_tower
+from lraee.model.accelerate import add_exits, assemble, checked_tower
+from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.ops.backend import Backend
 from lraee.storage import sealed
 from lraee.storage.files import is_sha256, parse_options, refuse, refusing, require_keys
 from lraee.storage.sealed import Format, Shapes
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import blocks_of, find_tower, int8_linears, int8_shapes, linear_shapes
+from lraee.towers.runner import exits_of
+from lraee.towers.state import tower_hash
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,7 +48,7 @@ class _Fields:
     """What lraee.json says of the model, each value of the right type.
 
     Args:
-      base_sha256: towers.tower_hash of the float tower.
+      base_sha256: tower_hash of the float tower.
       state_sha256: the same hash of the whole accelerated model.
       exits: None, or the fields of its early exits, not checked yet.
     """
@@ -75,9 +77,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     made = acceleration_of(model)
     if made is None:
         raise ValueError("save: model must be accelerated, got a float one")
-    tower = towers.find_tower(model)
+    tower = find_tower(model)
     # not strict: the skeletons may end in that of the patch embedding
-    for block, skeleton in zip(towers.blocks_of(tower), made.skeletons, strict=False):
+    for block, skeleton in zip(blocks_of(tower), made.skeletons, strict=False):
         found, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
         if found != base:
             raise ValueError(
@@ -96,7 +98,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "scheme": asdict(made.scheme),
         "backend": made.backend,
         "base_sha256": made.base_hash,
-        "state_sha256": towers.tower_hash(model.state_dict()),
+        "state_sha256": tower_hash(model.state_dict()),
         "exits": exits_fields,
     }
     sealed.write(Path(directory), FORMAT, fields, tensors)
@@ -104,7 +106,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def _tensors_of(tower: nn.Module) -> dict[str, Tensor]:
     tensors = {}
-    for name, linear in towers.int8_linears(tower).items():
+    for name, linear in int8_linears(tower).items():
         tensors[f"{name}.w_q"] = linear.w_q.cpu().contiguous()
         tensors[f"{name}.w_scale"] = linear.w_scale.cpu().contiguous()
     return tensors
@@ -112,7 +114,7 @@ def _tensors_of(tower: nn.Module) -> dict[str, Tensor]:
 
 def _current_exits(tower: nn.Module, made: Acceleration) -> Exits | None:
     """The exits with the classes that they look for now."""
-    exits, router = made.exits, vision.exits_of(tower)
+    exits, router = made.exits, exits_of(tower)
     if exits is None or router is None:
         return None
     classes = router.classes.cpu()
@@ -154,7 +156,7 @@ def load(
     path, fields = config.path, _parse_fields(config.path, config.fields)
     backend = backend or fields.backend
     tower = checked_tower(model, replace(fields.scheme, keep_float=()), backend)
-    base_hash = towers.tower_hash(tower.state_dict())
+    base_hash = tower_hash(tower.state_dict())
     if base_hash != fields.base_sha256:
         refuse(path, "base_sha256 must be that of the image tower of the given model", base_hash)
     shapes = _expected_shapes(path, tower, fields)
@@ -174,7 +176,7 @@ def load(
     if exits is not None:
         with refusing(path):
             add_exits(fast, exits)
-    state_hash = towers.tower_hash(fast.state_dict())
+    state_hash = tower_hash(fast.state_dict())
     if state_hash != fields.state_sha256:
         rule = "state_sha256 must be that of the given model with these int8 weights"
         refuse(path, f"{rule} (another text tower?)", state_hash)
@@ -198,11 +200,11 @@ def _parse_fields(path: Path, raw: dict[str, Any]) -> _Fields:
 def _expected_shapes(path: Path, tower: nn.Module, fields: _Fields) -> Shapes:
     """Type and shape of each tensor that the scheme makes of this tower, and of its exits."""
     scheme = fields.scheme
-    unknown = set(scheme.keep_float) - set(towers.linear_shapes(tower))
+    unknown = set(scheme.keep_float) - set(linear_shapes(tower))
     if unknown:
         refuse(path, "scheme.keep_float must name linears of the model", sorted(unknown))
     shapes: Shapes = {}
-    for name, (N, K) in towers.int8_shapes(tower, scheme).items():
+    for name, (N, K) in int8_shapes(tower, scheme).items():
         shapes[f"{name}.w_q"] = (torch.int8, (N, K))
         shapes[f"{name}.w_scale"] = (torch.float32, (N,))
     own = {} if fields.exits is None else tensor_shapes(path, fields.exits)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.router import Router
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import find_tower
+from lraee.towers.runner import exits_of
 
 
 class ClassSetter:
@@ -37,7 +37,7 @@ class ClassSetter:
         """
         model = self.model()
         assert model is not None
-        router = cast(Router, vision.exits_of(towers.find_tower(model)))
+        router = cast(Router, exits_of(find_tower(model)))
         if not isinstance(classes, Tensor):
             classes = _encode_texts(model, classes, tokenizer)
         router.set_classes(unit_classes("set_classes", classes, router.classes.shape[1]))

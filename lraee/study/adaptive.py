@@ -17,7 +17,7 @@ from tqdm import trange
 from lraee.calibration.head_training import centred
 from lraee.layers.int8_block import Int8MultiheadAttention
 from lraee.layers.scheme import INT8
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, find_tower, require_supported
 from lraee.towers.flops import PartFlops
 
 _BATCH = 32
@@ -127,9 +127,9 @@ def train_policy(
             f"train_policy: images must be [n, 3, H, W], n >= 1, got {list(images.shape)}"
         )
     tower = _supported(model)
-    towers.require_supported(tower, INT8)
+    require_supported(tower, INT8)
     costs, source = _Costs.of(tower), torch.Generator().manual_seed(seed)
-    policy = Policy(len(towers.blocks_of(tower)), costs.D)
+    policy = Policy(len(blocks_of(tower)), costs.D)
     weights = list(policy.parameters())
     optimizer = torch.optim.Adam(weights, lr=_LEARNING_RATE)
     distance = _Distance(classes, float(model.get_parameter("logit_scale").detach().exp()))
@@ -168,9 +168,9 @@ def run_policy(model: nn.Module, policy: Policy, images: Tensor) -> tuple[Tensor
     tower = _supported(model)
     if not len(images):
         raise ValueError("run_policy: images must be one at least, got none")
-    if len(policy.blocks) != len(towers.blocks_of(tower)):
+    if len(policy.blocks) != len(blocks_of(tower)):
         raise ValueError(
-            f"run_policy: policy must be for {len(towers.blocks_of(tower))} blocks,"
+            f"run_policy: policy must be for {len(blocks_of(tower))} blocks,"
             f" got {len(policy.blocks)}"
         )
     costs, size = _Costs.of(tower), cast(tuple[int, int], tower.image_size)
@@ -187,7 +187,7 @@ def _run_alone(
 ) -> tuple[Tensor, int]:
     """Embedding [1, E] of an image [1, 3, H, W] and the FLOPs it took."""
     z, flops = _embedded(tower, image), costs.around
-    for place, block in enumerate(towers.blocks_of(tower)):
+    for place, block in enumerate(blocks_of(tower)):
         parts, patches = policy.blocks[place](z)
         before = z.shape[1]
         z = z[:, F.pad(patches[0] > 0, (1, 0), value=True)]
@@ -209,7 +209,7 @@ def _masked(
     """
     there = z.new_ones(z.shape[:2])
     flops = z.new_full(z.shape[:1], float(costs.around))
-    for place, block in enumerate(towers.blocks_of(tower)):
+    for place, block in enumerate(blocks_of(tower)):
         parts, patches = policy.blocks[place](z)
         before = there.sum(1)
         there = there * F.pad(decide(patches), (1, 0), value=1.0)
@@ -252,7 +252,7 @@ class _Distance:
 
 def _supported(model: nn.Module) -> nn.Module:
     """The tower; raises NotImplementedError unless its class token alone gives the embedding."""
-    tower = towers.find_tower(model)
+    tower = find_tower(model)
     pool_type, proj = getattr(tower, "pool_type", None), getattr(tower, "proj", None)
     if pool_type != "tok" or proj is None or getattr(tower, "attn_pool", None) is not None:
         raise NotImplementedError(

@@ -15,7 +15,7 @@ from lraee.study.backbones import Model
 from lraee.study.protocol import Protocol
 from lraee.study.schema import Report
 from lraee.study.study import Pictures, Study
-from lraee.towers import open_clip as towers
+from lraee.towers.state import tower_hash
 from lraee.zoo.opening import Opened
 
 _HELD_OUT = 5
@@ -108,7 +108,7 @@ def study(
         for photos in (found.learn, found.report)
     )
     settings = {
-        "base": towers.tower_hash(model.tower.state_dict()),
+        "base": tower_hash(model.tower.state_dict()),
         "classes": digest(model.classes),
         "learn": _names_hash(learn),
         "report": _names_hash(report),

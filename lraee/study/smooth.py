@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lraee.layers.scheme import INT8, Scheme
 from lraee.model.accelerate import accelerate
 from lraee.model.fidelity import compare
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, find_tower, require_supported
 
 _BATCH = 64
 _NEXT_WEIGHT = {"ln_1": "attn.in_proj_weight", "ln_2": "mlp.c_fc.weight"}
@@ -41,9 +41,9 @@ def smoothed(model: nn.Module, images: Tensor, *, alpha: float = 0.5) -> nn.Modu
         raise ValueError(f"smoothed: alpha must be in [0, 1], got {alpha}")
     if images.dim() != 4 or not len(images):
         raise ValueError(f"smoothed: images must be [n, 3, H, W], n >= 1, got {list(images.shape)}")
-    towers.require_supported(towers.find_tower(model), INT8)
+    require_supported(find_tower(model), INT8)
     result = copy.deepcopy(model)
-    blocks = list(towers.blocks_of(towers.find_tower(result)))
+    blocks = list(blocks_of(find_tower(result)))
     with _largest(blocks) as largest:
         _embeddings(result, images)
     for block, by_norm in zip(blocks, largest, strict=True):

@@ -17,7 +17,7 @@ from lraee.exits.gate import Gate, GateKind
 from lraee.exits.router import Compaction
 from lraee.exits.serialization import FORMAT
 from lraee.layers.scheme import PAPER, Scheme
-from lraee.towers import open_clip as towers
+from lraee.towers.state import tower_hash
 from tests.clip_models import make_images, make_model
 from tests.exits.made_exits import make_exits
 from tests.exits.small_exits import D, E, nested, small_exits
@@ -74,7 +74,7 @@ def test_a_tower_with_loaded_exits_gives_the_same_bits(tmp_path: Path, kind: Gat
     images = make_images(5)
     with torch.no_grad():
         assert_same(again.encode_image(images), fast.encode_image(images))
-    assert towers.tower_hash(model.visual.state_dict()) == Exits.load(tmp_path).base_hash
+    assert tower_hash(model.visual.state_dict()) == Exits.load(tmp_path).base_hash
 
 
 def test_tensors_may_share_memory_and_be_views(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import lraee
 from lraee.layers.int8_patch_embedding import Int8PatchEmbedding
-from lraee.model.accelerate import acceleration_of
+from lraee.model.acceleration import acceleration_of
 from lraee.model.checkpoint import FORMAT
 from lraee.ops import reference
 from lraee.towers import flops
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
 from tests.sealed_files import resealed
 from tests.support import assert_same
@@ -29,7 +29,7 @@ def accelerated(model: nn.Module, **options: object) -> nn.Module:
 
 
 def embedding_of(model: nn.Module) -> Int8PatchEmbedding:
-    found = towers.find_tower(model).get_submodule("conv1")
+    found = find_tower(model).get_submodule("conv1")
     assert isinstance(found, Int8PatchEmbedding)
     return found
 

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 import lraee
+from lraee.layers import build
 from lraee.model.checkpoint import FORMAT
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, linear_shapes
+from lraee.towers.state import tower_hash
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
 from tests.sealed_files import cuts
 from tests.support import assert_same
@@ -65,7 +67,7 @@ def test_loading_quantizes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = make_model()
     fast = lraee.accelerate(model)
     lraee.save(fast, tmp_path)
-    monkeypatch.delattr(towers, "quantize_weight")
+    monkeypatch.delattr(build, "quantize_weight")
     monkeypatch.delattr(pickle, "Unpickler")
     monkeypatch.setattr(torch, "load", None)
     assert_same_model(lraee.load(tmp_path, model), fast)
@@ -97,7 +99,7 @@ def test_half_model(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_every_linear_kept_float(tmp_path: Path) -> None:
     model = make_model(vision={"layers": 1})
-    names = tuple(towers.linear_shapes(model.visual))
+    names = tuple(linear_shapes(model.visual))
     fast = lraee.accelerate(model, scheme=lraee.Scheme(keep_float=names))
     lraee.save(fast, tmp_path)
     assert_same_model(lraee.load(tmp_path, model), fast)
@@ -122,10 +124,10 @@ def test_only_int8_weights_and_steps_are_in_the_file(tmp_path: Path) -> None:
     assert set(tensors) == set(config["tensors"])
     for name, tensor in tensors.items():
         assert tensor.dtype == (torch.int8 if name.endswith(".w_q") else torch.float32)
-    linears = sum(N * K + 4 * N for N, K in towers.linear_shapes(model.visual).values())
+    linears = sum(N * K + 4 * N for N, K in linear_shapes(model.visual).values())
     assert linears <= path.stat().st_size <= linears + 4096
     assert config["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert config["base_sha256"] == towers.tower_hash(model.visual.state_dict())
+    assert config["base_sha256"] == tower_hash(model.visual.state_dict())
     assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
@@ -146,7 +148,7 @@ def test_save_refuses_what_load_would(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^save: model must be of the type .* got torch.float16"):
         lraee.save(lraee.accelerate(model).half(), tmp_path)
     fast = lraee.accelerate(model)
-    towers.blocks_of(fast.visual)[1].mlp.c_fc.w_scale[3] = math.nan
+    blocks_of(fast.visual)[1].mlp.c_fc.w_scale[3] = math.nan
     with pytest.raises(ValueError, match=r"^save: resblocks.1.mlp.c_fc.w_scale\[3\] must be fin"):
         lraee.save(fast, tmp_path)
     assert not list(tmp_path.iterdir())

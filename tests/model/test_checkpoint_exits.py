@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lraee
 from lraee.exits.gate import CLASS_FREE, GateKind
-from lraee.model.accelerate import acceleration_of
+from lraee.model.acceleration import acceleration_of
 from lraee.model.checkpoint import FORMAT
 from tests.clip_models import make_images, make_model
 from tests.exits.made_exits import make_exits
