@@ -35,13 +35,14 @@ from lraee.calibration.head_training import (
     train_head,
 )
 from lraee.calibration.thresholds import ScoreTable, evaluate, quantile_grid, search
-from lraee.data.classes import class_features, read_classes
+from lraee.data.classes import read_classes
 from lraee.data.photos import Photos
 from lraee.exits.gate import fit_logistic
 from lraee.exits.head import HeadWeights, pool
 from lraee.measurement import machine
 from lraee.towers.families import blocks_of, find_tower
 from lraee.towers.flops import PartFlops
+from lraee.towers.prompts import class_features
 
 MODEL, SIZE, PHOTO = "lraee-tiny", (56, 56), 64
 Blocks = tuple[int, ...]
@@ -110,9 +111,9 @@ def read_photos(path: Path, wnids: Path, limit: int | None) -> tuple[Tensor, Ten
 def look(model: nn.Module, fast: nn.Module, blocks: Blocks, crops: Iterable[Tensor]) -> View:
     """One view of every photo through both towers."""
     seen: list[Tensor] = []
-    resblocks = blocks_of(find_tower(fast))
+    blocks_of_tower = blocks_of(find_tower(fast))
     hooks = [
-        resblocks[block - 1].register_forward_hook(lambda module, inputs, z: seen.append(z))
+        blocks_of_tower[block - 1].register_forward_hook(lambda module, inputs, z: seen.append(z))
         for block in blocks
     ]
     parts: list[tuple[Tensor, ...]] = []

@@ -35,7 +35,7 @@ from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
 from lraee.model.acceleration import acceleration_of
-from lraee.towers.families import blocks_of, find_tower
+from lraee.towers.families import blocks_of, find_tower, tower_spec
 from lraee.towers.runner import embedding_size, exits_of
 from lraee.zoo.opening import open_model
 
@@ -49,7 +49,7 @@ def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits
     """Heads that know nothing, after these blocks of 12; nobody leaves yet."""
     tower, made = find_tower(fast), acceleration_of(fast)
     assert made is not None
-    D, E = cast(nn.Conv2d, tower.conv1).out_channels, embedding_size(tower)
+    D, E = tower_spec(tower).width, embedding_size(tower)
     source = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -176,7 +176,7 @@ def main(
     opened = open_model(tower, may_be_random=True)
     loaded = None if exits is None else Exits.load(exits)
     plain = lraee.accelerate(opened.model, scheme=scheme if loaded is None else loaded.scheme)
-    size = cast(tuple[int, int], find_tower(plain).image_size)
+    size = tower_spec(find_tower(plain)).image_size
     if photos is None:
         images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
     else:

@@ -23,7 +23,7 @@ from torch import nn
 
 import lraee
 from bench.environment import describe
-from lraee.towers.families import find_tower
+from lraee.towers.families import find_tower, tower_spec
 from lraee.zoo.opening import open_model
 
 FORMS = ("float32", "int8", "int8-patches")
@@ -44,7 +44,7 @@ def measure(form: str, tower: str, batch: int) -> dict[str, float]:
     visual, seconds = ready(form, tower)
     opening = _of_status("VmHWM")
     starts_anew = _peak_starts_anew()
-    size = cast(tuple[int, int], visual.image_size)
+    size = tower_spec(visual).image_size
     with torch.inference_mode():
         for _ in range(3):
             visual(torch.zeros(batch, 3, *size))

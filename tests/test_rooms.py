@@ -35,7 +35,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 TORCH_ONLY = {"kernels": {"torch", "triton"}}
 """Rooms that may import nothing but these and the standard library."""
 
-KNOWS_TOWERS = {"towers", "zoo", "data"}
+KNOWS_TOWERS = {"towers"}
 HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}

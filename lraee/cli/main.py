@@ -102,6 +102,7 @@ def doctor(as_json: AsJson = False) -> None:
         return
     for key in ("machine", "threads", "versions"):
         _line(key, str(found[key]))
+    _line("towers", ", ".join(found["towers"]))
     for level, state in found["isa"].items():
         _line(f"isa {level}", state)
     for row in found["cuda"]:
@@ -195,9 +196,10 @@ def calibrate(
     """
     from lraee.calibration.calibrate import calibrate
     from lraee.data.batches import PhotoImages
-    from lraee.data.classes import class_features, read_classes
+    from lraee.data.classes import read_classes
     from lraee.data.photos import Photos
     from lraee.model.accelerate import accelerate
+    from lraee.towers.prompts import class_features
     from lraee.zoo.opening import open_model
 
     known = read_classes(classes) if classes else None
@@ -251,13 +253,14 @@ def evaluate(
 
     Example: `lraee evaluate --data val.zip --classes classes.json --exits exits --retrieval`
     """
-    from lraee.data.classes import TEMPLATES, class_features, read_classes
+    from lraee.data.classes import read_classes
     from lraee.data.photos import Photos
     from lraee.evaluation import evaluate
     from lraee.evaluation.retrieval import search_all
     from lraee.exits.bundle import Exits
     from lraee.layers.scheme import find_scheme
     from lraee.model.accelerate import accelerate
+    from lraee.towers.prompts import TEMPLATES, class_features
     from lraee.zoo.opening import open_model
 
     schemes = scheme or ["int8", "paper"]
@@ -325,11 +328,12 @@ def bench(
     from lraee.evaluation import evaluate
     from lraee.measurement import machine, timing
     from lraee.model.accelerate import accelerate
+    from lraee.towers.families import image_size
     from lraee.zoo.opening import open_model
 
     opened = open_model(model, pretrained, may_be_random=True)
     models = {**timing.float_and_bfloat16(opened.model), "int8": accelerate(opened.model)}
-    rows = timing.time_tower(models, timing.image_size(opened.model), batch or [1, 8, 32], seconds)
+    rows = timing.time_tower(models, image_size(opened.model), batch or [1, 8, 32], seconds)
     header = machine.describe()
     _line("model", opened.title)
     _line("machine", f"{header['machine']}, {header['threads']} threads, {header['operators']}")

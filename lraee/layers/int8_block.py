@@ -69,7 +69,7 @@ class Int8Block(Adapter):
         """Raises: an int8 block has no gradients."""
         if mode:
             raise RuntimeError(TRAIN_REFUSED)
-        return cast(Int8Block, nn.Module.train(self, False))
+        return nn.Module.train(self, False)
 
     def get_weight_dtype(self) -> torch.dtype:
         """The type computed for; open_clip asks each block."""

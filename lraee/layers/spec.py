@@ -84,8 +84,9 @@ def tensor_at(block: nn.Module, name: str) -> Tensor:
     """
     parent, _, leaf = name.rpartition(".")
     module = block.get_submodule(parent)
-    tensor = module._parameters.get(leaf)
-    tensor = module._buffers.get(leaf) if tensor is None else tensor
+    tensor: Tensor | None = module._parameters.get(leaf)
+    if tensor is None:
+        tensor = module._buffers.get(leaf)
     if tensor is None:
         raise AttributeError(f"{type(block).__name__} has no tensor {name}")
     return tensor
@@ -157,6 +158,10 @@ class Call:
                     " for it, use the float model (lraee.restore)"
                 )
         return tokens, mask, rope
+
+    def tokens(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+        """Tokens [B, L, D] among the arguments of a call that the module accepts."""
+        return self.by_image(args[0] if args else named[self.parameters[0]])
 
     def wrap(self, tokens: Tensor) -> Any:
         """What the module returns."""

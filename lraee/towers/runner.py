@@ -114,7 +114,7 @@ class RowwiseTower(Adapter):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowwiseTower":
         """Moved or cast, its numbers lie elsewhere: graphs of where they were are dropped."""
         graphs.drop(self)
-        return cast(RowwiseTower, super()._apply(fn, recurse))
+        return cast(RowwiseTower, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def _blocks(self) -> list[Block]:
         """The blocks on [B, L, D], in whichever order the tower calls them."""
@@ -217,9 +217,9 @@ def unmake_rowwise(tower: nn.Module) -> None:
         RowwiseAttention.release(tower.get_submodule(path))
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
-        tower.__class__ = spec.float_class
         del tower.rowwise_backend, tower.tower_spec
         tower.__dict__.pop("cuda_graphs", None)
+        tower.__class__ = spec.float_class  # type: ignore[assignment]
 
 
 # Exits

@@ -12,7 +12,7 @@ from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import INT8, Scheme
 from lraee.towers import flops
-from lraee.towers.families import find_tower, linear_shapes
+from lraee.towers.families import find_tower, image_size, linear_shapes
 from lraee.towers.open_clip import read_block
 from lraee.towers.state import tower_hash
 from tests.clip_models import VISION, make_images, make_model
@@ -169,6 +169,13 @@ def test_child_names_are_kept():
             if n.rpartition(".")[2] in ("ln_q", "ln_k", "ln_inner", "attn_drop", "out_drop")
         }
         assert found == (names - gone) | added
+
+
+@pytest.mark.parametrize("size", [32, (32, 24), [32, 24]])
+def test_image_size(size):
+    model = make_model()
+    model.visual.image_size = size
+    assert image_size(model) == ((32, 32) if isinstance(size, int) else (32, 24))
 
 
 # Layers kept float
