@@ -94,10 +94,10 @@ def main(
     typer.echo(f"\n{tower}, batches of {batch}; seconds, MB")
     typer.echo(f"{'':<13} {'ready':>7} {'peak':>7} {'serving':>8} {'after':>7} {'weights':>8}")
     for form in FORMS:
-        found = in_its_own_process(form, tower, batch)
+        row = in_its_own_process(form, tower, batch)
         typer.echo(
-            f"{form:<13} {found['ready_s']:7.2f} {found['peak_mb']:7.0f} {found['serving_mb']:8.0f}"
-            f" {found['after_mb']:7.0f} {found['weights_mb']:8.0f}"
+            f"{form:<13} {row['ready_s']:7.2f} {row['peak_mb']:7.0f} {row['serving_mb']:8.0f}"
+            f" {row['after_mb']:7.0f} {row['weights_mb']:8.0f}"
         )
 
 

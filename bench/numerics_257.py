@@ -217,8 +217,8 @@ def main(
             f"  {row.weight_bytes / 1e6:6.2f} MB"
         )
     if out is not None:
-        found = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
-        evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
+        header = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
+        evaluate.write_json({**header, "rows": [asdict(row) for row in rows]}, out)
 
 
 if __name__ == "__main__":

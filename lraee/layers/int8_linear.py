@@ -167,8 +167,8 @@ class Int8Linear(nn.Module):
             return
         shape = (self.out_features, self.in_features)
         if w_q.dtype != torch.int8 or w_q.shape != shape:
-            found = f"{w_q.dtype} {list(w_q.shape)}"
-            error_msgs.append(f"{key} must be torch.int8 {list(shape)}, got {found}")
+            given = f"{w_q.dtype} {list(w_q.shape)}"
+            error_msgs.append(f"{key} must be torch.int8 {list(shape)}, got {given}")
             return
         self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
 

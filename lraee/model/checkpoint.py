@@ -74,30 +74,30 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises: ValueError if the model is not accelerated, was cast, or has numbers that load
       refuses.
     """
-    made = acceleration_of(model)
-    if made is None:
+    record = acceleration_of(model)
+    if record is None:
         raise ValueError("save: model must be accelerated, got a float one")
     tower = find_tower(model)
     # not strict: the skeletons may end in that of the patch embedding
-    for block, skeleton in zip(blocks_of(tower), made.skeletons, strict=False):
-        found, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
-        if found != base:
+    for block, skeleton in zip(blocks_of(tower), record.skeletons, strict=False):
+        dtype, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
+        if dtype != base:
             raise ValueError(
-                f"save: model must be of the type it was accelerated in, {base}, got {found};"
+                f"save: model must be of the type it was accelerated in, {base}, got {dtype};"
                 " accelerate again from the model of that type"
             )
     tensors = _tensors_of(tower)
     wrong = _wrong_scale(tensors)
     if wrong is not None:
         raise ValueError(f"save: {wrong[0]} must be finite and above 0, got {wrong[1]}")
-    exits = _current_exits(tower, made)
+    exits = _current_exits(tower, record)
     exits_fields, exits_tensors = (None, {}) if exits is None else to_parts(exits)
     tensors |= {_EXITS + name: tensor for name, tensor in exits_tensors.items()}
     fields = {
         "versions": {name: version(name) for name in _VERSIONS},
-        "scheme": asdict(made.scheme),
-        "backend": made.backend,
-        "base_sha256": made.base_hash,
+        "scheme": asdict(record.scheme),
+        "backend": record.backend,
+        "base_sha256": record.base_hash,
         "state_sha256": tower_hash(model.state_dict()),
         "exits": exits_fields,
     }
@@ -112,9 +112,9 @@ def _tensors_of(tower: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _current_exits(tower: nn.Module, made: Acceleration) -> Exits | None:
+def _current_exits(tower: nn.Module, record: Acceleration) -> Exits | None:
     """The exits with the classes that they look for now."""
-    exits, router = made.exits, exits_of(tower)
+    exits, router = record.exits, exits_of(tower)
     if exits is None or router is None:
         return None
     classes = router.classes.cpu()

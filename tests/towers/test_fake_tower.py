@@ -98,9 +98,8 @@ def read_block(layer: nn.Module) -> BlockSpec:
     def linear(path: str, site: Any) -> Linear:
         return Linear(path, site, (Rows(f"{path}.weight", f"{path}.bias"),))
 
-    qkv = [
-        Rows(f"attention.{p}.weight", f"attention.{p}.bias" if p != "k" else None) for p in "qkv"
-    ]
+    q, v = (Rows(f"attention.{part}.weight", f"attention.{part}.bias") for part in "qv")
+    qkv = (q, Rows("attention.k.weight"), v)
     return BlockSpec(
         Attention(
             "attention", H, D // H, Linear("attention.qkv", "in_proj", qkv),
