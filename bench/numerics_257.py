@@ -33,6 +33,7 @@ from lraee.data.photos import Photos
 from lraee.evaluation import evaluate
 from lraee.layers.scheme import Scheme
 from lraee.measurement import machine
+from lraee.storage.json import write_json
 
 LAYERS, WIDTH, HEADS, PATCH, SIZE = 12, 384, 6, 14, 224
 EPS = 1e-6
@@ -212,7 +213,7 @@ def main(
         )
     if out is not None:
         found = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
-        evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
+        write_json({**found, "rows": [asdict(row) for row in rows]}, out)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from lraee.cli import report as cli_report
 from lraee.cli import tables
 from lraee.diagnostics import interpreter
 from lraee.exits.gate import GateKind
+from lraee.storage.json import write_json
 
 P = ParamSpec("P")
 Show = Annotated[bool, typer.Option(help="Show progress bars.")]
@@ -131,12 +132,12 @@ def demo(
 
     Example: `lraee demo --data ~/photos`, or `lraee demo --model ViT-B-32 --pretrained openai`
     """
-    from lraee.evaluation import demo, evaluate
+    from lraee.evaluation import demo
     from lraee.zoo.opening import open_model
 
     photos = demo.open_photos(data, limit)
     found = demo.run(open_model(model, pretrained), photos, progress=progress)
-    evaluate.write_json(found, out)
+    write_json(found, out)
     _line("model", f"{found['model']}, {found['classes']} class names")
     _line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
     _line("photos", f"{found['photos']}; {photos.report()}")
@@ -295,7 +296,7 @@ def evaluate(
     if retrieval:
         found["retrieval"] = [asdict(row) for row in search_all(embedded)]
     if out is not None:
-        evaluate.write_json(found, out)
+        write_json(found, out)
     _line("model", f"{title}, {len(names)} class names, {len(TEMPLATES)} templates")
     _line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
     _line("photos", f"{found['photos']}, {found['labelled']} labelled; {photos.report()}")
@@ -322,7 +323,6 @@ def bench(
 
     Example: `lraee bench --model ViT-B-32 --batch 1 --batch 32`
     """
-    from lraee.evaluation import evaluate
     from lraee.measurement import machine, timing
     from lraee.model.accelerate import accelerate
     from lraee.zoo.opening import open_model
@@ -342,7 +342,7 @@ def bench(
     _out.print(table)
     if out is not None:
         found = {"schema": timing.SCHEMA, **header, "model": opened.title}
-        evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
+        write_json({**found, "rows": [asdict(row) for row in rows]}, out)
         _line("written", str(out))
 
 
@@ -360,7 +360,6 @@ def selftest(
     Example: `lraee selftest --device cuda --json-out selftest.json`
     """
     from lraee.diagnostics import selftest
-    from lraee.evaluation import evaluate
 
     found = selftest.examine(device, quick=quick, progress=progress)
     for key in ("gpu", "capability", "driver", "versions"):
@@ -369,7 +368,7 @@ def selftest(
     for table in tables.of_selftest(found):
         _out.print(table)
     if json_out is not None:
-        evaluate.write_json(found, json_out)
+        write_json(found, json_out)
         _line("written", str(json_out))
     if not found["is_ok"]:
         raise typer.Exit(1)
