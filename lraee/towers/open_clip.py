@@ -321,8 +321,12 @@ def without_numbers(block: nn.Module) -> nn.Module:
 
 
 def tower_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 over name, type, shape and bytes of each tensor of a tower, in order of names."""
+    """sha256 over name, type, shape and bytes of each tensor of a tower, in order of names.
+
+    torch.compile puts `_orig_mod.` into names; a compiled tower has the hash of its original.
+    """
     digest = hashlib.sha256()
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     for name in sorted(state):
         tensor = state[name].detach()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
