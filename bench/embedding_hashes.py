@@ -5,7 +5,7 @@ python -m bench.embedding_hashes PHOTOS [--exits EXITS ...]
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -33,7 +33,7 @@ def hashes(
     encode |= {scheme: lraee.accelerate(model, scheme=scheme) for scheme in SCHEMES}
     encode |= {f"exits {path.name}": lraee.accelerate(model, exits=path) for path in exits}
     with torch.inference_mode():
-        return {name: digest(each.encode_image(images)) for name, each in encode.items()}
+        return {name: digest(cast(Any, each).encode_image(images)) for name, each in encode.items()}
 
 
 def main(
