@@ -14,27 +14,9 @@ from lraee.exits.gate import Gate, GateKind
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import SINCE, Scheme
-from lraee.storage import sealed
+from lraee.storage import schema, sealed
 from lraee.storage.files import require
-from lraee.storage.schema import (
-    DIGEST,
-    MAX_FLOAT32,
-    NAME,
-    Items,
-    Kind,
-    Nullable,
-    Record,
-    Scalar,
-    Spec,
-    Specs,
-    Table,
-    choice,
-    free,
-    integer,
-    options,
-    real,
-    sized,
-)  # fmt: skip
+from lraee.storage.schema import Items, Nullable, Record, Spec, Specs, integer, real, sized
 
 _MAX_HEADS = 64
 _MAX_TENSOR_BYTES = 1 << 30
@@ -52,42 +34,40 @@ def _plan(
 
 _WIDTH = integer(1, 1 << 16)
 _BLOCK = integer(1, 512)
-_THRESHOLD = Scalar(
+_THRESHOLD = schema.Scalar(
     "a finite float32 number, 'inf' or '-inf'",
-    lambda v: v in _INFINITE if type(v) is str else type(v) is float and abs(v) <= MAX_FLOAT32,
+    lambda v: (
+        v in _INFINITE if type(v) is str else type(v) is float and abs(v) <= schema.MAX_FLOAT32
+    ),
     build=float,
 )
-SCHEME = options(Scheme(), SINCE)
+SCHEME = schema.options(Scheme(), SINCE)
 _HEAD = Record({"block": _BLOCK, "inputs": _WIDTH, "hidden": Nullable(_WIDTH)})
 _PLAN = Record(
     {
         "blocks": Items(_BLOCK, 0, _MAX_HEADS),
-        "kind": choice(*get_args(GateKind)),
+        "kind": schema.choice(*get_args(GateKind)),
         "weights": Items(Items(real(), 4, 4), 0, _MAX_HEADS),
         "thresholds": Items(_THRESHOLD, 0, _MAX_HEADS),
     },
     build=_plan,
 )
-FIELDS: dict[str, Kind] = {
+FIELDS: dict[str, schema.Kind] = {
     "heads": Items(_HEAD, 1, _MAX_HEADS),
     "embedding": _WIDTH,
     "classes": Nullable(integer(1, 1 << 24)),
-    "plans": Table(_PLAN, 1, 256),
-    "chosen": NAME,
+    "plans": schema.Table(_PLAN, 1, 256),
+    "chosen": schema.NAME,
     "logit_scale": real(above=0.0),
     "copy_share": real(0.0),
     "scheme": SCHEME,
-    "base_hash": DIGEST,
-    "card": free(size_bytes=1 << 20, levels=32),
+    "base_hash": schema.DIGEST,
+    "card": schema.free(size_bytes=1 << 20, levels=32),
 }
 FORMAT = sealed.Format("lraee exits", 1, "exits.json", "exits", "Exits.save", FIELDS)
 
-_LAYER = {
-    "gamma": Spec("F32", "P"),
-    "beta": Spec("F32", "P"),
-    "w1": Spec("F32", "NP"),
-    "b1": Spec("F32", "N"),
-}
+_LAYER = {name: Spec("F32", sizes) for name, sizes in
+          (("gamma", "P"), ("beta", "P"), ("w1", "NP"), ("b1", "N"))}  # fmt: skip
 _LAST = {"w2": Spec("F32", "EN"), "b2": Spec("F32", "E")}
 _CLASSES = {"classes": Spec("F32", "KE", "rows of length 1")}
 

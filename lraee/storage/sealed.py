@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,17 +157,15 @@ def _in_use(directory: Path) -> Iterator[int | None]:
 
     Yields None where there is no lock; then nothing is removed.
     """
-    handle = None
-    with suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY) if fcntl else None
-    try:
-        with suppress(OSError):
-            if handle is not None:
+    with ExitStack() as stack:
+        locked = None
+        with suppress(OSError):  # some network mounts, and a folder that is not there
+            if fcntl:
+                handle = os.open(directory, os.O_RDONLY)
+                stack.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_SH)
-        yield handle
-    finally:
-        if handle is not None:
-            os.close(handle)
+                locked = handle
+        yield locked
 
 
 def _remove_unused(directory: Path, form: Format, handle: int | None) -> None:
@@ -175,7 +173,12 @@ def _remove_unused(directory: Path, form: Format, handle: int | None) -> None:
     if handle is None:
         _log.warning("save: %s cannot be locked: older tensors in it stay", directory)
         return
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else the last of these processes does it
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # the last of these processes does it
+    except OSError:  # NFS gives this lock to files alone
+        return _remove_unused(directory, form, None)
     try:
         sha256 = read_json(directory / form.config_name, _MAX_BYTES)["weights_sha256"]
     except FileNotFoundError:
