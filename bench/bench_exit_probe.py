@@ -19,8 +19,9 @@ from torch import Tensor
 import lraee
 from bench.harness import Variant, Work, compare, record
 from bench.shapes import B32, TINY, Tower, tower_batches
-from lraee import ops, reference, zoo
+from lraee import ops, zoo
 from lraee.exits.head import contrasts
+from lraee.ops import reference
 from tests.support import assert_same, assert_within
 
 CASES = [(tower, batch) for tower, batch in tower_batches() if batch != 8]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bench.harness import Variant, Work, compare, record
 from bench.shapes import Tower, tower_batches
-from lraee import ops, reference
+from lraee import ops
+from lraee.ops import reference
 from tests.support import assert_within
 
 CASES = [(tower, batch) for tower, batch in tower_batches() if batch != 8]

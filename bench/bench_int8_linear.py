@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench.harness import Variant, Work, compare, copies, record
 from bench.shapes import Linear, Tower, linear_batches
-from lraee import ops, reference
+from lraee import ops
+from lraee.ops import reference
 from tests.support import assert_within
 
 CASES = list(linear_batches())

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bench.harness import Variant, Work, compare, record
 from bench.shapes import TOWERS, Tower
-from lraee import ops, reference
+from lraee import ops
+from lraee.ops import reference
 from tests.support import assert_same
 
 CASES = [(tower, batch) for tower in TOWERS for batch in (1, 32)]

@@ -7,7 +7,8 @@ import torch
 
 from bench.harness import Variant, Work, compare, record
 from bench.shapes import TOWERS, Tower
-from lraee import ops, reference
+from lraee import ops
+from lraee.ops import reference
 from tests.support import assert_same
 
 CASES = [(tower, batch, K) for tower in TOWERS for batch in (1, 32) for K in (1, 4)]

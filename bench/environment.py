@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from lraee import machine
+from lraee.measurement import machine
 
 
 def describe() -> dict[str, str]:

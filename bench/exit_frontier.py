@@ -18,21 +18,22 @@ import torch
 import typer
 from torch import Tensor
 
-from lraee import accelerate, machine
-from lraee.accelerate import acceleration_of
-from lraee.calibration import BEST, PAPER, Calibration, Recipe, Task
-from lraee.class_setter import unit_classes
-from lraee.classes import class_features, read_classes
-from lraee.collect import Pair
-from lraee.data import Photos
-from lraee.exits.answers import judge
+from lraee import accelerate
+from lraee.calibration.collect import Pair
+from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task
+from lraee.calibration.plans import Goal
+from lraee.calibration.scoring import Found, run_plan
+from lraee.calibration.targets import judge
+from lraee.data.batches import PhotoImages
+from lraee.data.classes import class_features, read_classes
+from lraee.data.photos import Photos
 from lraee.exits.head import HeadWeights
-from lraee.exits.plans import Goal
-from lraee.exits.scoring import Found, run_plan
-from lraee.models import open_model
-from lraee.photo_images import PhotoImages
-from lraee.stages import Stages
+from lraee.measurement import machine
+from lraee.model.accelerate import acceleration_of
+from lraee.model.set_classes import unit_classes
+from lraee.storage.stages import Stages
 from lraee.study.looks import KeptPair
+from lraee.zoo.opening import open_model
 
 EPSILONS = (0.01, 0.02, 0.05)
 SAVED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40)

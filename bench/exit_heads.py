@@ -25,14 +25,23 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import lraee
-from lraee import machine, towers, zoo
-from lraee.classes import class_features, read_classes
-from lraee.data import Photos
+from lraee import zoo
+from lraee.calibration.head_training import (
+    BEST_HEAD,
+    PAPER_HEAD,
+    HeadOptions,
+    augmented,
+    centred,
+    train_head,
+)
+from lraee.calibration.thresholds import ScoreTable, evaluate, quantile_grid, search
+from lraee.data.classes import class_features, read_classes
+from lraee.data.photos import Photos
 from lraee.exits.gate import fit_logistic
 from lraee.exits.head import HeadWeights, pool
-from lraee.exits.thresholds import ScoreTable, evaluate, quantile_grid, search
-from lraee.exits.training import BEST_HEAD, PAPER_HEAD, HeadOptions, augmented, centred, train_head
-from lraee.flops import PartFlops
+from lraee.measurement import machine
+from lraee.towers import open_clip as towers
+from lraee.towers.flops import PartFlops
 
 MODEL, SIZE, PHOTO = "lraee-tiny", (56, 56), 64
 Blocks = tuple[int, ...]

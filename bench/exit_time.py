@@ -26,17 +26,18 @@ from torch import Tensor, nn
 
 import lraee
 from bench.environment import describe
-from lraee import towers, vision
-from lraee.accelerate import acceleration_of
-from lraee.data import Photos
-from lraee.exits.exits import Exits, Plan
+from lraee.calibration.probe_time import measure
+from lraee.data.batches import PhotoImages
+from lraee.data.photos import Photos
+from lraee.exits.bundle import Exits, Plan
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
-from lraee.models import open_model
-from lraee.photo_images import PhotoImages
-from lraee.probe_time import measure
-from lraee.timing import ImageEncoder, interleaved
+from lraee.measurement.timing import ImageEncoder, interleaved
+from lraee.model.accelerate import acceleration_of
+from lraee.towers import open_clip as towers
+from lraee.towers import runner as vision
+from lraee.zoo.opening import open_model
 
 HIDDEN, NUM_CLASSES = 512, 1000
 SHARES = {8: 0.101, 10: 0.253, 11: 0.321}

@@ -23,8 +23,8 @@ from torch import nn
 
 import lraee
 from bench.environment import describe
-from lraee import towers
-from lraee.models import open_model
+from lraee.towers import open_clip as towers
+from lraee.zoo.opening import open_model
 
 FORMS = ("float32", "int8", "int8-patches")
 MEGABYTE = 2.0**20

@@ -20,9 +20,9 @@ import typer
 from torch import Tensor, nn
 
 import lraee
-from lraee import machine
-from lraee.models import open_model
-from lraee.selftest_time import captured, cuda_interleaved
+from lraee.diagnostics.selftest_timing import captured, cuda_interleaved
+from lraee.measurement import machine
+from lraee.zoo.opening import open_model
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lraee.timing import WARM_S, warm_up
+from lraee.measurement.timing import WARM_S, warm_up
 
 BUDGET_S = 3.0
 MIN_ROUNDS, MAX_ROUNDS = 7, 300

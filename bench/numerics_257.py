@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import lraee
-from lraee import evaluate, machine
-from lraee.data import Photos
-from lraee.quantize import Scheme
+from lraee.data.photos import Photos
+from lraee.evaluation import evaluate
+from lraee.layers.scheme import Scheme
+from lraee.measurement import machine
 
 LAYERS, WIDTH, HEADS, PATCH, SIZE = 12, 384, 6, 14, 224
 EPS = 1e-6

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 import lraee
 from bench.environment import describe
 from lraee import zoo
-from lraee.evaluate import write_json
-from lraee.fidelity import compare
-from lraee.sources import first_line
-from lraee.timing import Timing, interleaved
+from lraee.data.sources import first_line
+from lraee.evaluation.evaluate import write_json
+from lraee.measurement.timing import Timing, interleaved
+from lraee.model.fidelity import compare
 
 SCHEMA = "lraee.peers/1"
 Encode = Callable[[Tensor], Tensor]

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from lraee.files import CheckpointError, replace_file
-from lraee.report import read_report, words
+from lraee.storage.files import CheckpointError, replace_file
+from lraee.study.page import read_report, words
 from lraee.study.schema import Report
 
 _BLOCK = re.compile(

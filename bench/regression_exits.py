@@ -15,10 +15,11 @@ from torch import nn
 import lraee
 from bench.exit_time import SHARES, random_exits, run, spread
 from bench.shapes import B32
-from lraee import towers, vision
-from lraee.models import open_model
-from lraee.probe_time import measure
-from lraee.timing import interleaved
+from lraee.calibration.probe_time import measure
+from lraee.measurement.timing import interleaved
+from lraee.towers import open_clip as towers
+from lraee.towers import runner as vision
+from lraee.zoo.opening import open_model
 
 BUDGET_S = 15.0
 ATTEMPTS = 3

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lraee
 from bench.shapes import B16, B32, L14, Tower
-from lraee.flops import PartFlops
+from lraee.towers.flops import PartFlops
 
 GOLDEN = {B32: 8_817_623_040, B16: 35_126_906_880, L14: 162_025_537_536}
 GOLDEN_AS_RUN = {B32: 8_289_871_872, B16: 32_927_391_744, L14: 156_924_215_296}

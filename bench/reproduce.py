@@ -17,15 +17,15 @@ from typing import Annotated
 import open_clip
 import typer
 
-from lraee.classes import Classes, read_classes
-from lraee.data import Photos
-from lraee.models import ModelError, Opened, open_model
-from lraee.report import write_report
-from lraee.sources import DataError
+from lraee.data.classes import Classes, read_classes
+from lraee.data.photos import Photos
+from lraee.data.sources import DataError
 from lraee.study import command
 from lraee.study.command import Sides
+from lraee.study.page import write_report
 from lraee.study.protocol import FAST, Protocol
 from lraee.study.schema import MainRow, Report
+from lraee.zoo.opening import ModelError, Opened, open_model
 
 HEADS_SHARE = 0.1
 GATE_PHOTOS = 5_000

@@ -31,9 +31,9 @@ from torchvision import transforms
 from torchvision.transforms.v2.functional import resized_crop
 from tqdm import tqdm
 
-from lraee.classes import Classes, class_features, read_classes
-from lraee.data import Photos
-from lraee.models import open_model
+from lraee.data.classes import Classes, class_features, read_classes
+from lraee.data.photos import Photos
+from lraee.zoo.opening import open_model
 
 STORED = 64  # photos are kept as uint8 [3, 64, 64]
 CROP = 56

@@ -18,12 +18,12 @@ from datetime import date
 import torch
 
 from bench.shapes import B16, B32, L14
-from lraee import reference
+from lraee.diagnostics.selftest_timing import captured, cuda_interleaved
 from lraee.kernels.archs import Arch
 from lraee.kernels.configs import Config, Shape, legal, pick, predicted_us
 from lraee.kernels.device import arch as arch_of
 from lraee.kernels.int8_linear import int8_linear
-from lraee.selftest_time import captured, cuda_interleaved
+from lraee.ops import reference
 
 COPIES = 12
 """Weights of one shape, as many as ViT-B has blocks."""

@@ -1,6 +1,6 @@
 // The Python module lraee._C. Importing it registers the CPU implementations: each
 // csrc/<operator>.cpp ends with its own TORCH_LIBRARY_IMPL, so that a new operator changes no
-// shared file. Schemas are defined in lraee/ops.py.
+// shared file. Schemas are defined in lraee/ops/registry.py.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,15 +1,20 @@
 """CLIP image encoders in INT8, with learned early exits."""
 
-from lraee.accelerate import accelerate, restore
-from lraee.calibrate import calibrate
-from lraee.checkpoint import load, save
-from lraee.exits.exits import Exits
-from lraee.fidelity import FidelityError
-from lraee.files import CheckpointError
-from lraee.quantize import Scheme
-from lraee.trace import full_depth, trace
+from importlib.metadata import version
+
+from lraee import ops, zoo
+from lraee.calibration.calibrate import calibrate
+from lraee.exits.bundle import Exits
+from lraee.layers.scheme import Scheme
+from lraee.model.accelerate import accelerate, restore
+from lraee.model.checkpoint import load, save
+from lraee.model.fidelity import FidelityError
+from lraee.model.trace import full_depth, trace
+from lraee.storage.files import CheckpointError
+
+__version__ = version("lraee")
 
 __all__ = [
-    "CheckpointError", "Exits", "FidelityError", "Scheme",
-    "accelerate", "calibrate", "full_depth", "load", "restore", "save", "trace",
+    "CheckpointError", "Exits", "FidelityError", "Scheme", "__version__",
+    "accelerate", "calibrate", "full_depth", "load", "ops", "restore", "save", "trace", "zoo",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """`python -m lraee` is the command `lraee`."""
 
-from lraee.cli import main
+from lraee.cli.main import main
 
 if __name__ == "__main__":
     main()

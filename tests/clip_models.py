@@ -6,7 +6,7 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from lraee import towers
+from lraee.towers import open_clip as towers
 
 IMAGE_SIZE, VOCABULARY, CONTEXT = 32, 64, 8
 

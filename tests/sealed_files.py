@@ -15,9 +15,9 @@ import pytest
 import safetensors.torch
 from torch import Tensor
 
-from lraee import sealed
-from lraee.files import CheckpointError
-from lraee.sealed import Format
+from lraee.storage import sealed
+from lraee.storage.files import CheckpointError
+from lraee.storage.sealed import Format
 
 Edit = Callable[[dict[str, Any]], object]
 Rewrite = Callable[[dict[str, Any], bytes], bytes]

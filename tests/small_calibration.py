@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lraee.accelerate import accelerate
-from lraee.calibrate import calibrate
-from lraee.calibration import Recipe
-from lraee.exits.exits import Exits
-from lraee.exits.plans import Rules
-from lraee.exits.training import HeadOptions
+from lraee.calibration.calibrate import calibrate
+from lraee.calibration.head_training import HeadOptions
+from lraee.calibration.pipeline import Recipe
+from lraee.calibration.plans import Rules
+from lraee.exits.bundle import Exits
+from lraee.model.accelerate import accelerate
 from tests.clip_models import make_images, make_model
 from tests.support import assert_same, generator
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lraee.bounds import EPS32, HALF_STEP
-from lraee.selftest_inputs import generator, quantized_linear
+from lraee.diagnostics.selftest_inputs import generator, quantized_linear
+from lraee.ops.error_bounds import EPS32, HALF_STEP
 
 __all__ = [
     "EPS32", "HALF_STEP", "assert_same", "assert_within", "generator", "quantized_linear",

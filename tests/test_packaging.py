@@ -19,7 +19,8 @@ DOOR = ROOT / "scripts" / "door.sh"
 SMOKE = """
 import pathlib, sys
 import torch, lraee, lraee.kernels
-from lraee import registry, zoo
+from lraee.ops import registry
+from lraee import zoo
 home = pathlib.Path(sys.argv[1])
 assert home in pathlib.Path(lraee.__file__).parents, lraee.__file__
 assert home in pathlib.Path(lraee.kernels.__file__).parents, lraee.kernels.__file__

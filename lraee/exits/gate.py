@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lraee.reference import Probe, lane_sum, steady_sigmoid
+from lraee.ops.reference import Probe, lane_sum, steady_sigmoid
 
 GateKind = Literal["learned", "confidence", "patience", "agreement", "static"]
 CLASS_FREE: tuple[GateKind, ...] = ("agreement", "static")

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee.backend import Backend, operators
-from lraee.linear import Int8Linear, uncast
-from lraee.quantize import INT8, quantize_weight
-from lraee.reference import Probe
+from lraee.layers.int8_linear import Int8Linear, uncast
+from lraee.layers.scheme import INT8, quantize_weight
+from lraee.ops.backend import Backend, operators
+from lraee.ops.reference import Probe
 
 EPS = 1e-5
 """Added to the variance of a head's LayerNorm."""

@@ -14,11 +14,11 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lraee.backend import Backend
 from lraee.exits.gate import Gate, Memory, score
 from lraee.exits.head import HeadWeights, Int8Head, TypedBuffers, contrasts
-from lraee.reference import Probe
-from lraee.rowwise import output_dtype
+from lraee.layers.batch_invariant import output_dtype
+from lraee.ops.backend import Backend
+from lraee.ops.reference import Probe
 
 F = TypeVar("F", bound=Callable[..., Any])
 Block = Callable[[Tensor], Tensor]

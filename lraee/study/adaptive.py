@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from lraee import towers
-from lraee.exits.training import centred
-from lraee.flops import PartFlops
-from lraee.modules import Int8MultiheadAttention
-from lraee.quantize import INT8
+from lraee.calibration.head_training import centred
+from lraee.layers.int8_block import Int8MultiheadAttention
+from lraee.layers.scheme import INT8
+from lraee.towers import open_clip as towers
+from lraee.towers.flops import PartFlops
 
 _BATCH = 32
 _LEARNING_RATE = 1e-2

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee import towers
-from lraee.accelerate import accelerate
-from lraee.quantize import Scheme
+from lraee.layers.scheme import Scheme
+from lraee.model.accelerate import accelerate
+from lraee.towers import open_clip as towers
 
 
 @dataclass(frozen=True)

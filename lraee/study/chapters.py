@@ -5,10 +5,10 @@ from functools import cached_property
 
 from torch import Tensor
 
-from lraee.data import Photos
-from lraee.exits.exits import Plan
+from lraee.calibration.head_training import Training
+from lraee.data.photos import Photos
+from lraee.exits.bundle import Plan
 from lraee.exits.gate import GateKind
-from lraee.exits.training import Training
 from lraee.study import factorial, gates, schema
 from lraee.study.examples import Said, examples
 from lraee.study.owing import Rights

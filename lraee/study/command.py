@@ -4,19 +4,19 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lraee import towers
-from lraee.calibration import digest
-from lraee.class_setter import unit_classes
-from lraee.classes import Classes, class_features, templates
-from lraee.data import Photos
-from lraee.models import Opened
-from lraee.photo_images import PhotoImages
-from lraee.sources import DataError
-from lraee.stages import Stages
+from lraee.calibration.pipeline import digest
+from lraee.data.batches import PhotoImages
+from lraee.data.classes import Classes, class_features, templates
+from lraee.data.photos import Photos
+from lraee.data.sources import DataError
+from lraee.model.set_classes import unit_classes
+from lraee.storage.stages import Stages
 from lraee.study.backbones import Model
 from lraee.study.protocol import Protocol
 from lraee.study.schema import Report
 from lraee.study.study import Pictures, Study
+from lraee.towers import open_clip as towers
+from lraee.zoo.opening import Opened
 
 _HELD_OUT = 5
 MIN_PHOTOS = 100

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lraee.data import Photos
+from lraee.data.photos import Photos
 from lraee.study.schema import Answer, Example
 
 _SIDE, _QUALITY = 128, 85

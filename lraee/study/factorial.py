@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
+from lraee.calibration.head_training import PAPER_HEAD, HeadOptions, Training, train_head
 from lraee.exits.head import HeadWeights
-from lraee.exits.training import PAPER_HEAD, HeadOptions, Training, train_head
 from lraee.study.rows import NOTHING, share_of, spread
 from lraee.study.schema import FactorialRow
 from lraee.study.trials import Backbone, Outcome

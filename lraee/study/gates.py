@@ -6,9 +6,9 @@ from statistics import mean
 
 import numpy as np
 
-from lraee.exits.exits import Plan
+from lraee.calibration.scoring import exit_scores
+from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate, GateKind
-from lraee.exits.scoring import exit_scores
 from lraee.study.rows import row_of_outcomes, share_of
 from lraee.study.schema import MainRow, Pruned, Sweep, SweepPoint
 from lraee.study.trials import Backbone, Trial

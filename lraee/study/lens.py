@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lraee.exits.answers import nearest
+from lraee.calibration.head_training import BEST_HEAD, train_head
+from lraee.calibration.targets import nearest
 from lraee.exits.head import HeadWeights
-from lraee.exits.training import BEST_HEAD, train_head
 from lraee.study.backbones import projected
 from lraee.study.rows import share_of, spread
 from lraee.study.schema import Lens

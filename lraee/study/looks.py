@@ -6,14 +6,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lraee import towers
-from lraee.collect import Images, Pair, encode, joined, tapped
+from lraee.calibration.collect import Images, Pair, encode, joined, tapped
+from lraee.calibration.head_training import augmented, centred
+from lraee.calibration.noise import BlockNoise
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
-from lraee.exits.noise import BlockNoise
-from lraee.exits.training import augmented, centred
-from lraee.reference import Probe
-from lraee.stages import Stages
-from lraee.trace import full_depth
+from lraee.model.trace import full_depth
+from lraee.ops.reference import Probe
+from lraee.storage.stages import Stages
+from lraee.towers import open_clip as towers
 
 Leads = Literal["mean", "class token"]
 """Which half of what is pooled a head of one half sees."""

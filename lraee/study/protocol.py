@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lraee.calibration import BEST, PAPER, SPLITS, Recipe
+from lraee.calibration.pipeline import BEST, PAPER, SPLITS, Recipe
 from lraee.study.backbones import paper_candidates
 
 PAPER_BUDGET = 0.866

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lraee.exits.answers import nearest
+from lraee.calibration.targets import nearest
 from lraee.study import adaptive, schema
 from lraee.study.chapters import Chapter
 from lraee.study.protocol import Protocol

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lraee.accelerate import accelerate
-from lraee.exits.exits import Plan
+from lraee.exits.bundle import Plan
+from lraee.measurement.timing import interleaved
+from lraee.model.accelerate import accelerate
 from lraee.study.trials import Trial
-from lraee.timing import interleaved
 
 BATCH = 32
 _BATCHES = 4

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee import towers
-from lraee.accelerate import accelerate
-from lraee.fidelity import compare
-from lraee.quantize import INT8, Scheme
+from lraee.layers.scheme import INT8, Scheme
+from lraee.model.accelerate import accelerate
+from lraee.model.fidelity import compare
+from lraee.towers import open_clip as towers
 
 _BATCH = 64
 _NEXT_WEIGHT = {"ln_1": "attn.in_proj_weight", "ln_2": "mlp.c_fc.weight"}

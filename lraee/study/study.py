@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lraee import machine
-from lraee.calibration import NOISE_IMAGES, PAPER
-from lraee.data import Photos
-from lraee.exits.noise import pathological
-from lraee.exits.training import centred
-from lraee.photo_images import PhotoImages
-from lraee.stages import Stages
+from lraee.calibration.head_training import centred
+from lraee.calibration.noise import pathological
+from lraee.calibration.pipeline import NOISE_IMAGES, PAPER
+from lraee.data.batches import PhotoImages
+from lraee.data.photos import Photos
+from lraee.measurement import machine
+from lraee.measurement.timing import image_size
+from lraee.storage.stages import Stages
 from lraee.study import schema, smooth
 from lraee.study.backbones import Model, backbone, paper_candidates
 from lraee.study.chapters import Chapter
@@ -31,7 +32,6 @@ from lraee.study.rivals import Policies, smoothed_rows, spread_rows
 from lraee.study.schema import Noise, Report
 from lraee.study.seconds import BATCH, time_saved
 from lraee.study.trials import Backbone
-from lraee.timing import image_size
 
 QUANTIZED = ("int8", "paper")
 SMOOTHED = "smoothed"

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lraee import towers
-from lraee.accelerate import Acceleration, acceleration_of
-from lraee.calibration import Calibration, Recipe, Task
-from lraee.exits.answers import judge, nearest
-from lraee.exits.exits import Exits, Plan
+from lraee.calibration.pipeline import Calibration, Recipe, Task
+from lraee.calibration.plans import Goal, make_plan
+from lraee.calibration.scoring import Found, Weights, exit_scores, fit_weights, run_plan
+from lraee.calibration.targets import judge, nearest
+from lraee.calibration.thresholds import PAPER_GRID
+from lraee.exits.bundle import Exits, Plan
 from lraee.exits.gate import Gate, GateKind
-from lraee.exits.plans import Goal, make_plan
 from lraee.exits.router import Compaction
-from lraee.exits.scoring import Found, Weights, exit_scores, fit_weights, run_plan
-from lraee.exits.thresholds import PAPER_GRID
-from lraee.flops import PartFlops
-from lraee.stages import Stages, Tensors
+from lraee.model.accelerate import Acceleration, acceleration_of
+from lraee.storage.stages import Stages, Tensors
 from lraee.study.backbones import Model
 from lraee.study.looks import KeptPair, Leads
+from lraee.towers import open_clip as towers
+from lraee.towers.flops import PartFlops
 
 _log = logging.getLogger("lraee")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lraee import ops, reference
+from lraee import ops
+from lraee.ops import reference
 from tests.support import EPS32, assert_same, assert_within, generator
 
 _C = pytest.importorskip("lraee._C", reason="C++ extension not built (LRAEE_BUILD_EXT=0)")

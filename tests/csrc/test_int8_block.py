@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lraee import block, ops
+from lraee import ops
+from lraee.ops import block
 from tests.csrc.levels import LEVELS, TYPES, assert_same_everywhere, at_level
 from tests.support import assert_same, generator
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lraee import _C, ops, reference
+from lraee import _C, ops
+from lraee.ops import reference
 from tests.support import EPS32, HALF_STEP, assert_same, assert_within, generator, quantized_linear
 
 LEVELS = _C.isa_levels()

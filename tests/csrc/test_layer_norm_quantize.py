@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lraee import ops, reference
+from lraee import ops
+from lraee.ops import reference
 from tests.csrc.levels import LEVELS, TYPES, assert_same_everywhere, at_level
 from tests.support import assert_same, generator
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lraee import ops, reference
+from lraee import ops
+from lraee.ops import reference
 from tests.csrc.levels import LEVELS, TYPES, assert_same_everywhere, at_level
 from tests.support import assert_same, generator
 

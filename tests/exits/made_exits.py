@@ -6,14 +6,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lraee import towers
-from lraee.accelerate import accelerate
-from lraee.exits.exits import Exits, Plan
+from lraee.exits.bundle import Exits, Plan
 from lraee.exits.gate import CLASS_FREE, Gate, GateKind
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
-from lraee.quantize import INT8, Scheme
-from lraee.trace import trace
+from lraee.layers.scheme import INT8, Scheme
+from lraee.model.accelerate import accelerate
+from lraee.model.trace import trace
+from lraee.towers import open_clip as towers
 from tests.support import generator
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from lraee.exits.exits import Exits, Plan
+from lraee.exits.bundle import Exits, Plan
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.router import Compaction
-from lraee.quantize import Scheme
+from lraee.layers.scheme import Scheme
 from tests.exits.made_exits import make_head
 from tests.support import generator
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lraee.exits.gate import CLASS_FREE, Gate, GateKind, Memory, fit_logistic, score, steady_sigmoid
-from lraee.reference import Probe
+from lraee.ops.reference import Probe
 from tests.support import EPS32, assert_same, assert_within, generator
 
 E = 10

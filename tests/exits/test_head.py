@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee import reference
 from lraee.exits.head import EPS, HeadWeights, Int8Head, contrasts, pool
-from lraee.quantize import INT8, quantize_weight
+from lraee.layers.scheme import INT8, quantize_weight
+from lraee.ops import reference
 from tests.exits.made_exits import make_head
 from tests.support import EPS32, assert_same, assert_within, generator
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lraee.exits.exits import Exits
-from lraee.exits.files import FORMAT
+from lraee.exits.bundle import Exits
+from lraee.exits.serialization import FORMAT
 from tests.exits.small_exits import nested, small_exits
 from tests.sealed_files import (
     NOT_REGULAR,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import lraee
-from lraee import flops, towers
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.router import Compaction, Router
+from lraee.towers import flops
+from lraee.towers import open_clip as towers
 from tests.clip_models import make_images, make_lraee_tiny, make_model
 from tests.exits.made_exits import make_exits
 from tests.support import assert_same, generator

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import lraee
-from lraee import registry
-from lraee.backend import Backend
-from lraee.exits.exits import Exits
+from lraee.exits.bundle import Exits
 from lraee.kernels import register
+from lraee.ops import registry
+from lraee.ops.backend import Backend
 
 CALLERS = ("linear", "modules", "quantize", "rowwise", "exits.head")
 """Modules of lraee that ask lraee.backend for operators."""

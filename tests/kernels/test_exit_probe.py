@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from bench.launches import launches_of
-from lraee import bounds, reference
+from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned, poisoned_all
+from lraee.diagnostics.selftest_inputs import probe
 from lraee.kernels.configs import ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.exit_probe_score import classes_per_program
-from lraee.poison import guarded_outputs, poisoned, poisoned_all
-from lraee.selftest_inputs import probe
+from lraee.ops import error_bounds as bounds
+from lraee.ops import reference
 from tests.support import EPS32, assert_same, assert_within
 
 NAMES = ("embedding", "top1", "confidence", "margin", "variance", "score")

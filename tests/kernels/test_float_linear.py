@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lraee import bounds, reference
+from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned
+from lraee.diagnostics.selftest_inputs import float_linear as inputs
 from lraee.kernels import workspace
 from lraee.kernels.configs import SEGMENT_K, FloatConfig, float_config
 from lraee.kernels.float_linear import float_linear
-from lraee.poison import guarded_outputs, poisoned
-from lraee.selftest_inputs import float_linear as inputs
+from lraee.ops import error_bounds as bounds
+from lraee.ops import reference
 from tests.support import assert_same, assert_within
 
 TINY = FloatConfig(16, 16, 32, num_warps=4, num_stages=3)

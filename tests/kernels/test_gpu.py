@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import lraee
-from lraee import bounds, reference, registry, selftest_inputs
+from lraee.diagnostics import selftest_inputs
 from lraee.kernels import register
+from lraee.ops import error_bounds as bounds
+from lraee.ops import reference, registry
 from tests.clip_models import make_images, make_model
 from tests.exits.made_exits import make_exits
 from tests.kernels.places import Place, at

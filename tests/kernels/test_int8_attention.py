@@ -5,12 +5,13 @@ import inspect
 import pytest
 import torch
 
-from lraee import bounds, reference
+from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned
+from lraee.diagnostics.selftest_inputs import attention
 from lraee.kernels import configs, workspace
 from lraee.kernels.configs import AttentionConfig, attention_config
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
-from lraee.poison import guarded_outputs, poisoned
-from lraee.selftest_inputs import attention
+from lraee.ops import error_bounds as bounds
+from lraee.ops import reference
 from tests.support import assert_same, assert_within
 
 

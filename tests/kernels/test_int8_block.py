@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from bench.launches import launches_of
-from lraee import block, selftest_cases, selftest_inputs
+from lraee.diagnostics import selftest_cases, selftest_inputs
 from lraee.kernels.int8_block import int8_block
+from lraee.ops import block
 from tests.support import assert_same, assert_within
 
 H, D = 2, 32

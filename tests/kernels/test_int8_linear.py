@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lraee import bounds, reference
+from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned, poisoned_all
+from lraee.diagnostics.selftest_inputs import float_rows, linear
 from lraee.kernels import configs, workspace
 from lraee.kernels.configs import Config
 from lraee.kernels.int8_linear import (
@@ -11,8 +12,8 @@ from lraee.kernels.int8_linear import (
     int8_linear_from_float,
     int8_linear_quantized,
 )
-from lraee.poison import guarded_outputs, poisoned, poisoned_all
-from lraee.selftest_inputs import float_rows, linear
+from lraee.ops import error_bounds as bounds
+from lraee.ops import reference
 from tests.support import assert_same, assert_within
 
 TINY = Config(16, 16, 32, num_warps=4, num_stages=3, group_m=2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from bench.launches import Launch, recorded
-from lraee import reference
+from lraee.diagnostics.selftest_inputs import attention, float_rows, linear, probe
 from lraee.kernels.configs import Config, ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
@@ -26,7 +26,7 @@ from lraee.kernels.int8_linear import (
     int8_linear_quantized,
 )
 from lraee.kernels.workspace import Workspace
-from lraee.selftest_inputs import attention, float_rows, linear, probe
+from lraee.ops import reference
 from tests.support import assert_same
 
 PROCESSES = 4

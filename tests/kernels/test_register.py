@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lraee import reference, registry
 from lraee.kernels import archs, register
+from lraee.ops import reference, registry
 from tests.support import assert_same
 
 

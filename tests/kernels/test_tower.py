@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import lraee
-from lraee import backend, block, bounds, reference
 from lraee.kernels import register
+from lraee.ops import backend, block, reference
+from lraee.ops import error_bounds as bounds
 from tests.clip_models import make_images, make_model
 from tests.support import EPS32, HALF_STEP, assert_same, assert_within
 

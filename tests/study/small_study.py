@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lraee.class_setter import unit_classes
-from lraee.stages import Stages
+from lraee.model.set_classes import unit_classes
+from lraee.storage.stages import Stages
 from lraee.study.backbones import Model, backbone
 from lraee.study.looks import KeptPair
 from lraee.study.trials import Backbone

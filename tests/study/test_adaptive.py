@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee import accelerate
-from lraee.flops import PartFlops
 from lraee.study import adaptive
 from lraee.study.adaptive import Policy, run_policy, train_policy
+from lraee.towers.flops import PartFlops
 from tests.clip_models import VARIANTS, blocks_of, make_images, make_model
 from tests.support import assert_same, assert_within
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lraee.collect import tapped
+from lraee.calibration.collect import tapped
 from lraee.study.backbones import backbone, float_scheme, paper_candidates, projected
 from tests.clip_models import make_images, make_model
 from tests.small_calibration import LAYERS, pictures, small_clip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lraee.data import DataError, Photos
+from lraee.data.photos import DataError, Photos
 from lraee.study.examples import Said, chosen, examples, jpeg
 
 NAMES = ("ant", "bee", "cat")

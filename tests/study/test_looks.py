@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from lraee.collect import Pair
+from lraee.calibration.collect import Pair
 from lraee.exits.head import pool
-from lraee.stages import Stages
+from lraee.storage.stages import Stages
 from lraee.study.looks import KeptPair, spread, tokens_like
 from lraee.study.trials import Trial
 from tests.small_calibration import QUICK, pictures

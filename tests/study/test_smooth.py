@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee import accelerate
-from lraee.fidelity import compare
+from lraee.model.fidelity import compare
 from lraee.study.smooth import best_alpha, smoothed, smoothing_scale
 from tests.clip_models import VARIANTS, blocks_of, make_images, make_model
 from tests.support import assert_same, assert_within

@@ -9,15 +9,15 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from typer.testing import CliRunner
 
-from lraee.classes import Classes
-from lraee.cli import app
-from lraee.evaluate import write_json
-from lraee.models import Opened
-from lraee.report import read_report
-from lraee.sources import DataError
+from lraee.cli.main import app
+from lraee.data.classes import Classes
+from lraee.data.sources import DataError
+from lraee.evaluation.evaluate import write_json
 from lraee.study import command, schema
+from lraee.study.page import read_report
 from lraee.study.protocol import Protocol
 from lraee.study.schema import Report
+from lraee.zoo.opening import Opened
 from tests.small_calibration import pictures, small_clip
 
 CLASSES = Classes(("n1", "n2", "n3"), ("cat", "dog", "owl"))

@@ -5,10 +5,10 @@ from functools import cache
 import torch
 
 from lraee import accelerate, trace
-from lraee.exits.exits import Plan
+from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate
-from lraee.flops import PartFlops, probe_flops
 from lraee.study.trials import Outcome, Trial
+from lraee.towers.flops import PartFlops, probe_flops
 from tests.small_calibration import QUICK, pictures
 from tests.study.small_study import small_form, small_model
 

@@ -1,0 +1,1 @@
+"""How early exits are learned: features, heads, gates, thresholds, time."""

@@ -1,0 +1,191 @@
+"""calibrate: early exits for an accelerated model, learned from images."""
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lraee.calibration.collect import Images, Pair
+from lraee.calibration.head_training import Training
+from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task, digest
+from lraee.calibration.plans import Goal
+from lraee.exits.bundle import Exits
+from lraee.exits.gate import CLASS_FREE, GateKind
+from lraee.model.accelerate import Acceleration, accelerate, acceleration_of
+from lraee.model.set_classes import unit_classes
+from lraee.storage.stages import Stages
+from lraee.towers import open_clip as towers
+from lraee.towers import runner as vision
+
+_RECIPES = {"best": BEST, "paper": PAPER}
+
+
+def calibrate(
+    model: nn.Module,
+    images: Images,
+    *,
+    classes: Tensor | None = None,
+    labels: Tensor | None = None,
+    gate: GateKind | None = None,
+    recipe: str | Recipe = "best",
+    training: Training | None = None,
+    budget: float | None = None,
+    epsilon: float | None = None,
+    delta: float = 0.05,
+    teacher: nn.Module | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    is_timed: bool = True,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Exits:
+    """Early exits for an accelerated model, learned from images; by default without labels.
+
+        exits = lraee.calibrate(fast, images, classes=text_features)
+        fast = lraee.accelerate(model, exits=exits)
+
+    Heads learn to say what the float model says at full depth. A gate learns when a head's answer
+    is the float model's (with labels: the right one). Thresholds are chosen for the best agreement
+    within a budget of FLOPs, or proven to lose at most epsilon. Beside the plan of `gate`, the
+    result holds one for each rival (Exits.using), made from the same heads for the same goal.
+
+    Args:
+      model: from lraee.accelerate; or a float model, which is then accelerated in `int8`.
+      images: preprocessed [n, 3, H, W], n >= 100, or an iterable of such batches that can be gone
+        through again; larger than the tower's input if crops may use what lies around the centre.
+      classes: text embeddings [K, E] for the gates; without them gates are class-free.
+      labels: int64 [n], index of the right class, -1 unknown; needs classes. With them gates learn
+        what is right.
+      gate: learned, confidence, patience, agreement or static; by default learned with classes,
+        agreement without.
+      recipe: "best", "paper" (arXiv 2605.26415, needs labels) or a Recipe.
+      training: of the heads: distill, labels or both; None takes the recipe's.
+      budget: mean FLOPs over those of full depth, at most; 0.8 where epsilon is not given. FLOPs
+        are those that the accelerated tower runs: of the last block the class token's alone.
+      epsilon: instead of budget: top-1 disagreement with the int8 model at full depth (with labels:
+        loss of accuracy; without classes: another nearest image), at most so much with probability
+        1 - delta for images drawn as these.
+      delta: see epsilon.
+      teacher: the float model; None takes the one that `model` was accelerated from.
+      batch: images per call, where `images` is one tensor.
+      seed: of splits, crops and heads; the same seed and machine give the same heads.
+      is_timed: measure on this machine how many probes are worth their time, and when copying
+        survivors pays; else take stated defaults.
+      folder: keeps what is done there, so that a run cut off goes on; removed at the end.
+      progress: show bars.
+    Raises: ValueError, TypeError on arguments that do not fit, LookupError if the float model is
+      gone, ImportError without scikit-learn.
+    """
+    recipe = _find_recipe(recipe, training)
+    goal = Goal(0.8 if budget is None and epsilon is None else budget, epsilon, delta)
+    fast = model if acceleration_of(model) is not None else accelerate(model)
+    made = cast(Acceleration, acceleration_of(fast))
+    tower = cast(vision.RowwiseTower, towers.find_tower(fast))
+    E = vision.embedding_size(tower)
+    vision.require_no_tokens(tower)
+    if classes is not None:
+        classes = unit_classes("calibrate", classes, E).cpu()
+    kind: GateKind = gate or ("agreement" if classes is None else "learned")
+    if kind not in get_args(GateKind):
+        kinds = ", ".join(get_args(GateKind))
+        raise ValueError(f"calibrate: gate must be one of {kinds}, got {kind!r}")
+    labels = _checked_labels(labels, classes, images)
+    _require_enough(kind, recipe, classes, labels)
+    task = Task(recipe, goal, kind, classes, labels, _logit_scale(fast), seed, is_timed)
+    pair = Pair(_find_teacher(made, model, teacher), fast, images, batch=batch, progress=progress)
+    settings = {
+        "recipe": asdict(recipe), "seed": seed, "base": made.base_hash,
+        "scheme": asdict(made.scheme), "classes": digest(classes), "labels": digest(labels),
+        "logit_scale": task.logit_scale, "images": _digest_images(images, pair),
+    }  # fmt: skip
+    stages = Stages(None if folder is None else Path(folder), settings)
+    exits = Calibration(pair, made, task, stages).run()
+    stages.clear()
+    return exits
+
+
+def _find_recipe(recipe: str | Recipe, training: Training | None) -> Recipe:
+    if isinstance(recipe, str):
+        if recipe not in _RECIPES:
+            names = ", ".join(_RECIPES)
+            raise ValueError(
+                f"calibrate: recipe must be one of {names} or a Recipe, got {recipe!r}"
+            )
+        recipe = _RECIPES[recipe]
+    if training is None:
+        return recipe
+    return replace(recipe, head=replace(recipe.head, training=training))
+
+
+def _checked_labels(labels: Tensor | None, classes: Tensor | None, images: Images) -> Tensor | None:
+    """Labels as int64 on the CPU.
+
+    Raises: ValueError, TypeError.
+    """
+    if labels is None:
+        return None
+    if classes is None:
+        raise ValueError("calibrate: classes must be given with labels, got None")
+    is_tensor = isinstance(labels, Tensor)
+    if not is_tensor or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if is_tensor else type(labels).__name__
+        raise TypeError(f"calibrate: labels must be an int64 tensor [n], got {got}")
+    n = len(images) if isinstance(images, Tensor) else labels.numel()
+    if labels.shape != (n,):
+        raise ValueError(f"calibrate: labels must have shape [n] = [{n}], got {list(labels.shape)}")
+    labels, K = labels.long().cpu(), len(classes)
+    if len(labels) and not (-1 <= int(labels.min()) and int(labels.max()) < K):
+        worst = int(labels.max()) if int(labels.max()) >= K else int(labels.min())
+        raise ValueError(f"calibrate: labels must be -1 to {K - 1}, got {worst}")
+    return labels
+
+
+def _require_enough(
+    kind: GateKind, recipe: Recipe, classes: Tensor | None, labels: Tensor | None
+) -> None:
+    """Raises ValueError where the gate or the training needs what was not given."""
+    if classes is None and kind not in CLASS_FREE:
+        free = ", ".join(CLASS_FREE)
+        raise ValueError(f"calibrate: classes must be given for a {kind} gate; {free} need none")
+    if recipe.head.training != "distill" and labels is None:
+        raise ValueError(
+            f"calibrate: labels must be given for training {recipe.head.training!r}, got None"
+        )
+
+
+def _find_teacher(made: Acceleration, model: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    """The float model whose embeddings the heads learn.
+
+    Raises: LookupError if it is gone, ValueError if it is another one.
+    """
+    if teacher is None and acceleration_of(model) is None:
+        return model
+    found = teacher
+    if found is None:
+        found = None if made.original is None else made.original()
+    if found is None:
+        raise LookupError(
+            "calibrate: the float model is gone, and the fast one holds no float weights; give"
+            " teacher=<the float model>"
+        )
+    tower_hash = towers.tower_hash(towers.find_tower(found).state_dict())
+    if tower_hash != made.base_hash:
+        raise ValueError(
+            "calibrate: teacher must be the model that was accelerated (sha256"
+            f" {made.base_hash[:12]}), got {tower_hash[:12]}"
+        )
+    return found
+
+
+def _logit_scale(model: nn.Module) -> float:
+    """Factor of the cosine of a CLIP model; 100, as in CLIP, of a bare tower."""
+    log_scale = getattr(model, "logit_scale", None)
+    return 100.0 if log_scale is None else float(cast(Tensor, log_scale).detach().exp())
+
+
+def _digest_images(images: Images, pair: Pair) -> str:
+    """Of one tensor all of it; of an iterable its first batch."""
+    return digest(images if isinstance(images, Tensor) else next(pair.batches("images"), None))

@@ -1,0 +1,221 @@
+"""Runs a float tower and its int8 form over images, and keeps what calibration learns from."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lraee.calibration.head_training import augmented, centred
+from lraee.calibration.noise import BlockNoise, NoiseMeter
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
+from lraee.model.trace import full_depth
+from lraee.ops.reference import Probe
+from lraee.towers import open_clip as towers
+
+Images = Tensor | Iterable[Tensor]
+"""Preprocessed images [n, 3, H, W], or their batches: any iterable that starts anew each time and
+gives the same images in the same order. They may be larger than what the tower takes."""
+
+_KINDS = "float [n, 3, H, W], or an iterable of such batches that starts anew each time"
+
+
+class Pair:
+    """A float model, the int8 model made of it, and the images to run both on.
+
+    Args:
+      teacher: the float model.
+      fast: the accelerated one; runs at full depth here, whatever exits it has.
+      images: see Images.
+      batch: images per call where `images` is one tensor.
+      progress: show a bar per pass.
+    Raises: TypeError on images of another kind; so does each pass over them, and ValueError where
+      it does not meet the images of the pass before.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, fast: nn.Module, images: Images, *, batch: int, progress: bool
+    ) -> None:
+        """See the class."""
+        self.teacher, self.fast = teacher, fast
+        self.size = cast(tuple[int, int], towers.find_tower(fast).image_size)
+        self._images, self._batch, self.progress = images, batch, progress
+        self._first: Tensor | None = None
+        if not isinstance(images, Iterable) or isinstance(images, Iterator):
+            raise TypeError(
+                f"calibrate: images must be {_KINDS}; each pass goes through them from the start,"
+                f" got {type(images).__name__}"
+            )
+
+    def batches(self, description: str) -> Iterator[Tensor]:
+        """The images [B, 3, H, W], in order."""
+        images = self._images
+        parts = torch.split(images, self._batch) if isinstance(images, Tensor) else images
+        bar = tqdm(parts, desc=description, disable=not self.progress, leave=False)
+        is_first = True
+        for part in bar:
+            _require_images(part, self.size)
+            if not len(part):
+                continue
+            if is_first:
+                self._require_same(part[:1])
+            is_first = False
+            yield part
+
+    def _require_same(self, first: Tensor) -> None:
+        """Raises ValueError if this pass starts with another image than the one before."""
+        before, self._first = self._first, first.clone()
+        if before is None:
+            return
+        if before.shape != first.shape or not before.allclose(first, 0.0, 0.0, equal_nan=True):
+            raise ValueError(
+                "calibrate: images must come in the same order in each pass, got another one first;"
+                " does their loader shuffle?"
+            )
+
+    @torch.inference_mode()
+    def embeddings(self) -> dict[str, Tensor]:
+        """`teacher` and `full`, float32 [n, E]: centre crops at full depth in float and in int8."""
+        teacher, full = [], []
+        with full_depth(self.fast):
+            for images in self.batches("full depth"):
+                x = centred(images, self.size)
+                teacher.append(encode(self.teacher, x))
+                full.append(encode(self.fast, x))
+        if not teacher:
+            raise ValueError("calibrate: images must be one at least, got none")
+        return {"teacher": torch.cat(teacher), "full": torch.cat(full)}
+
+    @torch.inference_mode()
+    def noise(self, most: int) -> list[BlockNoise]:
+        """The noise profile over the first images, `most` of them."""
+        tower, fast_tower = towers.find_tower(self.teacher), towers.find_tower(self.fast)
+        meter = NoiseMeter(len(towers.blocks_of(tower)))
+        left = most
+        with full_depth(self.fast), tapped(tower) as z, tapped(fast_tower) as z_int8:
+            for images in self.batches("noise"):
+                x = centred(images[:left], self.size)
+                encode(self.teacher, x)
+                encode(self.fast, x)
+                meter.add(z[0], z[1:], z_int8[1:])
+                left -= len(x)
+                if left <= 0:
+                    break
+        return meter.result()
+
+    @torch.inference_mode()
+    def pooled(
+        self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None
+    ) -> dict[str, Tensor]:
+        """What heads see of the images that `rows` marks, and what the float tower says of them.
+
+        Args:
+          blocks: depths to look at.
+          rows: bool [n].
+          view_seed: of the random crops; None takes centre crops.
+        Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token; `teacher`
+          float32 [images, E].
+        """
+        source = None if view_seed is None else torch.Generator().manual_seed(view_seed)
+        pooled, teacher = [], []
+        with full_depth(self.fast), tapped(towers.find_tower(self.fast)) as z:
+            for images in self._marked(rows, "crops" if source else "heads"):
+                if source is None:
+                    x = centred(images, self.size)
+                else:
+                    x = augmented(images, size=self.size, generator=source)
+                teacher.append(encode(self.teacher, x))
+                encode(self.fast, x)
+                seen = [pool(z[block], has_class_token=True) for block in blocks]
+                pooled.append(torch.stack(seen, dim=1).half().cpu())
+        return {"pooled": torch.cat(pooled), "teacher": torch.cat(teacher)}
+
+    @torch.inference_mode()
+    def probed(
+        self,
+        heads: dict[int, HeadWeights],
+        rows: Tensor,
+        *,
+        classes: Tensor,
+        logit_scale: float,
+    ) -> dict[str, Tensor]:
+        """What the int8 probe of each head finds on the centre crops that `rows` marks.
+
+        Returns: over images and heads, `embedding` float32 [n, m, E], `top1` int64 [n, m] and
+          `features` float32 [n, m, 3]: confidence, margin, variance.
+        """
+        device = next(self.fast.parameters()).device
+        gate = torch.zeros(4)
+        modules = {block: Int8Head(head, gate).to(device) for block, head in heads.items()}
+        classes = contrasts(classes).to(device)
+        with full_depth(self.fast), tapped(towers.find_tower(self.fast)) as z:
+
+            def batches() -> Iterator[list[Probe]]:
+                for images in self._marked(rows, "probes"):
+                    encode(self.fast, centred(images, self.size))
+                    yield [head(z[block], classes, logit_scale) for block, head in modules.items()]
+
+            return joined(batches())
+
+    def _marked(self, rows: Tensor, description: str) -> Iterator[Tensor]:
+        start = 0
+        for images in self.batches(description):
+            chosen = images[rows[start : start + len(images)]]
+            start += len(images)
+            if len(chosen):
+                yield chosen
+        if start != len(rows):
+            raise ValueError(
+                f"calibrate: images must be the same in each pass, got {start} after {len(rows)}"
+            )
+
+
+@contextmanager
+def tapped(tower: nn.Module) -> Iterator[list[Tensor]]:
+    """The tokens [B, L, D] of the tower's last call: before the first block, then after each."""
+    blocks = towers.blocks_of(tower)
+    z: list[Tensor] = [torch.empty(0)] * (len(blocks) + 1)
+    is_batch_first = bool(tower.get_submodule("transformer").batch_first)
+
+    def put(place: int, tokens: Tensor) -> None:
+        z[place] = tokens if is_batch_first else tokens.transpose(0, 1)
+
+    handles = [blocks[0].register_forward_pre_hook(lambda _, args: put(0, args[0]))]
+    for place, block in enumerate(blocks, 1):
+        handles.append(block.register_forward_hook(lambda _, args, y, place=place: put(place, y)))
+    try:
+        yield z
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _require_images(part: object, size: tuple[int, int]) -> None:
+    """Raises TypeError on anything but a batch of images, ValueError on images that are smaller."""
+    if not isinstance(part, Tensor):
+        raise TypeError(f"calibrate: images must be {_KINDS}, got {type(part).__name__}")
+    if part.dim() != 4 or not part.is_floating_point():
+        got = f"{part.dtype} {list(part.shape)}"
+        raise TypeError(f"calibrate: images must be {_KINDS}, got {got}")
+    H, W = part.shape[2:]
+    if H < size[0] or W < size[1]:
+        raise ValueError(f"calibrate: images must be at least {size[0]} x {size[1]}, got {H} x {W}")
+
+
+def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
+    """What the probes of m heads found, batch by batch, as Pair.probed gives it, on the CPU."""
+    found: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
+    for probes in batches:
+        found["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
+        found["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
+        found["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def encode(model: nn.Module, images: Tensor) -> Tensor:
+    """Embeddings float32 [B, E] on the CPU."""
+    like = next(model.parameters())
+    encode = getattr(model, "encode_image", model)
+    return cast(Tensor, encode(images.to(like.device, like.dtype))).float().cpu()

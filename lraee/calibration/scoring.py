@@ -1,0 +1,154 @@
+"""What every candidate exit found on one split of images, and the scores that gates make of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lraee.calibration.thresholds import NEVER, ScoreTable, leave_at
+from lraee.exits.bundle import Plan
+from lraee.exits.gate import (
+    Gate,
+    GateKind,
+    Memory,
+    fit_logistic,
+    score,
+    unit,
+)
+from lraee.ops.reference import Probe, lane_sum, steady_sigmoid
+
+Weights = tuple[float, float, float, float]
+NO_WEIGHTS: Weights = (0.0, 0.0, 0.0, 0.0)
+Subset = tuple[int, ...]
+"""Indices of candidates, ascending."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What each of m candidate exits found on n images of one split.
+
+    Args:
+      embedding: float32 [n, m, E].
+      top1: int64 [n, m].
+      features: float32 [n, m, 3], confidence, margin, variance.
+      is_understood: bool [n, m], what a gate learns to foretell: the answer is the label, or the
+        float model's.
+      gain: float64 [n, m + 1], what thresholds maximise; last column at full depth.
+      loss: float64 [n, m + 1] in [0, 1], what epsilon bounds.
+      is_signed: losses are drops in {-1, 0, 1}, mapped by risk.signed_loss.
+    """
+
+    embedding: Tensor
+    top1: Tensor
+    features: Tensor
+    is_understood: Tensor
+    gain: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    is_signed: bool
+
+    def probe(self, e: int, weights: Weights) -> Probe:
+        """What exit_probe gives at candidate e with this gate.
+
+        All but the score of a learned gate has the same bits: exit_probe has a sigmoid of its own,
+        and differs in the last of them. Thresholds lie between scores, so decisions are the same.
+        """
+        confidence, margin, variance = self.features[:, e].unbind(1)
+        g0, g1, g2, g3 = torch.tensor(weights, dtype=torch.float32).unbind()
+        learned = steady_sigmoid(((g0 * confidence + g1 * margin) + g2 * variance) + g3)
+        return self.embedding[:, e], self.top1[:, e], confidence, margin, variance, learned
+
+    def losses(
+        self, table: ScoreTable, subset: Subset, thresholds: Sequence[Sequence[float]]
+    ) -> NDArray[np.float64]:
+        """Loss of each image under each choice of thresholds, [n, len(thresholds)]."""
+        columns = np.asarray([*subset, self.loss.shape[1] - 1])
+        rows = np.arange(len(self.loss))
+        exits = [leave_at(table.scores, each) for each in thresholds]
+        return np.stack([self.loss[rows, columns[e]] for e in exits], axis=1)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """FLOPs of one image.
+
+    Args:
+      when_leaving: indices of candidates -> FLOPs of leaving at each of them, then at none.
+      full: of the tower without exits.
+    """
+
+    when_leaving: Callable[[Sequence[int]], list[int]]
+    full: int
+
+
+def fit_weights(kind: GateKind, split: Found, subset: Subset) -> tuple[Weights, ...]:
+    """The gate of each exit of the subset, fitted on the split."""
+    rows = []
+    for place, e in enumerate(subset):
+        right = split.is_understood[:, e]
+        if kind == "learned":
+            w, b = fit_logistic(split.features[:, e], right)
+            rows.append((float(w[0]), float(w[1]), float(w[2]), b))
+        elif kind == "agreement" and place:
+            before = unit(split.embedding[:, subset[place - 1]])
+            cosine = lane_sum(unit(split.embedding[:, e]) * before)
+            w, b = fit_logistic(torch.stack([cosine, split.features[:, e, 2]], 1), right)
+            rows.append((float(w[0]), 0.0, float(w[1]), b))
+        else:
+            rows.append(NO_WEIGHTS)
+    return tuple(rows)
+
+
+def run_plan(plan: Plan, blocks: Sequence[int], found: Found, costs: Costs) -> "Ran":
+    """What a plan does to images whose probes are known; `blocks` are the candidates' depths."""
+    subset = tuple(blocks.index(block) for block in plan.blocks)
+    if not subset:
+        at = np.full(len(found.gain), found.gain.shape[1] - 1)
+        return Ran(at, float(found.gain[:, -1].mean()), 0.0)
+    table = score_table(plan.gate.kind, found, subset, plan.gate.weights, costs)
+    exits = leave_at(table.scores, plan.gate.thresholds)
+    gain = table.gains[np.arange(len(exits)), exits].mean()
+    at = np.asarray([*subset, found.gain.shape[1] - 1])[exits]
+    return Ran(at, float(gain), 1.0 - float(table.costs[exits].mean()) / costs.full)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A plan on a split.
+
+    Args:
+      at: the candidate where each image left, m at full depth; int64 [n].
+      gain: mean over images.
+      flops_saved: of the full tower's, probes charged.
+    """
+
+    at: NDArray[np.int64]
+    gain: float
+    flops_saved: float
+
+
+def exit_scores(
+    kind: GateKind, split: Found, subset: Subset, weights: tuple[Weights, ...]
+) -> NDArray[np.float32]:
+    """Scores [n, len(subset)], as the router computes them; see Found.probe."""
+    gate = Gate(kind, weights, (NEVER,) * len(subset))
+    columns: list[Tensor] = []
+    memory: Memory | None = None
+    for place, e in enumerate(subset):
+        column, memory = score(gate, place, split.probe(e, weights[place]), memory)
+        columns.append(column)
+    return torch.stack(columns, dim=1).numpy()
+
+
+def score_table(
+    kind: GateKind, split: Found, subset: Subset, weights: tuple[Weights, ...], costs: Costs
+) -> ScoreTable:
+    """Scores, gains and costs of the exits of the subset."""
+    columns = [*subset, split.gain.shape[1] - 1]
+    return ScoreTable(
+        exit_scores(kind, split, subset, weights),
+        split.gain[:, columns],
+        np.asarray(costs.when_leaving(subset), dtype=np.float64),
+    )

@@ -1,0 +1,1 @@
+"""The command `lraee`, one file per command."""

@@ -1,0 +1,1 @@
+"""Photos, their labels and class names; every file is hostile until checked."""

@@ -1,0 +1,390 @@
+"""What `lraee selftest` runs: each kernel, with each config of the tables, on a few shapes.
+
+Inputs are made on the CPU, where the definition runs too; the kernel gets poisoned copies on its
+device, and what it gives is compared on the CPU again.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lraee.diagnostics import selftest_inputs
+from lraee.diagnostics.guarded_memory import guarded_outputs, is_intact, poisoned, poisoned_all
+from lraee.diagnostics.selftest_sizes import Case, Difference, Sizes, Target
+from lraee.kernels import (
+    configs,
+    exit_probe,
+    float_linear,
+    int8_attention,
+    int8_block,
+    int8_linear,
+    layer_norm_quantize,
+    quantize_rows,
+    workspace,
+)
+from lraee.kernels.configs import Config, Shape
+from lraee.kernels.measured import MEASURED
+from lraee.ops import block, reference
+from lraee.ops import error_bounds as bounds
+from lraee.ops.checked import Activation
+
+ACTIVATIONS = get_args(Activation)
+ROW_PADS = (0, 16, 3)
+"""Elements between rows of an input: none, or as many as keep rows aligned to 16, or do not."""
+
+
+def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """Every case, cheap kernels first. Nothing runs before `difference` is called."""
+    yield from row_cases(target, sizes)
+    yield from weight_cases(target, sizes)
+    yield from linear_cases(target, sizes)
+    yield from quantizing_cases(target, sizes)
+    yield from float_linear_cases(target, sizes)
+    yield from attention_cases(target, sizes)
+    yield from block_cases(target, sizes)
+    yield from probe_cases(target, sizes)
+
+
+def _first(named: Sequence[tuple[str, Tensor, Tensor, Tensor | float]]) -> str | None:
+    """The first difference among results (name, actual on any device, expected, bound)."""
+    for name, actual, expected, bound in named:
+        found = bounds.first_difference(actual.cpu(), expected, bound)
+        if found is not None:
+            return f"{name}: {found}"
+    return None
+
+
+QUANTIZED = ("x_q", "x_scale", "x_zero")
+
+
+def _exact(
+    names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor]
+) -> str | None:
+    return _first([(*row, 0.0) for row in zip(names, actual, expected, strict=True)])
+
+
+def row_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """quantize_rows and layer_norm_quantize, rows of every kind, both symmetries."""
+    shapes = itertools.product(sizes.rows, sizes.widths)
+    for seed, ((M, K), symmetric) in enumerate(itertools.product(shapes, (False, True))):
+        dtype = selftest_inputs.TYPES[seed % 3]
+        shape = f"M={M} K={K} {_short(dtype)} {'symmetric' if symmetric else 'asymmetric'}"
+        for row in dict.fromkeys(configs.row_config(m, K) for m in (1, 513)):
+            find = _rows_difference(target, M, K, seed, symmetric, dtype, row)
+            yield Case("quantize_rows", _label(row), shape, find)
+        # Twice as wide compiles six times as long: a minute or two, for a width that no tower has
+        rows = (configs.chunk_config(m, K) for m in (1, 513) if K <= 2048)
+        for row in dict.fromkeys(rows):
+            find = _norm_difference(target, M, K, seed, symmetric, dtype, row)
+            yield Case("layer_norm_quantize", _label(row), shape, find)
+
+
+def _rows_difference(
+    target: Target, M: int, K: int, seed: int, symmetric: bool, dtype: torch.dtype, config: Any
+) -> Difference:
+    def find() -> str | None:
+        x = selftest_inputs.rows_with_extremes(M, K, seed).to(dtype)
+        with guarded_outputs():
+            actual = quantize_rows.quantize_rows(
+                poisoned(x, ROW_PADS[seed % 3], target.device), symmetric, config=config
+            )
+        return _exact(QUANTIZED, actual, reference.quantize_rows(x, symmetric))
+
+    return find
+
+
+def _norm_difference(
+    target: Target, M: int, D: int, seed: int, symmetric: bool, dtype: torch.dtype, config: Any
+) -> Difference:
+    def find() -> str | None:
+        x = selftest_inputs.rows_with_extremes(M, D, seed).to(dtype)
+        gamma, beta = torch.randn(2, D, generator=selftest_inputs.generator(seed)).unbind()
+        eps = (1e-5, 1e-6, 0.1)[seed % 3]
+        with guarded_outputs():
+            actual = layer_norm_quantize.layer_norm_quantize(
+                poisoned(x, ROW_PADS[seed % 3], target.device),
+                *poisoned_all([gamma, beta], device=target.device), eps, symmetric, config=config,
+            )  # fmt: skip
+        expected = reference.layer_norm_quantize(x, gamma, beta, eps, symmetric)
+        return _exact(QUANTIZED, actual, expected)
+
+    return find
+
+
+def weight_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """pack_weight and unpack_weight of the device: there and back, and the sums of the rows."""
+    for seed, (N, K) in enumerate(sizes.layers):
+
+        def find(N: int = N, K: int = K, seed: int = seed) -> str | None:
+            # Not registered for CUDA alone: the definition runs there, and in the interpreter
+            ops = torch.ops.lraee if target.device.type == "cuda" else reference
+            w_q = selftest_inputs.linear(1, N, K, seed)["w"]
+            w, w_sum = ops.pack_weight(w_q.to(target.device))
+            back = ops.unpack_weight(w, N, K)
+            expected = (w_q, w_q, w_q.long().sum(1).to(torch.int32))
+            return _exact(("w", "back", "w_sum"), (w, back, w_sum), expected)
+
+        yield Case("pack_weight, unpack_weight", "", f"N={N} K={K}", find)
+
+
+def linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """int8_linear with every row of the table, split or not, and every part of its epilogue."""
+    table = configs.TABLE[target.arch.capability]
+    rows = dict.fromkeys(row for bucket in table for row in bucket)
+    for measured in MEASURED.get(target.arch.capability, {}).values():
+        rows |= dict.fromkeys(Config(*numbers) for _, numbers in measured)
+    seeds = itertools.count()
+    for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
+        for row in rows:
+            if configs.legal(row, Shape(M, N, K), target.arch):
+                seed = next(seeds)
+                activation = ACTIVATIONS[seed // 3 % len(ACTIVATIONS)]
+                find = _linear_difference(target, M, N, K, seed, activation, row)
+                epilogue = _epilogue(selftest_inputs.linear(1, 1, 1, seed), activation)
+                yield Case("int8_linear", _label(row), f"M={M} N={N} K={K} {epilogue}", find)
+
+
+def _linear_difference(
+    target: Target, M: int, N: int, K: int, seed: int, activation: str, config: Config
+) -> Difference:
+    def find() -> str | None:
+        given = selftest_inputs.linear(M, N, K, seed)
+        expected = reference.int8_linear(**given, activation=activation)
+        device = target.device
+        guarded = poisoned_all(given, ROW_PADS[seed % 3], device)
+        guarded["w"] = poisoned(given["w"], device=device)
+        space = _space(M, N, config, device)
+        with guarded_outputs():
+            actual = int8_linear.int8_linear(
+                **guarded, activation=activation, config=config, space=space
+            )
+        bound = bounds.of_linear(given, activation)
+        return _first([("y", actual, expected, bound)]) or _space_difference(space)
+
+    return find
+
+
+def quantizing_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """int8_linear with rows quantized in its launch: the bits of quantize_rows before or after."""
+    seeds = itertools.count(1)
+    for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
+        for row in configs.TABLE[target.arch.capability][configs.bucket(M)]:
+            if configs.legal(row, Shape(M, N, K), target.arch):
+                seed = next(seeds)
+                given = selftest_inputs.linear(1, 1, 1, seed) | {"x_zero": None}
+                symmetric = "symmetric" if seed % 2 == 0 else "asymmetric"
+                shape = f"M={M} N={N} K={K} {symmetric} {_epilogue(given, 'none')}"
+                for kernel in ("int8_linear_from_float", "int8_linear_quantized"):
+                    find = _quantizing_difference(target, M, N, K, seed, row, kernel)
+                    yield Case(kernel, _label(row), shape, find)
+
+
+def _quantizing_difference(
+    target: Target, M: int, N: int, K: int, seed: int, config: Config, kernel: str
+) -> Difference:
+    def find() -> str | None:
+        symmetric = seed % 2 == 0
+        given = selftest_inputs.linear(M, N, K, seed)
+        is_input = kernel == "int8_linear_from_float"
+        if is_input:
+            x = selftest_inputs.float_rows(M, K, seed)
+            given |= dict(zip(QUANTIZED, reference.quantize_rows(x, symmetric), strict=True))
+        y = reference.int8_linear(**given)
+        guarded = poisoned_all(given, ROW_PADS[seed % 3], target.device)
+        guarded["w"] = poisoned(given["w"], device=target.device)
+        if is_input:
+            guarded["x"] = poisoned(x, ROW_PADS[seed % 3], target.device)
+            for name in QUANTIZED:
+                del guarded[name]
+        space = _space(M, N, config, target.device, quantizes=True)
+        with guarded_outputs():
+            actual = getattr(int8_linear, kernel)(
+                **guarded, symmetric=symmetric, config=config, space=space
+            )
+        if is_input:
+            return _exact(("y",), (actual,), (y,)) or _space_difference(space)
+        expected = reference.quantize_rows(y, symmetric)
+        return _exact(QUANTIZED, actual, expected) or _space_difference(space)
+
+    return find
+
+
+def _space(
+    M: int, N: int, config: Config, device: torch.device, *, quantizes: bool = False
+) -> workspace.Workspace | None:
+    """A workspace with not an element more than the launch needs, between poison."""
+    if config.split_k == 1 and not quantizes:
+        return None
+    row_blocks = math.ceil(M / config.block_m)
+    tiles = row_blocks * math.ceil(N / config.block_n) if config.split_k > 1 else 0
+    size = tiles * config.split_k * config.block_m * config.block_n
+    count = tiles + (1 + row_blocks if quantizes else 0)
+    partials, tickets = (torch.zeros(n, dtype=torch.int32) for n in (size, count))
+    return workspace.Workspace(*poisoned_all([partials, tickets], device=device))
+
+
+def _space_difference(space: workspace.Workspace | None) -> str | None:
+    if space is None:
+        return None
+    if not is_intact(space.partials) or not is_intact(space.tickets):
+        return "workspace: stored out of bounds"
+    return "workspace: tickets are not zero after the launch" if space.tickets.any() else None
+
+
+def float_linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """float_linear, its segments in one program or in many, w by row and by step."""
+    seeds = itertools.count()
+    for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
+        for splits in {1, -(-K // configs.SEGMENT_K)}:
+            seed = next(seeds)
+            x, w, bias = selftest_inputs.float_linear(M, N, K, seed)
+            row = configs.float_config(K, x.element_size())
+            find = _float_linear_difference(target, (x, w, bias), seed, row, splits)
+            parts = f"{'no ' if bias is None else ''}bias splits={splits}"
+            layout = "by row" if w.is_contiguous() else "by step"
+            shape = f"M={M} N={N} K={K} {_short(x.dtype)} w {layout} {parts}"
+            yield Case("float_linear", _label(row), shape, find)
+
+
+def _float_linear_difference(
+    target: Target, given: tuple[Tensor, Tensor, Tensor | None], seed: int, config: Any, splits: int
+) -> Difference:
+    def find() -> str | None:
+        x, w, bias = given
+        size = -(-x.shape[0] // config.block_m) * -(-w.shape[0] // config.block_n)
+        if splits * size * config.block_m * config.block_n > configs.WORKSPACE_PARTIALS:
+            return None
+        expected = reference.float_linear(*(None if t is None else t.float() for t in given))  # type: ignore[arg-type]
+        there = [None if t is None else t.to(target.device) for t in (w, bias)]
+        with guarded_outputs():
+            actual = float_linear.float_linear(
+                poisoned(x, ROW_PADS[seed % 3], target.device), *there,
+                config=config, splits=splits,
+            )  # fmt: skip
+        return _first([("y", actual, expected.to(x.dtype), bounds.of_float_linear(x, w, bias))])
+
+    return find
+
+
+def block_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """int8_block: the bits of the operators that it is made of, one after the other."""
+    for seed, (B, L, H, d) in enumerate(sizes.attention[:2]):
+        for images, first_only in ((B, False), (2 * B + 1, False), (B, True)):
+            shape = f"B={images} L={L} D={H * d} H={H}{' first token' if first_only else ''}"
+            difference = _block_difference(target, (images, L, H, d), seed, first_only=first_only)
+            yield Case("int8_block", "", shape, difference)
+
+
+def _block_difference(
+    target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool
+) -> Difference:
+    def find() -> str | None:
+        given = [*selftest_inputs.block(*shape, seed, target.device), first_only]
+        ops = torch.ops.lraee if target.device.type == "cuda" else launchers()
+        expected = block.int8_block(*given, operators=ops)
+        with guarded_outputs():
+            actual = int8_block.int8_block(*given)
+        return _exact(("y",), (actual,), (expected.cpu(),))
+
+    return find
+
+
+def launchers() -> Any:
+    """The launchers by name, which run in the interpreter on tensors of the CPU."""
+    kernels = (quantize_rows, layer_norm_quantize, int8_linear, int8_attention)
+    by_name = {module.__name__.split(".")[-1]: module for module in kernels}
+    return SimpleNamespace(**{name: getattr(module, name) for name, module in by_name.items()})
+
+
+def attention_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """int8_attention, causal and not, with each config that a number of heads would choose."""
+    for seed, ((B, L, H, d), causal) in enumerate(
+        itertools.product(sizes.attention, (False, True))
+    ):
+        dtype = selftest_inputs.TYPES[seed % 3]
+        shape = f"B={B} L={L} H={H} d={d} {_short(dtype)}{' causal' if causal else ''}"
+        row = configs.attention_config(L, d, causal)
+        find = _attention_difference(target, (B, L, H, d), seed, causal, row)
+        yield Case("int8_attention", _label(row), shape, find)
+
+
+def _attention_difference(
+    target: Target, shape: tuple[int, int, int, int], seed: int, causal: bool, config: Any
+) -> Difference:
+    def find() -> str | None:
+        qkv = selftest_inputs.attention(*shape, seed)
+        H = shape[2]
+        expected = reference.int8_attention(qkv, H, causal)
+        with guarded_outputs():
+            given = poisoned(qkv, ROW_PADS[seed % 3], target.device)
+            actual = int8_attention.int8_attention(given, H, causal, config=config)
+            rows = int8_attention.int8_attention_quantized(
+                given, H, causal, symmetric=causal, config=config
+            )
+        quantized = reference.quantize_rows(actual.cpu().flatten(0, 1), causal)
+        bound = bounds.of_attention(qkv, expected, H)
+        return _first([("y", actual, expected, bound)]) or _exact(QUANTIZED, rows, quantized)
+
+    return find
+
+
+def probe_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """exit_probe on the mean alone and with the class token, one image a program and sixteen."""
+    for seed, (shape, has_class_token) in enumerate(itertools.product(sizes.probes, (False, True))):
+        B, L, D, H, E, K = shape
+        layers = "one layer" if H is None else f"H={H}"
+        inputs = "mean and class token" if has_class_token else "mean"
+        text = f"B={B} L={L} D={D} {layers} E={E} K={K} {inputs}"
+        for row in dict.fromkeys(configs.probe_config(n) for n in (1, 2)):
+            find = _probe_difference(target, shape, seed, has_class_token, row)
+            yield Case("exit_probe", _label(row), text, find)
+
+
+def _probe_difference(
+    target: Target, shape: tuple[int, int, int, int | None, int, int], seed: int,
+    has_class_token: bool, config: Any,
+) -> Difference:  # fmt: skip
+    def find() -> str | None:
+        given = selftest_inputs.probe(*shape, seed, has_class_token)
+        wanted = reference.exit_probe(*given)
+        device = target.device
+        space = workspace.of_current_stream(device)
+        with guarded_outputs():
+            embedding, top1, confidence, margin, variance, score = exit_probe.exit_probe(
+                poisoned(given[0], ROW_PADS[seed % 3], device),
+                *poisoned_all(given[1:], device=device), config=config, space=space,
+            )  # fmt: skip
+        found = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
+        decided = bounds.decision(embedding.cpu(), variance.cpu(), given)
+        limits = bounds.of_decision(shape[-1])
+        first = _first([
+            ("variance", variance, wanted[4], 0.0),
+            ("embedding", embedding, wanted[0], bounds.of_embedding(given)),
+            *((name, found[name], decided[name], limits[name]) for name in found),
+        ])  # fmt: skip
+        if first is None and space.tickets.any():
+            return "workspace: tickets are not zero after the launch"
+        return first
+
+    return find
+
+
+def _label(config: Any) -> str:
+    """The numbers of a config by name."""
+    return " ".join(f"{name}={value}" for name, value in vars(config).items())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _epilogue(given: dict[str, Any], activation: str) -> str:
+    """What of the epilogue is there, and the type of the result."""
+    names = ("x_zero", "bias", "layer_scale", "residual")
+    there = [name for name in names if given.get(name) is not None]
+    return " ".join([*there, activation, _short(given["out_dtype"])])

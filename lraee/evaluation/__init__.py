@@ -1,0 +1,1 @@
+"""What a model answers on real photos, beside its float form."""

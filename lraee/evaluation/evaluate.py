@@ -1,0 +1,219 @@
+"""What quantization costs on real photos: labels, ranking, direction, time, beside float."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from lraee.data.photos import Photos
+from lraee.data.sources import DataError
+from lraee.measurement import machine
+from lraee.measurement.timing import ImageEncoder
+from lraee.model.trace import ExitStats, Trace, has_exits, trace
+from lraee.storage.files import replace_file
+
+SCHEMA = "lraee.evaluate/2"
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of the model over all photos; shares are in percent.
+
+    Args:
+      scheme: "float", the quantization scheme, or "exits" and the kind of gate.
+      top1: zero-shot answers that are the label; None without labels, as top5.
+      agreement: zero-shot answers equal to float's; None without class texts.
+      neighbours: photos whose nearest other photo by cosine is float's; None below 3 photos.
+      cosine_mean: of the embedding with float's, and its 1st percentile over photos.
+      time_ms: per photo, median over batches, all forms taking turns on each batch.
+      weight_bytes: of the image tower.
+      flops_saved: of the tower's FLOPs, heads and probes charged; None without exits.
+      not_finite: photos whose embedding holds NaN or infinity; they agree with nothing.
+    """
+
+    scheme: str
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    neighbours: float | None
+    cosine_mean: float
+    cosine_p01: float
+    time_ms: float
+    weight_bytes: int
+    flops_saved: float | None
+    not_finite: int
+
+
+@dataclass
+class Embedded:
+    """Unit embeddings float32 [n, E] of the same photos by each form of a model.
+
+    Of forms with early exits also where photos left: `exits`, and per photo `exit_blocks`.
+    """
+
+    embeddings: dict[str, Tensor]
+    seconds_per_photo: dict[str, list[float]]
+    labels: list[int | None] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    exits: dict[str, ExitStats] = field(default_factory=dict)
+    exit_blocks: dict[str, list[int]] = field(default_factory=dict)
+
+    def note_exits(self, name: str, t: Trace) -> None:
+        """Adds what one call of this form did."""
+        self.exits[name] = self.exits[name] + t.stats if name in self.exits else t.stats
+        self.exit_blocks.setdefault(name, []).extend(t.exit_block.tolist())
+
+
+@torch.inference_mode()
+def embed(
+    models: Mapping[str, nn.Module],
+    photos: Photos,
+    preprocess: Callable[[Image], Tensor],
+    *,
+    batch: int = 32,
+    progress: bool = True,
+) -> Embedded:
+    """Embed every photo by every model, in one pass over the files.
+
+    Each batch is decoded once and goes through all models back to back, in rotating order.
+    Raises: DataError when no photo could be used.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in models}
+    result = Embedded({}, {name: [] for name in models})
+    order = list(models)
+    with_exits = {name for name, model in models.items() if has_exits(model)}
+    for each in photos.batches(preprocess, size=batch, progress=progress, description="embed"):
+        if not result.names:
+            for name in order:  # Warm up: the first call allocates and packs
+                _encode(models[name], each.images)
+        for name in order:
+            with trace(models[name]) if name in with_exits else nullcontext() as t:
+                start = time.perf_counter()
+                part = _encode(models[name], each.images)
+                seconds = time.perf_counter() - start
+            if t is not None:
+                result.note_exits(name, t)
+            parts[name].append(part)
+            result.seconds_per_photo[name].append(seconds / len(each.names))
+        order.append(order.pop(0))
+        result.labels += each.labels
+        result.names += each.names
+    if not result.names:
+        raise DataError(
+            f"data: photos must hold one that can be read, got none ({photos.report()})"
+        )
+    result.embeddings = {name: torch.cat(each) for name, each in parts.items()}
+    return result
+
+
+def compare(
+    embedded: Embedded, models: Mapping[str, nn.Module], class_rows: Tensor | None
+) -> list[Row]:
+    """One row per model, each against the one named "float".
+
+    Args:
+      class_rows: unit text features float32 [K, E], or None.
+    """
+    base = embedded.embeddings[FLOAT]
+    base_top = None if class_rows is None else (base @ class_rows.T).argmax(dim=1)
+    base_near = nearest(base)
+    known = [i for i, label in enumerate(embedded.labels) if label is not None]
+    labels = torch.tensor([embedded.labels[i] for i in known], dtype=torch.int64)
+    rows = []
+    for name, model in models.items():
+        rows_of = embedded.embeddings[name]
+        finite = rows_of.isfinite().all(dim=1)
+        y = rows_of.nan_to_num(0.0, 0.0, 0.0)
+        top1 = top5 = agreement = neighbours = None
+        if class_rows is not None and base_top is not None:
+            ranked = (y @ class_rows.T).topk(min(5, len(class_rows)), dim=1).indices
+            agreement = _percent((ranked[:, 0] == base_top) & finite)
+            if known:
+                right = (ranked[known] == labels[:, None]) & finite[known, None]
+                top1, top5 = _percent(right[:, 0]), _percent(right.any(dim=1))
+        if base_near is not None:
+            neighbours = _percent((cast(Tensor, nearest(y)) == base_near) & finite)
+        cosine = (y * base).sum(dim=1)
+        rows.append(
+            Row(
+                name,
+                top1,
+                top5,
+                agreement,
+                neighbours,
+                cosine.mean().item(),
+                cosine.quantile(0.01).item() if len(cosine) < 1 << 24 else cosine.min().item(),
+                1e3 * statistics.median(embedded.seconds_per_photo[name]),
+                tower_bytes(model),
+                100 * embedded.exits[name].flops_saved if name in embedded.exits else None,
+                int((~finite).sum()),
+            )
+        )
+    return rows
+
+
+def nearest(rows: Tensor, chunk: int = 1024) -> Tensor | None:
+    """Index of the nearest other row by dot product, int64 [n]; None below 3 rows."""
+    if len(rows) < 3:
+        return None
+    found = []
+    for start in range(0, len(rows), chunk):
+        scores = rows[start : start + chunk] @ rows.T
+        i = torch.arange(len(scores))
+        scores[i, start + i] = -torch.inf
+        found.append(scores.argmax(dim=1))
+    return torch.cat(found)
+
+
+def tower_bytes(model: nn.Module) -> int:
+    """Bytes of the image tower's parameters and buffers, shared memory counted once."""
+    tower = cast(nn.Module, model.visual)
+    storages = [t.untyped_storage() for t in (*tower.parameters(), *tower.buffers())]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def report(
+    rows: list[Row], photos: Photos, embedded: Embedded, *, model: str, data: str, **settings: Any
+) -> dict[str, Any]:
+    """Return what `lraee evaluate` writes as JSON."""
+    return {
+        "schema": SCHEMA,
+        **machine.describe(),
+        "model": model,
+        "data": data,
+        "photos": len(embedded.names),
+        "labelled": sum(label is not None for label in embedded.labels),
+        "skipped": len(photos.skipped),
+        "skipped_first": [asdict(row) for row in photos.skipped[:10]],
+        "settings": settings,
+        "rows": [asdict(row) for row in rows],
+        "exits": {name: asdict(stats) for name, stats in embedded.exits.items()},
+    }
+
+
+def write_json(value: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a report whole or not at all; its folder is made when missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    replace_file(path, text.encode())
+
+
+def _encode(model: nn.Module, images: Tensor) -> Tensor:
+    first = next(model.parameters())
+    encoder = cast(ImageEncoder, model)
+    return encoder.encode_image(images.to(first.device, first.dtype), normalize=True).float().cpu()
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * hits.float().mean().item()

@@ -1,0 +1,210 @@
+"""The float layers around the blocks, computed row by row: the same bits in any batch.
+
+A library's convolution or matrix product may choose another order of summation for another batch
+size or number of threads. These layers go through torch.ops.lraee.float_linear instead, whose order
+is fixed, on the CPU and where its CUDA kernel runs. On other devices they are torch's own.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lraee.ops.backend import Backend, implementation, operators
+
+
+class RowwiseConv2d(nn.Conv2d):
+    """The patch embedding: a Conv2d whose stride is its kernel, so one linear of each patch.
+
+    An nn.Conv2d becomes one by `RowwiseConv2d.adopt`: same parameters, names and numbers.
+    """
+
+    backend: Backend
+
+    @classmethod
+    def adopt(cls, conv: nn.Module, backend: Backend) -> None:
+        """Turns a Conv2d into this class where it can be one; leaves any other module alone."""
+        if not is_by_patch(conv):
+            return
+        conv.__class__ = cls
+        adopted = cast(RowwiseConv2d, conv)
+        adopted.backend = backend
+        _lay_by_step(adopted.weight)
+
+    @classmethod
+    def release(cls, conv: nn.Module) -> None:
+        """The way back."""
+        if isinstance(conv, cls):
+            conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+            del conv.backend
+            conv.weight.data = conv.weight.data.contiguous()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, H / kernel, W / kernel], remainders cut off as a Conv2d does."""
+        weight = self.weight
+        is_own = is_fixed(input.device, self.backend)
+        if not is_own or input.dim() != 4 or input.dtype != weight.dtype:
+            return super().forward(input)
+        _, C, H, W = input.shape
+        height, width = cast(tuple[int, int], self.kernel_size)
+        if C != self.in_channels or height > H or width > W:
+            return super().forward(input)  # which says what is wrong
+        return by_patch(
+            input,
+            (height, width),
+            lambda x: rowwise_linear(x, weight.flatten(1), self.bias, self.backend),
+        )
+
+
+def is_by_patch(conv: nn.Module) -> bool:
+    """Whether this is a plain Conv2d that is one linear of each patch."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride
+        and conv.padding in ((0, 0), "valid")
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def by_patch(images: Tensor, kernel: tuple[int, int], linear: Callable[[Tensor], Tensor]) -> Tensor:
+    """A convolution whose stride is its kernel, as a linear of each patch.
+
+    Args:
+      images: [B, C, H, W]; what does not fill a patch at the right and the bottom is cut off.
+      kernel: height and width of a patch.
+      linear: patches [B * rows * columns, C * height * width], each in the order of a convolution's
+        weight -> [B * rows * columns, D].
+    Returns: [B, D, rows, columns].
+    """
+    B, C, H, W = images.shape
+    height, width = kernel
+    rows, columns = H // height, W // width
+    whole = images[:, :, : rows * height, : columns * width]
+    patches = whole.reshape(B, C, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    y = linear(patches.reshape(B * rows * columns, C * height * width))
+    D = y.shape[1]
+    return y.view(B, rows * columns, D).transpose(1, 2).view(B, D, rows, columns)
+
+
+class RowwiseLinear(nn.Linear):
+    """A linear that a scheme keeps float. `of` makes one from the parameters of another module."""
+
+    backend: Backend
+
+    @classmethod
+    def of(
+        cls, weight: nn.Parameter, bias: nn.Parameter | None, backend: Backend
+    ) -> "RowwiseLinear":
+        """The linear of these parameters themselves: no copy is made."""
+        N, K = weight.shape
+        linear = cls(K, N, bias=bias is not None, device="meta")
+        linear.weight = weight
+        linear.bias = bias  # type: ignore[assignment]
+        linear.backend = backend
+        _lay_by_step(weight)
+        return linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any float type [..., K] -> [..., N]."""
+        return rowwise_linear(input, self.weight, self.bias, self.backend)
+
+
+def _lay_by_step(weight: Tensor) -> None:
+    """[K, N] in memory, as float_linear reads it without a copy; shape and numbers stay."""
+    by_step = weight.data.flatten(1).t().contiguous().t()
+    weight.data = by_step.view(weight.shape)
+
+
+class RowwiseAttention(nn.MultiheadAttention):
+    """The attention of a pooler: learned queries over the tokens of an image.
+
+    An nn.MultiheadAttention becomes one by `RowwiseAttention.adopt`.
+    """
+
+    backend: Backend
+
+    @classmethod
+    def adopt(cls, attention: nn.Module, backend: Backend) -> None:
+        """Turns an nn.MultiheadAttention into this class; leaves any other module alone."""
+        if type(attention) is nn.MultiheadAttention and attention.bias_k is None:
+            attention.__class__ = cls
+            cast(RowwiseAttention, attention).backend = backend
+
+    @classmethod
+    def release(cls, attention: nn.Module) -> None:
+        """The way back."""
+        if isinstance(attention, cls):
+            attention.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+            del attention.backend
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = True,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention; without weights and masks, row by row."""
+        is_own = is_fixed(query.device, self.backend)
+        if not is_own or need_weights or options or not self.batch_first:
+            return super().forward(query, key, value, need_weights=need_weights, **options)
+        if self._qkv_same_embed_dim:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (
+            rowwise_linear(x, w, b, self.backend)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        heads = (t.chunk(self.num_heads, dim=-1) for t in (q, k, v))
+        y = torch.cat([self._attend(*head) for head in zip(*heads, strict=True)], dim=-1)
+        out = self.out_proj
+        return rowwise_linear(y, out.weight, out.bias, self.backend), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v of one head: [B, Q, d], [B, L, d], [B, L, d] -> [B, Q, d].
+
+        torch's own splits a single query among the threads as the batch has it.
+        """
+        q = q * q.shape[-1] ** -0.5
+        images = []
+        for q_one, k_one, v_one in zip(q.unbind(), k.unbind(), v.unbind(), strict=True):
+            p = rowwise_linear(q_one, k_one, None, self.backend).softmax(-1)
+            images.append(rowwise_linear(p, v_one.t(), None, self.backend))
+        return torch.stack(images)
+
+
+def is_fixed(device: torch.device, backend: Backend) -> bool:
+    """Whether float_linear has one order of sums on this device, and time to keep it."""
+    return device.type == "cpu" or implementation(backend, device) != "reference"
+
+
+def rowwise_linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
+    """x @ w.T + bias, summed in float32 in one fixed order.
+
+    Args:
+      x: any float type [..., K].
+      w: any float type [N, K].
+      bias: any float type [N] or None.
+      backend: which implementation to run on.
+    Returns: [..., N] in the type of x, or of autocast where that is on, as torch's linear.
+    """
+    if not is_fixed(x.device, backend):
+        return torch.nn.functional.linear(x, w, bias)
+    dtype = output_dtype(x)
+    is_native = x.device.type != "cpu" and dtype in (torch.float16, torch.bfloat16)
+    inside = dtype if is_native else torch.float32
+    rows = x.reshape(-1, w.shape[1]).to(inside)
+    b = None if bias is None else bias.to(inside)
+    y = cast(Tensor, operators(backend).float_linear(rows, w.to(inside), b))
+    return y.to(dtype).view(*x.shape[:-1], w.shape[0])
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The type of a linear's result: that of its input x, or of autocast where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

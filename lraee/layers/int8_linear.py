@@ -1,0 +1,187 @@
+"""A linear layer whose weight is int8."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lraee.layers.scheme import Rounding, quantize_activation
+from lraee.ops.backend import Backend, operators, require_backend
+from lraee.ops.checked import Activation
+from lraee.ops.reference import Quantized
+
+_WEIGHT_KEY = "w_q"
+
+
+class Int8Linear(nn.Module):
+    """y = x @ w.T + bias with w int8, one step per output, and x quantized when it arrives.
+
+    The weight lies in the layout that its device's implementation reads (lraee.ops.pack_weight).
+    state_dict, pickle and deepcopy carry it as plain int8 [N, K] under the key `w_q`, so that what
+    is saved on one machine loads on any other. Scales and bias stay float32 under `.half()` and
+    `.bfloat16()`: only `dtype`, the type computed for, follows.
+    """
+
+    w: Tensor
+    w_scale: Tensor
+    w_sum: Tensor
+    bias: Tensor | None
+    like: Tensor
+
+    def __init__(
+        self,
+        w_q: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        rounding: Rounding = "row",
+        backend: Backend = "auto",
+    ) -> None:
+        """Packs a quantized weight.
+
+        Args:
+          w_q: int8 [N, K].
+          w_scale: float32 [N], real value of one step of w_q.
+          bias: any float type [N] or None.
+          dtype: the type that `weight` shows; float32, bfloat16 or float16.
+          rounding: how the input is quantized, see lraee.quantize.quantize_activation.
+          backend: which implementation to run on.
+        """
+        super().__init__()
+        self.out_features, self.in_features = w_q.shape
+        self.rounding: Rounding = rounding
+        self.backend: Backend = backend
+        w, w_sum = operators(backend).pack_weight(w_q)
+        self.register_buffer("w", w, persistent=False)
+        self.register_buffer("w_sum", w_sum, persistent=False)
+        self.register_buffer("w_scale", w_scale.detach().float())
+        # clone: the bias of the float layer must stay its own
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        # No elements: it follows .to() and .half(), and so remembers the type computed for
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=w.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any float type [..., K] -> the same type [..., N]."""
+        rows = x.reshape(-1, self.in_features)
+        y = self.multiply(self.quantize(rows), out_dtype=x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """Rows [M, K] of this layer's input, in int8."""
+        return quantize_activation(x, self.rounding, self.backend)
+
+    def multiply(
+        self,
+        x: Quantized,
+        *,
+        residual: Tensor | None = None,
+        layer_scale: Tensor | None = None,
+        activation: Activation = "none",
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """act(x @ w.T + bias) * layer_scale + residual: [M, N] from a quantized input [M, K]."""
+        return operators(self.backend).int8_linear(  # type: ignore[no-any-return]
+            *x, self.w, self.w_scale, self.w_sum, self.bias,
+            residual=residual, layer_scale=layer_scale, activation=activation, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """w, w_scale, w_sum and bias, as operators take them."""
+        return parts_of(self._buffers)  # a module's own look-up takes 1 us for each
+
+    @property
+    def w_q(self) -> Tensor:
+        """The weight as plain int8 [N, K]."""
+        unpack = operators(self.backend).unpack_weight
+        return cast(Tensor, unpack(self.w, self.out_features, self.in_features))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as numbers [N, K], of type `dtype`; made anew at each call."""
+        return (self.w_q * self.w_scale[:, None]).to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type computed for: that of the float model, as `.to` or `.half` changed it."""
+        return self.like.dtype
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        has_bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={has_bias}, {self.rounding}"
+
+    # Moving, saving, loading
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        """Lets .to(device) through, repacking for it; lets no cast reach scales and bias."""
+        self.like = fn(self.like)
+        if self.like.device != self.w.device:
+            require_backend(self.backend, self.like.device)
+            self.w, self.w_sum = operators(self.backend).pack_weight(fn(self.w_q))
+        else:
+            # flat: a channels_last of 4-D tensors is not meant for the packed layout
+            self.w = uncast(fn, self.w.view(-1)).view(self.w.shape)
+            self.w_sum = uncast(fn, self.w_sum)
+        self.w_scale = uncast(fn, self.w_scale)
+        self.bias = None if self.bias is None else uncast(fn, self.bias)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        buffers = {**self._buffers, _WEIGHT_KEY: self.w_q}
+        del buffers["w"], buffers["w_sum"]
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        buffers = dict(state["_buffers"])
+        w, w_sum = operators(state["backend"]).pack_weight(buffers.pop(_WEIGHT_KEY))
+        packed = {**state, "_buffers": {"w": w, "w_sum": w_sum, **buffers}}
+        super().__setstate__(packed)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + _WEIGHT_KEY] = self.w_q
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + _WEIGHT_KEY
+        rest = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        w_q = state_dict.get(key)
+        if w_q is None:
+            missing_keys.extend([key] if strict else [])
+            return
+        shape = (self.out_features, self.in_features)
+        if w_q.dtype != torch.int8 or w_q.shape != shape:
+            found = f"{w_q.dtype} {list(w_q.shape)}"
+            error_msgs.append(f"{key} must be torch.int8 {list(shape)}, got {found}")
+            return
+        self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
+
+
+def parts_of(
+    buffers: Mapping[str, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """w, w_scale, w_sum and bias among the buffers of an Int8Linear."""
+    held = cast(Mapping[str, Tensor], buffers)
+    return held["w"], held["w_scale"], held["w_sum"], held["bias"]
+
+
+def uncast(fn: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
+    """fn(constant) if fn moves it; the same numbers if fn casts it."""
+    applied = fn(constant)
+    return applied if applied.dtype == constant.dtype else constant.to(applied.device)

@@ -1,0 +1,1 @@
+"""Interleaved timing, and what a measurement says of the machine that it ran on."""

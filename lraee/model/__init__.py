@@ -1,0 +1,1 @@
+"""What is done to a model: accelerate, restore, trace, save, load."""

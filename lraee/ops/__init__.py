@@ -1,0 +1,19 @@
+"""The operators `torch.ops.lraee.*`, their arguments checked: see lraee.ops.checked."""
+
+from lraee.ops.checked import (
+    Activation,
+    exit_probe,
+    float_linear,
+    int8_attention,
+    int8_block,
+    int8_linear,
+    layer_norm_quantize,
+    pack_weight,
+    quantize_rows,
+    unpack_weight,
+)
+
+__all__ = [
+    "Activation", "exit_probe", "float_linear", "int8_attention", "int8_block", "int8_linear",
+    "layer_norm_quantize", "pack_weight", "quantize_rows", "unpack_weight",
+]  # fmt: skip

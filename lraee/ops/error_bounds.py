@@ -1,0 +1,131 @@
+"""How far a kernel may be from the definition, and where it first is further.
+
+Whatever is made of integers and of +, -, *, / and sqrt is compared bit for bit (bound 0). The other
+bounds follow from the formats and the number of terms; each says how. Tensors lie on the CPU.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lraee.ops import reference
+
+EPS32 = 2.0**-24
+"""Largest relative error of one float32 rounding."""
+
+HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Largest relative error of rounding to each type."""
+
+
+def first_difference(actual: Tensor, expected: Tensor, bound: Tensor | float = 0.0) -> str | None:
+    """How many elements are further than bound from expected, and the first; None where none is.
+
+    NaN is expected where expected is NaN, and nowhere else.
+    """
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
+        found, wanted = (f"{t.dtype} {list(t.shape)}" for t in (actual, expected))
+        return f"{found} instead of {wanted}"
+    is_wrong = actual != expected
+    if actual.is_floating_point():
+        error = (actual.double() - expected.double()).abs()
+        is_wrong &= ~(error <= bound) & ~(actual.isnan() & expected.isnan())
+    if not is_wrong.any():
+        return None
+    where = tuple(is_wrong.nonzero()[0].tolist())
+    allowed = float(bound[where]) if isinstance(bound, Tensor) and bound.dim() else float(bound)
+    text = f"{int(is_wrong.sum())} of {actual.numel()} differ, first at {list(where)}:"
+    text += f" {actual[where].item()!r} instead of {expected[where].item()!r}"
+    return f"{text}, allowed {allowed:.3g}" if allowed else text
+
+
+def of_linear(given: dict[str, Any], activation: str) -> Tensor:
+    """Largest error of int8_linear with these arguments of the definition.
+
+    Both compute y from the same float32 before the activation. exp, erf and the division of the
+    kernel err by less than 16 units in the last place of a value of size max(|y|, 1), the
+    definition by no more; layer_scale multiplies it, and the result is rounded to out_dtype.
+    """
+    if activation == "none":
+        return torch.zeros(())
+    plain = dict(given, layer_scale=None, residual=None, out_dtype=torch.float32)
+    y = reference.int8_linear(**plain).double().abs()
+    scale = 1.0 if given["layer_scale"] is None else given["layer_scale"].double().abs()
+    error = 32 * EPS32 * (y + 1) * scale
+    result = reference.int8_linear(**given, activation=activation).double().abs()
+    return error + 2 * HALF_STEP[given["out_dtype"]] * (result + error) + 2.0**-24
+
+
+def of_attention(qkv: Tensor, expected: Tensor, num_heads: int) -> Tensor:
+    """Largest error of int8_attention, per output.
+
+    Scores are the same bits. p = exp(.) / sum: both implementations err by less than 8 units of
+    float32 and (L + 8) units through the sum; p may then round to the other neighbour in its type,
+    and P @ V adds L terms of size at most max|v| with weights that sum to 1.
+    """
+    B, L, D3 = qkv.shape
+    v = qkv.view(B, L, 3, num_heads, -1)[:, :, 2].double().abs().amax(1)
+    step = HALF_STEP[qkv.dtype]
+    error = (2 * (2 * L + 16) * EPS32 + 2 * step) * v.reshape(B, 1, D3 // 3)
+    return error + 2 * step * expected.double().abs()
+
+
+def of_embedding(given: Sequence[Any]) -> Tensor | float:
+    """Largest error of exit_probe's embedding, 0 where no gelu is before it.
+
+    erf of both errs by some units of float32 of max(|h|, 1), so the step of the hidden row may
+    differ by that much, and a hidden value next to a tie may fall to the other side: with 32 units
+    in each of 130 values of step 0.03 two such values in a row are all that can be expected.
+    """
+    if given[8] is None:
+        return 0.0
+    z, gamma, beta, eps, w1, w1_scale, w1_sum, b1, w2, w2_scale, w2_sum, b2 = given[:12]
+    pooled, _ = reference._pool(z, gamma.shape[0])
+    x = reference.layer_norm_quantize(pooled, gamma, beta, eps, False)
+    hidden = reference.int8_linear(*x, w1, w1_scale, w1_sum, b1, activation="gelu")
+    flips = 2 * 128 * reference.quantize_rows(hidden, False)[1][:, None] * w2_scale
+    size = hidden.abs() @ (w2.float().abs() * w2_scale[:, None]).t()
+    bound: Tensor = flips + 64 * EPS32 * (size + (0.0 if b2 is None else b2.abs()))
+    return bound.double()
+
+
+def of_decision(K: int) -> dict[str, float]:
+    """Largest error of what exit_probe decides from an embedding, with K classes.
+
+    Logits of one embedding are the same bits (same order of sums). exp errs by 4 units of float32
+    here and there and the sum of K of them by K units, relative to a confidence of at most 1; the
+    gate of these tests multiplies that by at most 3.5.
+    """
+    bound = 2 * (K + 16) * EPS32
+    return {"top1": 0.0, "confidence": bound, "margin": 2 * bound, "score": 4 * bound}
+
+
+def decision(embedding: Tensor, variance: Tensor, given: Sequence[Any]) -> dict[str, Tensor]:
+    """What the definition of exit_probe decides from this embedding."""
+    classes, logit_scale, gate = given[12:]
+    length = reference.lane_sum(embedding * embedding).double().sqrt().float().clamp(min=1e-12)
+    cosine = reference.lane_sum(embedding[:, None, :] * classes) / length[:, None]
+    confidence, margin, top1 = reference._top_two(cosine * logit_scale)
+    weighted = gate[0] * confidence + gate[1] * margin
+    score = torch.sigmoid((weighted + gate[2] * variance) + gate[3])
+    return {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
+
+
+def of_float_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Largest error of float_linear on tensor cores, per output.
+
+    Products of float16 or bfloat16 are exact in float32. A float32 is multiplied as three products
+    of its two leading parts of 11 bits each; what is left out, low times low and what neither part
+    holds, is below 3 * 2^-21 of a product. A tensor core may cut off a sum where the definition
+    rounds it: 2^-23 of the sum of magnitudes for each of K additions and of the segments, and
+    2^-24 for each of the definition. The sum is then rounded to the type of x.
+    """
+    K = x.shape[1]
+    b = torch.zeros(()).double() if bias is None else bias.double()
+    size = x.double().abs() @ w.double().abs().t() + b.abs()
+    error = size * (K + 8) * 3 * EPS32
+    if x.dtype is torch.float32:
+        error += size * 3 * 2.0**-21
+    result = (x.double() @ w.double().t() + b).abs()
+    return error + 2 * HALF_STEP[x.dtype] * (result + error) + 2.0**-24

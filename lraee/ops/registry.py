@@ -1,0 +1,207 @@
+"""Schema, definition, fake and FLOP formula of each operator `torch.ops.lraee.*`.
+
+PyTorch's dispatcher is the registry of implementations: C++ for CPU tensors (lraee._C), Triton for
+CUDA tensors (lraee.kernels), and the plain-torch definition (lraee.reference) wherever neither is
+there. Callers go through the door in lraee.ops.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from lraee.kernels import register
+from lraee.ops import block, reference
+from lraee.ops.reference import Probe, Quantized
+
+F = TypeVar("F", bound=Callable[..., object])
+
+PANEL_N, GROUP_K = 16, 4
+"""CPU weight layout [ceil(N/16), ceil(K/4), 16, 4]: one 64-byte register per panel and k-group."""
+
+try:
+    from lraee import _C  # noqa: F401  (registers the CPU implementations)
+
+    CPU_EXTENSION_ERROR: str | None = None
+except ImportError as error:
+    CPU_EXTENSION_ERROR = str(error)
+    logging.getLogger("lraee").warning(
+        "C++ extension not available (%s): operators on the CPU run the slow plain-torch reference",
+        error,
+    )
+
+SCHEMAS = {
+    "quantize_rows": "(Tensor x, bool symmetric) -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
+    "layer_norm_quantize": "(Tensor x, Tensor gamma, Tensor beta, float eps, bool symmetric)"
+    " -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
+    "pack_weight": "(Tensor w_q) -> (Tensor w, Tensor w_sum)",
+    "unpack_weight": "(Tensor w, int N, int K) -> Tensor",
+    "int8_linear": "(Tensor x_q, Tensor x_scale, Tensor? x_zero, Tensor w, Tensor w_scale,"
+    " Tensor w_sum, Tensor? bias=None, *, Tensor? residual=None, Tensor? layer_scale=None,"
+    ' str activation="none", ScalarType out_dtype=float) -> Tensor',
+    "float_linear": "(Tensor x, Tensor w, Tensor? bias=None) -> Tensor",
+    "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
+    "int8_block": "(Tensor x, Tensor[] norm_1, Tensor?[] in_proj, Tensor?[] out_proj,"
+    " Tensor[] norm_2, Tensor?[] c_fc, Tensor?[] c_proj, float[] eps, bool[4] symmetric,"
+    " int num_heads, bool causal, str activation, bool first_only=False) -> Tensor",
+    "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
+    " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
+    " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
+    " Tensor confidence, Tensor margin, Tensor variance, Tensor score)",
+}
+OPERATORS = tuple(SCHEMAS)
+
+_library = Library("lraee", "DEF")  # type: ignore[no-untyped-call]
+DEFINITIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(block if name == "int8_block" else reference, name) for name in SCHEMAS
+}
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
+    _library.impl(_name, DEFINITIONS[_name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+TRITON_ERROR: str | None = register.register(_library, DEFINITIONS)
+"""Why no Triton kernel is registered for CUDA tensors, or None."""
+
+
+def packed_shape(N: int, K: int, device: torch.device) -> list[int]:
+    """Shape of the int8 weight layout that the device's implementation reads."""
+    if device.type == "cpu" and CPU_EXTENSION_ERROR is None:
+        return [-(-N // PANEL_N), -(-K // GROUP_K), PANEL_N, GROUP_K]
+    return [N, K]
+
+
+# Fakes: shape, type and device of each result
+
+
+def _fake(name: str) -> Callable[[F], F]:
+    return register_fake(f"lraee::{name}", lib=_library)  # type: ignore[no-any-return]
+
+
+@_fake("quantize_rows")
+def _quantize_rows_fake(x: Tensor, symmetric: bool) -> Quantized:
+    M, K = x.shape
+    return (
+        x.new_empty((M, K), dtype=torch.int8),
+        x.new_empty(M, dtype=torch.float32),
+        x.new_empty(M, dtype=torch.int32),
+    )
+
+
+@_fake("layer_norm_quantize")
+def _layer_norm_quantize_fake(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, symmetric: bool
+) -> Quantized:
+    return _quantize_rows_fake(x, symmetric)
+
+
+@_fake("pack_weight")
+def _pack_weight_fake(w_q: Tensor) -> tuple[Tensor, Tensor]:
+    N, K = w_q.shape
+    return w_q.new_empty(packed_shape(N, K, w_q.device)), w_q.new_empty(N, dtype=torch.int32)
+
+
+@_fake("unpack_weight")
+def _unpack_weight_fake(w: Tensor, N: int, K: int) -> Tensor:
+    return w.new_empty((N, K))
+
+
+@_fake("float_linear")
+def _float_linear_fake(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]))
+
+
+@_fake("int8_linear")
+def _int8_linear_fake(
+    x_q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_sum: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    activation: str = "none",
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return x_q.new_empty((x_q.shape[0], w_scale.shape[0]), dtype=out_dtype)
+
+
+@_fake("int8_attention")
+def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+    B, L, D3 = qkv.shape
+    return qkv.new_empty((B, L, D3 // 3))
+
+
+@_fake("int8_block")
+def _int8_block_fake(
+    x: Tensor, norm_1: object, in_proj: object, out_proj: object, norm_2: object, c_fc: object,
+    c_proj: object, eps: object, symmetric: object, num_heads: int, causal: bool, activation: str,
+    first_only: bool = False,
+) -> Tensor:  # fmt: skip
+    B, L, D = x.shape
+    return x.new_empty((B, 1 if first_only else L, D))
+
+
+@_fake("exit_probe")
+def _exit_probe_fake(z: Tensor, *arguments: object) -> Probe:
+    classes = arguments[11]
+    assert isinstance(classes, Tensor)
+    B, E = z.shape[0], classes.shape[1]
+    score = z.new_empty(B, dtype=torch.float32)
+    others = tuple(torch.empty_like(score) for _ in range(3))
+    embedding = z.new_empty((B, E), dtype=torch.float32)
+    return embedding, z.new_empty(B, dtype=torch.int64), *others, score  # type: ignore[return-value]
+
+
+# FLOPs, two for each multiply-add as torch counts them
+
+
+@register_flop_formula(torch.ops.lraee.int8_linear)
+def _int8_linear_flops(
+    x_q: torch.Size, x_scale: object, x_zero: object, w: object, w_scale: torch.Size,
+    *rest: object, **options: object,
+) -> int:  # fmt: skip
+    M, K = x_q
+    return 2 * M * int(w_scale[0]) * K
+
+
+@register_flop_formula(torch.ops.lraee.float_linear)
+def _float_linear_flops(x: torch.Size, w: torch.Size, *rest: object, **options: object) -> int:
+    M, K = x
+    return 2 * M * int(w[0]) * K
+
+
+@register_flop_formula(torch.ops.lraee.int8_attention)
+def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
+    B, L, D3 = qkv
+    return 4 * B * L * L * (D3 // 3)
+
+
+@register_flop_formula(torch.ops.lraee.int8_block)
+def _int8_block_flops(
+    x: torch.Size, norm_1: object, in_proj: object, out_proj: object, norm_2: object,
+    c_fc: Sequence[torch.Size], c_proj: object, eps: object, symmetric: object, num_heads: int,
+    causal: bool, activation: str, first_only: bool = False, **options: object,
+) -> int:  # fmt: skip
+    B, L, D = x
+    hidden, queries = int(c_fc[1][0]), 1 if first_only else L
+    return 2 * B * D * (L * 3 * D + queries * (D + 2 * hidden)) + 4 * B * queries * L * D
+
+
+@register_flop_formula(torch.ops.lraee.exit_probe)
+def _exit_probe_flops(
+    z: torch.Size, gamma: torch.Size, beta: object, eps: object, w1: object, w1_scale: torch.Size,
+    w1_sum: object, b1: object, w2: object, w2_scale: torch.Size | None, w2_sum: object, b2: object,
+    classes: torch.Size, *rest: object, **options: object,
+) -> int:  # fmt: skip
+    B, P, H = z[0], int(gamma[0]), int(w1_scale[0])
+    K, E = classes
+    head = P * H + (0 if w2_scale is None else H * E)
+    return 2 * B * (head + K * E)

@@ -1,0 +1,28 @@
+"""Small pictures of a report for a README."""
+
+from pathlib import Path
+
+from lraee.storage.files import replace_file
+from lraee.study.page import plots
+from lraee.study.page.charts import png
+from lraee.study.schema import Report
+
+
+def save(report: Report, folder: Path | str) -> list[Path]:
+    """Writes frontier.png, lens.png and drift.png, those that the report has figures for.
+
+    Args:
+      report: from read_report.
+      folder: made if it is not there.
+    Returns: the files written.
+    Raises: ImportError without matplotlib.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    charts = {"frontier": plots.of_frontier, "lens": plots.of_lens, "drift": plots.of_drift}
+    for name, of in charts.items():
+        for chart in of(report)[:1]:
+            written.append(folder / f"{name}.png")
+            replace_file(written[-1], png(chart))
+    return written

@@ -1,0 +1,196 @@
+"""Exits come back bit for bit; a file that is not one of ours is refused in one line."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+import lraee
+from lraee.exits.bundle import Exits, Plan
+from lraee.exits.gate import Gate, GateKind
+from lraee.exits.router import Compaction
+from lraee.exits.serialization import FORMAT
+from lraee.layers.scheme import PAPER, Scheme
+from lraee.towers import open_clip as towers
+from tests.clip_models import make_images, make_model
+from tests.exits.made_exits import make_exits
+from tests.exits.small_exits import D, E, nested, small_exits
+from tests.sealed_files import cuts, read_files
+from tests.support import assert_same
+
+
+def assert_same_exits(found: Exits, expected: Exits) -> None:
+    """Equal in every field, each tensor bit for bit."""
+    for name in set(vars(expected)) - {"heads", "classes"}:
+        assert getattr(found, name) == getattr(expected, name), name
+    for name, plan in expected.plans.items():  # -0.0 == 0.0 and 1 == 1.0, but not in repr
+        assert repr(found.plans[name]) == repr(plan)
+    assert sorted(found.heads) == sorted(expected.heads)
+    for block, head in expected.heads.items():
+        assert_same_bits(found.heads[block].tensors(), head.tensors())
+    assert (found.classes is None) == (expected.classes is None)
+    if expected.classes is not None:
+        assert_same_bits({"classes": found.classes}, {"classes": expected.classes})
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert_same(found[name].view(torch.int32), tensor.view(torch.int32), name=name)
+
+
+# Round trip
+
+
+@pytest.mark.parametrize("classes", [None, 1, 5])
+@pytest.mark.parametrize("kind", get_args(GateKind))
+def test_round_trip(tmp_path: Path, kind: GateKind, classes: int | None) -> None:
+    exits = small_exits(kind, classes=classes)
+    exits.save(tmp_path / "new" / "folder")
+    loaded = Exits.load(str(tmp_path / "new" / "folder"))
+    assert_same_exits(loaded, exits)
+    assert list(loaded.heads) == [2, 5, 11]
+    assert loaded.plan.gate.thresholds == exits.plan.gate.thresholds
+    loaded.save(tmp_path / "again")
+    assert read_files(tmp_path / "again", FORMAT) == read_files(tmp_path / "new/folder", FORMAT)
+
+
+@pytest.mark.parametrize("kind", get_args(GateKind))
+def test_a_tower_with_loaded_exits_gives_the_same_bits(tmp_path: Path, kind: GateKind) -> None:
+    model = make_model()
+    exits = make_exits(model, kind=kind, blocks=(1,) if kind == "static" else (1, 2))
+    exits.save(tmp_path)
+    fast, again = (lraee.accelerate(model, exits=source) for source in (exits, tmp_path))
+    states = fast.state_dict(), again.state_dict()
+    assert list(states[0]) == list(states[1]) and any("exits" in name for name in states[0])
+    for name, tensor in states[0].items():
+        assert_same(states[1][name], tensor, name=name)
+    images = make_images(5)
+    with torch.no_grad():
+        assert_same(again.encode_image(images), fast.encode_image(images))
+    assert towers.tower_hash(model.visual.state_dict()) == Exits.load(tmp_path).base_hash
+
+
+def test_tensors_may_share_memory_and_be_views(tmp_path: Path) -> None:
+    exits = small_exits()
+    head = exits.heads[2]
+    shared = torch.ones(1).expand(D)
+    turned = torch.randn(D, E).t()
+    viewed = replace(head, gamma=shared, beta=shared, w1=turned)
+    replace(exits, heads={**exits.heads, 2: viewed}).save(tmp_path)
+    found = Exits.load(tmp_path).heads[2]
+    assert_same(found.w1, turned)
+    assert_same(found.gamma, torch.ones(D))
+    assert found.gamma.data_ptr() != found.beta.data_ptr()
+
+
+# Saving refuses what loading would
+
+
+def headed(**changed: Any) -> Callable[[Exits], Exits]:
+    """Another head at block 5."""
+    return lambda e: replace(e, heads={**e.heads, 5: replace(e.heads[5], **changed)})
+
+
+def planned(*blocks: int, **gate: Any) -> Callable[[Exits], Exits]:
+    """Another plan at block 2."""
+    one = {"kind": "learned", "weights": ((0.0,) * 4,), "thresholds": (0.5,), **gate}
+    return lambda e: replace(e, plans={e.chosen: Plan(blocks or (2,), Gate(**one))})
+
+
+UNSAVABLE: dict[str, tuple[Callable[[Exits], Exits], str]] = {
+    "half head": (headed(gamma=torch.ones(D).half()), r"heads.5.gamma must be torch.float32 \[8\]"),
+    "head of other size": (headed(beta=torch.ones(D + 1)), r"heads.5.beta must be"),
+    "head NaN": (headed(b1=torch.full((3,), math.nan)), "heads.5.b1 must be finite, got nan"),
+    "head without b2": (headed(b2=None), "tensors must be those"),
+    "head of another E": (headed(w2=torch.ones(E + 1, 3)), "heads.5.w2 must be"),
+    "head of another D": (
+        headed(gamma=torch.ones(9), beta=torch.ones(9), w1=torch.ones(3, 9)),
+        "must be D or 2 D",
+    ),
+    "block 513": (lambda e: replace(e, heads={**e.heads, 513: e.heads[5]}), "from 1 to 512"),
+    "block true": (lambda e: replace(e, heads={True: e.heads[5], **e.heads}), "from 1 to 512"),
+    "65 heads": (lambda e: replace(e, heads=dict.fromkeys(range(1, 66), e.heads[2])), "1 to 64"),
+    "257 plans": (
+        lambda e: replace(e, plans={**e.plans, **{str(i): e.plan for i in range(255)}}),
+        "1 to 256 plans",
+    ),
+    "plan name empty": (lambda e: replace(e, plans={**e.plans, "": e.plan}), "printable"),
+    "plan name of two lines": (lambda e: replace(e, plans={**e.plans, "a\nb": e.plan}), "printab"),
+    "classes not unit": (lambda e: replace(e, classes=torch.ones(2, E)), r"\[0\] must have length"),
+    "classes empty": (lambda e: replace(e, classes=torch.ones(0, E)), "classes must be an integer"),
+    "classes flat": (lambda e: replace(e, classes=torch.ones(E)), "classes must be torch.float32"),
+    "classes double": (lambda e: replace(e, classes=torch.eye(E).double()), "classes must be"),
+    "logit scale 0": (lambda e: replace(e, logit_scale=0.0), "logit_scale must be above 0"),
+    "logit scale 1e300": (lambda e: replace(e, logit_scale=1e300), "finite float32"),
+    "share NaN": (lambda e: replace(e, compaction=Compaction(math.nan)), "copy_share must be a fi"),
+    "share negative": (lambda e: replace(e, compaction=Compaction(-0.1)), "copy_share must be at"),
+    "scheme flag 1": (
+        lambda e: replace(e, scheme=replace(PAPER, clip_weights=1)),
+        "scheme.clip_weights must be of type bool",
+    ),
+    "hash short": (lambda e: replace(e, base_hash="ab"), "base_hash must be 64"),
+    "card holds a tensor": (lambda e: replace(e, card={"x": torch.ones(1)}), "must be JSON"),
+    "card holds NaN": (lambda e: replace(e, card={"x": [math.nan]}), "card must hold finite"),
+    "card deep": (lambda e: replace(e, card={"x": nested(32)}), "card must be at most 32"),
+    "card very deep": (lambda e: replace(e, card={"x": nested(100_000)}), "must be JSON"),
+    "card large": (lambda e: replace(e, card={"x": "y" * (1 << 20)}), "card must be of at most"),
+    "card with keys of two types": (lambda e: replace(e, card={1: 1, "1": 1}), "each key once"),
+    "too much kept float": (
+        lambda e: replace(e, scheme=Scheme(keep_float=("y" * (5 << 20),))),
+        "exits.json must be of at most",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSAVABLE)
+def test_save_refuses_what_load_would(tmp_path: Path, case: str) -> None:
+    change, match = UNSAVABLE[case]
+    with pytest.raises(ValueError, match=f"^save: .*{match}") as caught:
+        change(small_exits()).save(tmp_path)
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 600, line
+    assert not list(tmp_path.iterdir())
+
+
+def test_card_of_32_levels_is_saved(tmp_path: Path) -> None:
+    exits = replace(small_exits(), card={"x": nested(31)})
+    exits.save(tmp_path)
+    assert Exits.load(tmp_path).card == exits.card
+
+
+# Atomic writes
+
+
+def test_save_cut_off_anywhere_leaves_the_old_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = small_exits(), small_exits("confidence", seed=1)
+    (tmp_path / "README.md").write_text("mine")
+    old.save(tmp_path)
+    outcomes = []
+    for _ in cuts(monkeypatch, partial(new.save, tmp_path)):
+        loaded = Exits.load(tmp_path)
+        outcomes.append(loaded.plan.gate.kind == "learned")
+        assert_same_exits(loaded, old if outcomes[-1] else new)
+        old.save(tmp_path)
+    assert outcomes[:4] == [True] * 4 and False in outcomes, outcomes
+    assert_same_exits(Exits.load(tmp_path), new)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_exits_and_a_checkpoint_share_a_folder(tmp_path: Path) -> None:
+    model = make_model(vision={"layers": 1})
+    fast, exits = lraee.accelerate(model), small_exits()
+    exits.save(tmp_path)
+    lraee.save(fast, tmp_path)
+    exits.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert_same_exits(Exits.load(tmp_path), exits)
+    lraee.load(tmp_path, model)

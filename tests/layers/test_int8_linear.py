@@ -1,0 +1,141 @@
+"""Int8Linear: numbers, state, moving and saving."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lraee.layers.int8_linear import Int8Linear
+from lraee.layers.scheme import INT8, quantize_weight
+from lraee.ops import reference
+from tests.support import assert_same, generator
+
+
+def make_linear(N=24, K=33, *, bias=True, seed=0, **options):
+    source = generator(seed)
+    w_q, w_scale = quantize_weight(torch.randn(N, K, generator=source), INT8)
+    return Int8Linear(
+        w_q, w_scale, torch.randn(N, generator=source) if bias else None, **options
+    ), w_q  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rounding", ["row", "row_symmetric"])
+def test_forward_is_the_operators(backend, bias, rounding):
+    linear, w_q = make_linear(bias=bias, rounding=rounding, backend=backend)
+    x = torch.randn(2, 5, 33, generator=generator(1))
+    x_q, x_scale, x_zero = reference.quantize_rows(x.view(10, 33), rounding == "row_symmetric")
+    expected = reference.int8_linear(
+        x_q, x_scale, x_zero, w_q, linear.w_scale, w_q.sum(1, dtype=torch.int32), linear.bias
+    )
+    assert_same(linear(x), expected.view(2, 5, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_changes_the_type_computed_for_and_nothing_else(dtype):
+    linear, w_q = make_linear()
+    scale, bias = linear.w_scale.clone(), linear.bias.clone()
+    linear.to(dtype)
+    assert linear.dtype == linear.weight.dtype == dtype
+    assert_same(linear.w_scale, scale)
+    assert_same(linear.bias, bias)
+    assert_same(linear.w_q, w_q)
+    x = torch.randn(3, 33).to(dtype)
+    assert_same(linear(x), linear.float()(x.float()).to(dtype))
+    assert linear.weight.dtype == torch.float32
+
+
+def test_weight_is_the_dequantized_one():
+    linear, w_q = make_linear()
+    assert_same(linear.weight, w_q * linear.w_scale[:, None])
+    assert (linear.out_features, linear.in_features) == (24, 33)
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.share_memory, lambda m: m.to(memory_format=torch.channels_last)]
+)
+def test_other_moves_keep_the_numbers(change):
+    linear, w_q = make_linear()
+    x = torch.randn(3, 33)
+    before = linear(x)
+    assert_same(change(linear)(x), before)
+    assert_same(linear.w_q, w_q)
+
+
+def test_share_memory_shares_the_weight():
+    linear, _ = make_linear()
+    linear.share_memory()
+    assert all(b.is_shared() for b in linear.buffers())
+
+
+def test_state_dict_holds_the_plain_weight():
+    linear, w_q = make_linear()
+    state = linear.state_dict()
+    assert set(state) == {"w_q", "w_scale", "bias"}
+    assert_same(state["w_q"], w_q)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_round_trip(assign):
+    source, _ = make_linear(seed=1)
+    target, _ = make_linear(seed=2)
+    target.load_state_dict(source.state_dict(), strict=True, assign=assign)
+    x = torch.randn(3, 33)
+    assert_same(target(x), source(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("w_q"), 'Missing key.*"w_q"'),
+        (lambda s: s.update(extra=s["bias"]), 'Unexpected key.*"extra"'),
+        (
+            lambda s: s.update(w_q=s["w_q"].int()),
+            r"w_q must be torch.int8 \[24, 33\], got torch.in",
+        ),
+        (lambda s: s.update(w_q=s["w_q"][1:]), r"w_q must be torch.int8 \[24, 33\], got .*23, 33"),
+    ],
+)
+def test_state_dict_errors(change, message):
+    linear, w_q = make_linear()
+    state = linear.state_dict()
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        linear.load_state_dict(state)
+    assert_same(linear.w_q, w_q)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copy_and_pickle(again):
+    linear, w_q = make_linear()
+    twin = again(linear)
+    x = torch.randn(3, 33)
+    assert_same(twin(x), linear(x))
+    assert set(twin.state_dict()) == set(linear.state_dict())
+    assert {n for n, _ in twin.named_buffers()} == {n for n, _ in linear.named_buffers()}
+    twin.bias.zero_()
+    assert linear.bias.abs().max() > 0
+
+
+def test_a_pickle_of_one_layout_loads_where_another_is_read():
+    linear, w_q = make_linear()
+    linear_state = linear.__getstate__()
+    assert "w" not in linear_state["_buffers"]
+    assert_same(linear_state["_buffers"]["w_q"], w_q)
+
+
+def test_to_meta_keeps_shapes():
+    linear, _ = make_linear()
+    moved = copy.deepcopy(linear).to("meta")
+    assert {b.device.type for b in moved.buffers()} == {"meta"}
+    assert moved.w_scale.dtype == torch.float32
+
+
+def test_the_bias_is_a_copy():
+    bias = torch.ones(2)
+    linear = Int8Linear(torch.ones(2, 3, dtype=torch.int8), torch.ones(2), bias)
+    linear.bias.zero_()
+    assert bias.sum() == 2

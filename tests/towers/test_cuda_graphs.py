@@ -1,0 +1,312 @@
+"""Graphs of a tower: replayed here by a stand-in that is as careless with its memory as CUDA is.
+
+On a GPU the same is asked of real graphs (tests marked gpu).
+"""
+
+import copy
+import logging
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lraee
+from lraee.exits.gate import GateKind
+from lraee.towers import cuda_graphs as graphs
+from lraee.towers import runner as vision
+from lraee.towers.cuda_graphs import Captured, CaptureError, Segment
+from tests.clip_models import make_images, make_model
+from tests.exits.made_exits import make_exits
+from tests.support import assert_same
+
+BATCHES = (1, 3, 5, 4, 16, 2, 5)
+GATES: tuple[GateKind, ...] = ("learned", "confidence", "patience", "agreement")
+
+
+class NoEvent:
+    """An event of a device without streams."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def record(self) -> None:
+        """Nothing to wait for later."""
+
+
+class StandIn:
+    """Captures segments as functions; each replay spoils what all others made before."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Tensor, ...]] = []
+        self.captures = self.replays = 0
+
+    def capture(self, segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
+        made = tuple(part.clone() for part in segment(given))
+        self.made.append(made)
+        self.captures += 1
+        self.spoil()
+
+        def replay() -> None:
+            self.replays += 1
+            found = segment(given)
+            self.spoil()
+            for into, part in zip(made, found, strict=True):
+                into.copy_(part)
+
+        return Captured(replay, given, made), pool
+
+    def spoil(self) -> None:
+        for made in self.made:
+            for part in made:
+                part.fill_(77)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    made = StandIn()
+    monkeypatch.setattr(graphs, "capture", made.capture)
+    monkeypatch.setattr(graphs, "new_event", NoEvent)
+    monkeypatch.setattr(graphs, "on_device", lambda device: nullcontext())
+    monkeypatch.setattr(
+        vision.RowwiseTower,
+        "_is_for_graphs",
+        lambda tower, x: tower.cuda_graphs and 0 < len(x) <= 128 and not torch.is_grad_enabled(),
+    )
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def small() -> nn.Module:
+    return make_model(vision={"layers": 4, "patch_size": 16})
+
+
+def with_and_without(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    found = model.encode_image(images)
+    model.visual.cuda_graphs = False
+    expected = model.encode_image(images)
+    del model.visual.cuda_graphs
+    return found, expected
+
+
+def test_a_tower_of_any_batch(stand_in: StandIn) -> None:
+    fast: Any = lraee.accelerate(small())
+    kept = []
+    for B in BATCHES:
+        kept.append(with_and_without(fast, make_images(B)))
+    for found, expected in kept:  # after all: nobody has written over them
+        assert_same(found, expected)
+    assert stand_in.captures == 6 and stand_in.replays == len(BATCHES)  # 5 and 6 share a bucket
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_exits(stand_in: StandIn, kind: GateKind) -> None:
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 2, 3), kind=kind))
+    left = set()
+    for seed, B in enumerate(BATCHES):
+        torch.manual_seed(seed)
+        images = make_images(B)
+        with lraee.trace(fast) as t:
+            found = fast.encode_image(images)
+        depths, scores = t.exit_block, t.scores
+        fast.visual.cuda_graphs = False
+        with lraee.trace(fast) as t:
+            expected = fast.encode_image(images)
+        del fast.visual.cuda_graphs
+        assert_same(found, expected, B=B)
+        assert_same(depths, t.exit_block, B=B)
+        assert_same(scores, t.scores, B=B)
+        left.update(depths.tolist())
+    assert stand_in.replays > len(BATCHES) and len(left) > 1, left
+
+
+def test_rows_of_the_batch_before_are_nobody_s(stand_in: StandIn) -> None:
+    fast: Any = lraee.accelerate(small())
+    images = make_images(6)
+    expected = fast.encode_image(images[:5])
+    fast.encode_image(torch.full_like(images, torch.nan))
+    assert_same(fast.encode_image(images[:5]), expected)
+
+
+def test_numbers_that_change_are_seen(stand_in: StandIn) -> None:
+    fast: Any = lraee.accelerate(small())
+    images = make_images(3)
+    before = fast.encode_image(images)
+    other = lraee.accelerate(small())  # random weights of its own
+    fast.load_state_dict(other.state_dict())
+    found, expected = with_and_without(fast, images)
+    assert_same(found, expected)
+    assert not torch.equal(found, before)
+    fast.visual.ln_post.weight = nn.Parameter(fast.visual.ln_post.weight * 2)
+    assert_same(*with_and_without(fast, images))
+    fast.visual.ln_post = nn.LayerNorm(fast.visual.ln_post.normalized_shape)
+    assert_same(*with_and_without(fast, images))
+    fast.bfloat16()
+    assert_same(*with_and_without(fast, images.bfloat16()))
+
+
+def test_classes_that_change_are_seen(stand_in: StandIn) -> None:
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 2)))
+    images = make_images(8)
+    assert_same(*with_and_without(fast, images))
+    for K in (2, 9):
+        fast.set_classes(torch.randn(K, model.visual.output_dim))
+        assert_same(*with_and_without(fast, images))
+
+
+def test_hooks_see_every_call(stand_in: StandIn) -> None:
+    fast: Any = lraee.accelerate(small())
+    images, seen = make_images(2), []
+    expected = fast.encode_image(images)
+    handle = fast.visual.transformer.resblocks[2].register_forward_hook(
+        lambda module, given, y: seen.append(y.shape)
+    )
+    replays = stand_in.replays
+    for calls in (1, 2):
+        assert_same(fast.encode_image(images), expected)
+        assert len(seen) == calls
+    handle.remove()
+    assert_same(fast.encode_image(images), expected)
+    assert len(seen) == 2 and stand_in.replays == replays + 1
+
+
+def test_what_cannot_be_captured_is_told_once(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
+        raise CaptureError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    fast: Any = lraee.accelerate(small())
+    images = make_images(2)
+    with caplog.at_level(logging.WARNING, "lraee"):
+        for _ in range(2):
+            assert_same(*with_and_without(fast, images))
+    assert [r.message for r in caplog.records] == [
+        "accelerate: no CUDA graphs for this tower, calls are slower:"
+        " operation not permitted when stream is capturing"
+    ]
+
+
+def test_threads_wait_for_each_other(stand_in: StandIn) -> None:
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 2)))
+    images = [make_images(B) for B in (1, 3, 8)]
+    expected = [with_and_without(fast, part)[1] for part in images]
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        with torch.no_grad():
+            for i in range(6):
+                part = (which + i) % len(images)
+                if not torch.equal(fast.encode_image(images[part]), expected[part]):
+                    wrong.append(part)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_make_graphs_of_their_own(stand_in: StandIn) -> None:
+    fast: Any = lraee.accelerate(small())
+    images = make_images(2)
+    expected = fast.encode_image(images)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        captures = stand_in.captures
+        assert_same(copied.encode_image(images), expected)
+        assert stand_in.captures == captures + 1
+    captures = stand_in.captures
+
+
+def test_graphs_go_with_their_tower(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
+        return Captured(lambda: None, given, segment(given)), pool  # as CUDA: numbers, no functions
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    fast: Any = lraee.accelerate(small())
+    fast.encode_image(make_images(1))
+    count = len(graphs._all)
+    graphs.drop(fast.visual)
+    assert len(graphs._all) == count - 1
+    fast.encode_image(make_images(1))
+    del fast
+    assert len(graphs._all) == count - 1
+
+
+def test_buckets() -> None:
+    assert [graphs.bucket_of(B) for B in (1, 2, 5, 9, 33, 100, 128)] == [1, 2, 6, 12, 48, 128, 128]
+    pairs = zip(graphs.BUCKETS, graphs.BUCKETS[1:], strict=False)
+    assert all(b <= max(2 * a, a + 1) and (a < 2 or b <= 1.5 * a) for a, b in pairs)
+
+
+# On a GPU
+
+
+@pytest.fixture
+def there() -> tuple[Any, Any]:
+    """A model on the GPU, plain and with exits."""
+    model = small()
+    exits = make_exits(model, blocks=(1, 2, 3))
+    model = model.to("cuda")
+    return lraee.accelerate(model), lraee.accelerate(model, exits=exits)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_graphs_on_a_gpu(there: tuple[Any, Any]) -> None:
+    for fast in there:
+        for seed, B in enumerate((*BATCHES, 128)):
+            torch.manual_seed(seed)
+            images = make_images(B).to("cuda")
+            assert_same(*(part.cpu() for part in with_and_without(fast, images)), B=B)
+        assert graphs._all[fast.visual]._captured
+        assert not graphs._all[fast.visual]._refusal
+
+
+@pytest.mark.gpu
+def test_threads_and_streams_on_a_gpu(there: tuple[Any, Any]) -> None:
+    _, fast = there
+    images = [make_images(B).to("cuda") for B in (1, 3, 8)]
+    expected = [with_and_without(fast, part)[1] for part in images]
+    wrong: list[int] = []
+
+    def work(which: int) -> None:
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(20):
+                part = (which + i) % len(images)
+                if not torch.equal(fast.encode_image(images[part]), expected[part]):
+                    wrong.append(part)
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_numbers_that_change_are_seen_on_a_gpu(there: tuple[Any, Any]) -> None:
+    fast, _ = there
+    images = make_images(3).to("cuda")
+    fast.encode_image(images)
+    fast.load_state_dict(lraee.accelerate(small().to("cuda")).state_dict())
+    assert_same(*(part.cpu() for part in with_and_without(fast, images)))
+    fast.half()
+    assert_same(*(part.cpu() for part in with_and_without(fast, images.half())))
