@@ -29,7 +29,7 @@ namespace {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// What the operators of one block are given, by name.
+// The operands of one block, by operator.
 struct Linear {
   at::Tensor w, w_scale, w_sum;
   std::optional<at::Tensor> bias, layer_scale;
@@ -107,8 +107,9 @@ at::Tensor by_operator(const at::Tensor& x, const Block& block, std::string_view
 }
 
 // Bytes that the largest intermediate of a chunk may take. A chunk reads all weights of the block,
-// so it should be large; what it makes should not go far. ViT-B/32 on AMX, 2 MiB of L2, one thread,
-// 32 images: 0.4, 0.6, 0.9, 1.3, 2, 3 and 5 times L2 take 279, 236, 220, 203, 186, 187 and 189 ms.
+// so it should be large; its intermediates should stay in L2. ViT-B/32 on AMX, 2 MiB of L2, one
+// thread, 32 images: 0.4, 0.6, 0.9, 1.3, 2, 3 and 5 times L2 take 279, 236, 220, 203, 186, 187 and
+// 189 ms.
 int64_t chunk_bytes() {
   constexpr int64_t kUnknown = 1 << 20;
 #ifdef _SC_LEVEL2_CACHE_SIZE

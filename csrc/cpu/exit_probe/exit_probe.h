@@ -16,8 +16,8 @@ struct PoolPatchesArgs {
   float* variance;  // [B] its sum
 };
 
-// Mean, spread and, if wanted, class token of channels c_begin..c_end - 1 of one image, each value
-// of z read once.
+// Mean, spread and, for P = 2 D, class token of channels c_begin..c_end - 1 of one image, each
+// value of z read once.
 using PoolPatches = void(const PoolPatchesArgs& args, int64_t b, int64_t c_begin, int64_t c_end);
 PoolPatches pool_patches_scalar, pool_patches_avx2, pool_patches_avx512_vnni;
 

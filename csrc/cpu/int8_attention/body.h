@@ -1,7 +1,7 @@
 #pragma once
 
 #include "cpu/numerics/exp.h"
-#include "cpu/quantize_rows/quantizer.h"
+#include "cpu/numerics/quantizer.h"
 
 // One head: K and V are brought into the scratch once, then blocks of queries go through scores,
 // softmax and P V.

@@ -2,8 +2,9 @@
 
 // From the int32 sums of a tile to y, the same roundings on every instruction set. Included inside
 // a target region, after a simd/<isa>.h and a Tile with
-//   kXOffset   the sums are those of x_q + kXOffset, see [NOTE: u8s8 compensation]: the shift to
-//              unsigned costs nothing that an asymmetric x_zero does not cost already.
+//   kXOffset   the sums are those of x_q + kXOffset, see [NOTE: u8s8 compensation]. So
+//                sum_k (x_q - x_zero) w = acc - (kXOffset + x_zero) w_sum,
+//              and the shift to unsigned costs nothing that an asymmetric x_zero does not cost.
 
 #include "cpu/numerics/gated_activation.h"
 

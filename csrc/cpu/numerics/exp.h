@@ -18,7 +18,7 @@ struct ExpParts {
 };
 
 // The minimax polynomial of degree 6 is within 2e-9 of exp relatively and exp(0) is 1; with its
-// coefficients and each step rounded the result is within 2^-23 (tests/csrc/test_math_exp.py).
+// coefficients and each step rounded the result is within 2^-23 (tests/csrc/test_exp.py).
 LRAEE_INLINE ExpParts exp_parts(Vf x) {
   const Vf shifted = fma(x, set1(kLog2E), set1(kRoundingMagic));
   const Vf n = shifted - set1(kRoundingMagic);

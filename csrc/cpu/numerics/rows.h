@@ -60,7 +60,7 @@ LRAEE_INLINE float fold_lanes(Vf (&lanes)[kGroups]) {
   return fold(lanes[0]);
 }
 
-// Sum in the order of lraee.reference.lane_sum; value(k, n) gives the n values from k on, zero
+// Sum in the order of lraee.ops.reference.lane_sum; value(k, n) gives the n values from k on, zero
 // beyond.
 template <class Value>
 LRAEE_INLINE float lane_sum(int64_t K, Value value) {

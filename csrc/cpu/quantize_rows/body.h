@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/quantize_rows/quantizer.h"
+#include "cpu/numerics/quantizer.h"
 
 namespace lraee::cpu {
 namespace {

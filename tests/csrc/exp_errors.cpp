@@ -1,18 +1,14 @@
-// Prints the largest errors of csrc/cpu/math_exp.h, measured at AVX2 on a grid of float32 bit
+// Prints the largest errors of csrc/cpu/numerics/exp.h, measured at AVX2 on a grid of float32 bit
 // patterns: relative of exp_nonpositive on [-86, 0] and of exp_f32 on [-86, 88.7], absolute of
 // sigmoid on [-100, 100].
 
 #include <cstdio>
 
-#include "cpu/rows_vec.h"
+#include "cpu/simd/avx2.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+LRAEE_BEGIN_AVX2
 
-// clang-format off: the vectors come first
-#include "cpu/rows_vec_avx2.h"
-#include "cpu/math_exp.h"
-// clang-format on
+#include "cpu/numerics/exp.h"
 
 namespace lraee::cpu {
 namespace {
@@ -63,6 +59,6 @@ void print() {
 }  // namespace
 }  // namespace lraee::cpu
 
-#pragma GCC pop_options
+LRAEE_END_TARGET
 
 int main() { lraee::cpu::print(); }

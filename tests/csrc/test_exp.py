@@ -11,9 +11,9 @@ from tests.csrc.levels import LEVELS
 @needs_compiler
 @pytest.mark.skipif("avx2" not in LEVELS, reason="needs AVX2")
 def test_exp_is_within_two_roundings(tmp_path: Path) -> None:
-    found = run_compiled(tmp_path, HERE / "math_exp_errors.cpp", optimise="-O2")
-    assert found.returncode == 0, found
-    lines = found.stdout.split("\n")
+    result = run_compiled(tmp_path, HERE / "exp_errors.cpp", optimise="-O2")
+    assert result.returncode == 0, result
+    lines = result.stdout.split("\n")
     of_exp_nonpositive, of_exp, of_sigmoid = map(float, lines[0].split())
     # Polynomial 2e-9, its coefficients 2^-26, r 2^-25, the last sum 2^-24.
     assert of_exp_nonpositive <= 2.0**-23
