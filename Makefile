@@ -10,7 +10,7 @@ CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
-.PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
+.PHONY: help setup demo doctor test test-slow test-gpu check format docs bench bench-tower regressions
 .PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
 
 help:  ## Lists the targets.
@@ -73,6 +73,9 @@ format: setup  ## Formats all code in place.
 	$(BIN)/ruff check --fix --select I
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FORMATTED)
+
+docs: setup  ## The documentation as a site in build/site; any broken link or reference is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Benchmarks: nothing else should run on the machine
 

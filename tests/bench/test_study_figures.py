@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from bench import readme_figures
+from bench import study_figures
 from tests.study_report import report
 
 README = """# Title
@@ -22,16 +22,20 @@ end
 """
 
 
-def run(folder: Path, text: str, *options: str) -> tuple[Result, str]:
-    import typer
-
+def run(folder: Path, text: str, *options: str, second: bool = False) -> tuple[Result, str]:
     (folder / "report.json").write_text(json.dumps(report()))
-    readme = folder / "README.md"
-    readme.write_text(text)
-    app = typer.Typer()
-    app.command()(readme_figures.main)
-    result = CliRunner().invoke(app, [str(folder / "report.json"), str(readme), *options])
-    return result, readme.read_text()
+    document, summary = folder / "README.md", folder / "summary.json"
+    document.write_text(text)
+    other = report()
+    other["model"] = "second"
+    other["findings"][0]["holds"] = None
+    del other["findings"][1]
+    (folder / "other.json").write_text(json.dumps(other))
+    more = ["--second", str(folder / "other.json")] if second else []
+    command = ["summarize", str(folder / "report.json"), str(summary), *more]
+    assert CliRunner().invoke(study_figures.app, command).exit_code == 0
+    result = CliRunner().invoke(study_figures.app, ["fill", str(summary), str(document), *options])
+    return result, document.read_text()
 
 
 def test_blocks_are_made_and_stay(tmp_path: Path) -> None:
@@ -64,20 +68,22 @@ def test_refuses_blocks_it_cannot_make(tmp_path: Path, text: str, message: str) 
 
 
 def test_verdicts_beside_those_of_a_second_model(tmp_path: Path) -> None:
-    other = report()
-    other["model"] = "second"
-    other["findings"][0]["holds"] = None
-    del other["findings"][1]
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps(other))
     block = "<!-- report: stable -->\n<!-- /report -->\n"
-    result, text = run(tmp_path, block, "--second", str(path))
+    result, text = run(tmp_path, block, second=True)
     assert result.exit_code == 0
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == len(report()["findings"])
-    assert rows[0].endswith("| cannot be told |") and rows[1].endswith("| not asked |")
-    assert run(tmp_path, block)[0].exit_code == 1
+    assert rows[0].endswith("| inconclusive |") and rows[1].endswith("| not tested |")
+    assert "must have a second model" in run(tmp_path, block)[0].output
+
+
+def test_a_summary_of_another_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"schema": "other"}')
+    (tmp_path / "README.md").write_text(README)
+    command = ["fill", str(tmp_path / "summary.json"), str(tmp_path / "README.md")]
+    result = CliRunner().invoke(study_figures.app, command)
+    assert result.exit_code == 1 and "must have the schema" in result.output
 
 
 def test_names_are_no_markup() -> None:
-    assert readme_figures.escaped("a|b\n<!-- /report -->") == r"a\|b \<!-- /report --\>"
+    assert study_figures.escaped("a|b\n<!-- /report -->") == r"a\|b \<!-- /report --\>"
