@@ -1,5 +1,5 @@
 # Every target does its own set-up in $(VENV): `make demo` or `make test` is all a fresh machine needs.
-# Needs Python 3.11+ and a C++ compiler; scripts/door.sh says in one line which of them is missing.
+# Needs Python 3.11+ and a C++ compiler; scripts/find_python.sh says in one line which of them is missing.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,8 +18,8 @@ help:  ## Lists the targets.
 
 # Set-up, in four steps that each run again only when what they depend on changed
 
-$(VENV)/.python: scripts/door.sh
-	@python=$$(sh scripts/door.sh) && "$$python" -m venv $(VENV)
+$(VENV)/.python: scripts/find_python.sh
+	@python=$$(sh scripts/find_python.sh) && "$$python" -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python
