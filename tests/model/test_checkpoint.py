@@ -158,3 +158,20 @@ def test_saving_again_replaces_the_old_and_leaves_other_files(tmp_path: Path) ->
         lraee.save(fast, tmp_path)
         assert len(list(tmp_path.iterdir())) == 3
         assert_same_model(lraee.load(tmp_path, model), fast)
+
+
+def test_compiled_models_share_checkpoints_with_plain_ones(tmp_path: Path) -> None:
+    """torch.compile renames every parameter, here without compiling anything."""
+    model = make_model(vision={"layers": 1})
+    fast = lraee.accelerate(model)
+    lraee.save(torch.compile(fast), tmp_path)
+    assert_same_model(lraee.load(tmp_path, model), fast)
+    lraee.save(fast, tmp_path)
+    whole = copy.deepcopy(model)
+    whole.visual = torch.compile(whole.visual)
+    for compiled in (torch.compile(model), whole):
+        state = lraee.load(tmp_path, compiled).state_dict()
+        found = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+        assert found.keys() == fast.state_dict().keys()
+        for name, tensor in fast.state_dict().items():
+            assert_same(found[name], tensor, name=name)

@@ -107,9 +107,7 @@ def test_a_save_without_exits_replaces_one_with(tmp_path: Path) -> None:
 def test_exits_that_load_would_refuse_are_not_saved(tmp_path: Path) -> None:
     fast = accelerated(make_model())
     fast.visual.exits.classes[2] = 7.0
-    with pytest.raises(
-        ValueError, match=r"^save: exits.classes\[2\] must be rows of length"
-    ):
+    with pytest.raises(ValueError, match=r"^save: exits.classes\[2\] must be rows of length"):
         lraee.save(fast, tmp_path)
     assert not list(tmp_path.iterdir())
 
