@@ -33,6 +33,7 @@ from lraee.data.photos import Photos
 from lraee.evaluation import evaluate
 from lraee.layers.scheme import Scheme
 from lraee.measurement import machine
+from lraee.storage.json import write_json
 from lraee.towers.families import block_specs, tower_spec
 
 LAYERS, WIDTH, HEADS, PATCH, SIZE = 12, 384, 6, 14, 224
@@ -218,7 +219,7 @@ def main(
         )
     if out is not None:
         header = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
-        evaluate.write_json({**header, "rows": [asdict(row) for row in rows]}, out)
+        write_json({**header, "rows": [asdict(row) for row in rows]}, out)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ import lraee
 from bench.environment import describe
 from lraee import zoo
 from lraee.data.sources import first_line
-from lraee.evaluation.evaluate import write_json
 from lraee.measurement.timing import Timing, interleaved
 from lraee.model.fidelity import compare
+from lraee.storage.json import write_json
 from lraee.towers.families import tower_spec
 
 SCHEMA = "lraee.peers/1"
