@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee.layers.int8_linear import Int8Linear, parts_of
+from lraee.kernels.operands import BlockOperands, Norm
+from lraee.layers.int8_linear import Int8Linear, packed_linear
 from lraee.ops.backend import Backend, operators
 from lraee.ops.checked import Activation
 
@@ -181,12 +182,8 @@ class Int8Block(nn.Module):
     def _forward_fused(
         self, x: Tensor, attn_mask: Tensor | None, wiring: "Wiring", *, first_only: bool = False
     ) -> Tensor:
-        attn = wiring.attn
-        arguments = (
-            x, *wiring.arguments(), attn.num_heads, is_causal(attn_mask, x.shape[1]),
-            self.activation, first_only,
-        )  # fmt: skip
-        return operators(attn.backend).int8_block(*arguments)  # type: ignore[no-any-return]
+        block = wiring.operands(causal=is_causal(attn_mask, x.shape[1]), activation=self.activation)
+        return operators(wiring.attn.backend).int8_block(x, block, first_only)  # type: ignore[no-any-return]
 
     def _forward_by_child(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
         y = self.ln_1(x)
@@ -254,15 +251,15 @@ class Wiring:
         """Whether a child carries a hook."""
         return any(self._hooks)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """norm_1 to eps and symmetric of int8_block, as they are now."""
+    def operands(self, *, causal: bool, activation: str) -> BlockOperands:
+        """Those of int8_block, as they are now."""
         norm_1, norm_2 = self._norms
         in_proj, out_proj, c_fc, c_proj = self._linears
         scale_1, scale_2 = self._scales
-        return (
-            _vectors(norm_1._parameters), parts_of(in_proj), (*parts_of(out_proj), _gamma(scale_1)),
-            _vectors(norm_2._parameters), parts_of(c_fc), (*parts_of(c_proj), _gamma(scale_2)),
-            (norm_1.eps, norm_2.eps), self._symmetric,
+        return BlockOperands(
+            _norm(norm_1), packed_linear(in_proj), packed_linear(out_proj, _gamma(scale_1)),
+            _norm(norm_2), packed_linear(c_fc), packed_linear(c_proj, _gamma(scale_2)),
+            self._symmetric, self.attn.num_heads, causal, activation,
         )  # fmt: skip
 
 
@@ -290,13 +287,13 @@ def is_causal(attn_mask: Tensor | None, L: int) -> bool:
     return True
 
 
-def _vectors(parameters: dict[str, nn.Parameter | None]) -> tuple[Tensor, Tensor]:
+def _norm(norm: nn.LayerNorm) -> Norm:
     """gamma and beta as float32; as they are on a GPU, whose kernels read any float type."""
-    gamma, beta = parameters["weight"], parameters["bias"]
+    gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
     assert gamma is not None and beta is not None  # see Int8Block.can_fuse
     if gamma.is_cuda or (gamma.dtype is torch.float32 and beta.dtype is torch.float32):
-        return gamma, beta
-    return gamma.float(), beta.float()
+        return Norm(gamma, beta, norm.eps)
+    return Norm(gamma.float(), beta.float(), norm.eps)
 
 
 def _gamma(parameters: dict[str, nn.Parameter | None]) -> Tensor | None:
