@@ -5,8 +5,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lraee.kernels.operands import BlockOperands, Norm
 from lraee.layers.int8_attention import Int8Attention, is_causal
-from lraee.layers.int8_linear import Int8Linear, parts_of
+from lraee.layers.int8_linear import Int8Linear, packed_linear
 from lraee.layers.modules import Adapter, is_hooked
 from lraee.layers.spec import BlockSpec
 from lraee.ops.backend import Backend, operators
@@ -91,10 +92,8 @@ class Int8Block(Adapter):
     ) -> Tensor:
         attention, mlp = self.block_spec.attention, self.block_spec.mlp
         causal = attention.is_causal or is_causal(mask, x.shape[1])
-        arguments = (
-            x, *wiring.arguments(), attention.num_heads, causal, mlp.activation, first_only,
-        )  # fmt: skip
-        return operators(self.int8_backend).int8_block(*arguments)  # type: ignore[no-any-return]
+        block = wiring.operands(attention.num_heads, causal=causal, activation=mlp.activation)
+        return operators(self.int8_backend).int8_block(x, block, first_only)  # type: ignore[no-any-return]
 
     def _forward_by_child(
         self, x: Tensor, mask: Tensor | None, args: tuple[Any, ...], named: dict[str, Any]
@@ -173,15 +172,15 @@ class Wiring:
         """Whether a child carries a hook."""
         return any(self._hooks)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """norm_1 to eps and symmetric of int8_block, as they are now."""
+    def operands(self, num_heads: int, *, causal: bool, activation: str) -> BlockOperands:
+        """Those of int8_block, as they are now."""
         norm_1, norm_2 = self._norms
         in_proj, out_proj, fc1, fc2 = self._linears
         scale_1, scale_2 = self._scales
-        return (
-            _vectors(norm_1._parameters), parts_of(in_proj), (*parts_of(out_proj), _gamma(scale_1)),
-            _vectors(norm_2._parameters), parts_of(fc1), (*parts_of(fc2), _gamma(scale_2)),
-            (norm_1.eps, norm_2.eps), self._symmetric,
+        return BlockOperands(
+            _norm(norm_1), packed_linear(in_proj), packed_linear(out_proj, _gamma(scale_1)),
+            _norm(norm_2), packed_linear(fc1), packed_linear(fc2, _gamma(scale_2)),
+            self._symmetric, num_heads, causal, activation,
         )  # fmt: skip
 
 
@@ -196,13 +195,13 @@ def _place(block: nn.Module, name: str | None) -> Place | None:
     return block.get_submodule(parent)._parameters, leaf
 
 
-def _vectors(parameters: dict[str, nn.Parameter | None]) -> tuple[Tensor, Tensor]:
+def _norm(norm: nn.LayerNorm) -> Norm:
     """gamma and beta as float32; as they are on a GPU, whose kernels read any float type."""
-    gamma, beta = parameters["weight"], parameters["bias"]
+    gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
     assert gamma is not None and beta is not None  # see Int8Block.can_fuse
     if gamma.is_cuda or (gamma.dtype is torch.float32 and beta.dtype is torch.float32):
-        return gamma, beta
-    return gamma.float(), beta.float()
+        return Norm(gamma, beta, norm.eps)
+    return Norm(gamma.float(), beta.float(), norm.eps)
 
 
 def _gamma(place: Place | None) -> Tensor | None:
