@@ -133,19 +133,19 @@ def collect(photos: Path, wnids: Path, blocks: Blocks, views: int, limit: int | 
     model, _, tokenizer = zoo.load(MODEL)
     fast = lraee.accelerate(model)
     source = torch.Generator().manual_seed(0)
-    views = []
+    looks: list[View] = []
     for view in range(views + 1):
         parts = tqdm(torch.split(images, 64), desc=f"view {view}", leave=False)
         crops = (
             augmented(part, size=SIZE, generator=source) if view else centred(part, SIZE)
             for part in map(torch.Tensor.float, parts)
         )
-        views.append(look(model, fast, blocks, crops))
+        looks.append(look(model, fast, blocks, crops))
     classes = class_features(model, tokenizer, read_classes(wnids).names, progress=False)
     tenth = len(images) // 10
     order = torch.randperm(len(images), generator=source)
     splits = torch.split(order, [len(images) - 2 * tenth, tenth, tenth])
-    return Data(blocks, views, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
+    return Data(blocks, looks, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
 
 
 def train(data: Data, block: int, options: HeadOptions) -> HeadWeights:

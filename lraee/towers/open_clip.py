@@ -227,6 +227,9 @@ class OpenClipTower(RowwiseTower):
         is_alone = self.pool_type == "tok" and self.attn_pool is None
         return is_alone and not is_hooked(self.get_submodule("ln_post"))
 
+    def _extra_output(self) -> str | None:
+        return "output_tokens" if self.output_tokens else None
+
     def _finish(self, z: Tensor) -> Tensor:
         if self._ends_with_class_token():
             return self._project(self.ln_post(z[:, 0]))  # one token in fifty, the same bits
