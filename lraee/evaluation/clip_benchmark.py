@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lraee.model.accelerate import accelerate
-from lraee.zoo import Preprocess
+from lraee.towers.hub import Preprocess
 from lraee.zoo.opening import open_model
 
 Loaded = tuple[nn.Module, Preprocess, Callable[[list[str]], Tensor]]
