@@ -5,11 +5,12 @@ photos under the same path and have the same lraee. Parts, failures and resuming
 `lraee embed`, with the same bits; rows of parts that fit no longer are embedded again.
 
 Ray listens on all interfaces unless told otherwise: `ray start --node-ip-address` binds it to one.
+It takes 127.0.0.1 for the machine's outer address; 127.0.0.2 keeps it on the loopback.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,11 @@ _NO_EXIT = -1
 
 @dataclass(frozen=True)
 class Job:
-    """What each machine needs to know; `cpus`: of one actor, its threads for decoding and tower."""
+    """What each machine needs to know.
+
+    `cpus`: of one actor, its threads for decoding and for the tower; `folder`: what relative paths
+    of `photos` and of a list begin at.
+    """
 
     photos: tuple[str, ...]
     choice: Choice
@@ -47,6 +52,7 @@ class Job:
     settings: Settings
     batch: int = 32
     cpus: int = 1
+    folder: str = field(default_factory=os.getcwd)
 
 
 def run(
@@ -109,7 +115,7 @@ def _connected(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
         try:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False, **_loopback(address))
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise DataError(
                 f"embed: --ray must be a cluster that runs, got {address}; ray start --head"
@@ -117,6 +123,12 @@ def _connected(address: str) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     return ray
+
+
+def _loopback(address: str) -> dict[str, str]:
+    """Of a cluster that is bound to an address of the loopback: the driver's own is the same."""
+    host = address.rpartition(":")[0]
+    return {"_node_ip_address": host} if host.startswith("127.") else {}
 
 
 def _kept(part: Part, finished: Finished) -> PartHeader | None:
@@ -148,6 +160,7 @@ class _Embedder:
     """One actor: batches of candidates to embeddings, or the reasons why there are none."""
 
     def __init__(self, job: Job) -> None:
+        os.chdir(job.folder)
         torch.set_num_threads(job.cpus)
         self._job, self._model = job, PhotoModel(job.choice)
         self._listing = open_listing(job.photos, job.reading)
