@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from lraee.data.classes import TEMPLATES, Classes, class_features, read_classes
+from lraee.data.classes import Classes, read_classes
 from lraee.data.photos import Photos, decode
 from lraee.data.sources import DataError, Limits
+from lraee.towers.prompts import TEMPLATES, class_features
 from tests.image_files import encoded, folder, photo, png_bomb
 from tests.support import assert_same
 
