@@ -22,7 +22,7 @@ from lraee import accelerate
 from lraee.calibration.collect import Pair
 from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task
 from lraee.calibration.plans import Goal
-from lraee.calibration.scoring import Found, run_plan
+from lraee.calibration.scoring import ExitTable, run_plan
 from lraee.calibration.targets import judge
 from lraee.data.batches import PhotoImages
 from lraee.data.classes import class_features, read_classes
@@ -32,7 +32,7 @@ from lraee.measurement import machine
 from lraee.model.accelerate import acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
-from lraee.study.looks import KeptPair
+from lraee.study.cached_features import CachedFeatures
 from lraee.zoo.opening import open_model
 
 EPSILONS = (0.01, 0.02, 0.05)
@@ -41,8 +41,8 @@ PAPER_LABELS_ONLY = replace(PAPER, head=replace(PAPER.head, training="labels"))
 PAPER_DISTILLED = replace(PAPER, head=replace(PAPER.head, training="distill"))
 
 
-class ExactPair(KeptPair):
-    """A KeptPair whose probes see the tokens themselves, not what was kept of them."""
+class ExactPair(CachedFeatures):
+    """A CachedFeatures whose probes see the tokens themselves, not what was kept of them."""
 
     def probed(
         self, heads: dict[int, HeadWeights], rows: Tensor, *, classes: Tensor, logit_scale: float
@@ -61,7 +61,7 @@ def frontier_of(
     probes = report.probed(
         calibration.heads, rows, classes=task.classes, logit_scale=task.logit_scale
     )
-    found: dict[str, Found] = {
+    found: dict[str, ExitTable] = {
         "top1": judge(probes, answers, classes=task.classes, labels=labels),
         "agreement": judge(probes, answers, classes=task.classes, labels=None),
     }

@@ -37,7 +37,7 @@ from lraee.calibration.head_training import (
 from lraee.calibration.thresholds import ScoreTable, evaluate, quantile_grid, search
 from lraee.data.classes import class_features, read_classes
 from lraee.data.photos import Photos
-from lraee.exits.gate import fit_logistic
+from lraee.calibration.gate_fitting import fit_logistic
 from lraee.exits.head import HeadWeights, pool
 from lraee.measurement import machine
 from lraee.towers import open_clip as towers

@@ -1,8 +1,8 @@
-"""Runs a float tower and its int8 form over images, and keeps what calibration learns from."""
+"""Runs a float tower and its int8 form over images, and collects what calibration learns from."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,39 @@ Images = Tensor | Iterable[Tensor]
 gives the same images in the same order. They may be larger than what the tower takes."""
 
 _KINDS = "float [n, 3, H, W], or an iterable of such batches that starts anew each time"
+
+
+class FeatureSource(Protocol):
+    """What calibration learns from: a float model and its int8 form, run over images."""
+
+    @property
+    def fast(self) -> nn.Module:
+        """The accelerated model."""
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show bars."""
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """See Pair."""
+
+    def noise(self, most: int) -> list[BlockNoise]:
+        """See Pair."""
+
+    def pooled(
+        self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None
+    ) -> dict[str, Tensor]:
+        """See Pair."""
+
+    def probed(
+        self,
+        heads: dict[int, HeadWeights],
+        rows: Tensor,
+        *,
+        classes: Tensor,
+        logit_scale: float,
+    ) -> dict[str, Tensor]:
+        """See Pair."""
 
 
 class Pair:
@@ -109,7 +142,7 @@ class Pair:
     def pooled(
         self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None
     ) -> dict[str, Tensor]:
-        """What heads see of the images that `rows` marks, and what the float tower says of them.
+        """Inputs of heads on the images that `rows` marks, and the float tower's embeddings.
 
         Args:
           blocks: depths to look at.
@@ -128,8 +161,8 @@ class Pair:
                     x = augmented(images, size=self.size, generator=source)
                 teacher.append(encode(self.teacher, x))
                 encode(self.fast, x)
-                seen = [pool(z[block], has_class_token=True) for block in blocks]
-                pooled.append(torch.stack(seen, dim=1).half().cpu())
+                inputs = [pool(z[block], has_class_token=True) for block in blocks]
+                pooled.append(torch.stack(inputs, dim=1).half().cpu())
         return {"pooled": torch.cat(pooled), "teacher": torch.cat(teacher)}
 
     @torch.inference_mode()
@@ -141,7 +174,7 @@ class Pair:
         classes: Tensor,
         logit_scale: float,
     ) -> dict[str, Tensor]:
-        """What the int8 probe of each head finds on the centre crops that `rows` marks.
+        """What the int8 probe of each head measures on the centre crops that `rows` marks.
 
         Returns: over images and heads, `embedding` float32 [n, m, E], `top1` int64 [n, m] and
           `features` float32 [n, m, 3]: confidence, margin, variance.
@@ -158,6 +191,11 @@ class Pair:
                     yield [head(z[block], classes, logit_scale) for block, head in modules.items()]
 
             return joined(batches())
+
+    def marked(self, rows: Tensor) -> "Pair":
+        """The same models on the images that `rows` marks, bool [n], in memory."""
+        some = torch.cat(list(self._marked(rows, "images")))
+        return Pair(self.teacher, self.fast, some, batch=self._batch, progress=self.progress)
 
     def _marked(self, rows: Tensor, description: str) -> Iterator[Tensor]:
         start = 0
@@ -205,13 +243,13 @@ def _require_images(part: object, size: tuple[int, int]) -> None:
 
 
 def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
-    """What the probes of m heads found, batch by batch, as Pair.probed gives it, on the CPU."""
-    found: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
+    """The probes of m heads, batch by batch, as Pair.probed gives them, on the CPU."""
+    parts: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
     for probes in batches:
-        found["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
-        found["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
-        found["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        parts["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
+        parts["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
+        parts["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
+    return {name: torch.cat(each) for name, each in parts.items()}
 
 
 def encode(model: nn.Module, images: Tensor) -> Tensor:

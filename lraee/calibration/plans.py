@@ -15,20 +15,21 @@ from typing import Any, Literal
 import numpy as np
 
 from lraee.calibration import risk
-from lraee.calibration.scoring import Costs, Found, Subset, Weights, fit_weights, score_table
+from lraee.calibration.gate_fitting import fit_weights
+from lraee.calibration.scoring import Costs, ExitTable, Subset, Weights, score_table
 from lraee.calibration.thresholds import (
     NEVER,
     PAPER_GRID,
     Choice,
     ScoreTable,
     evaluate,
+    exit_at,
     frontier,
-    leave_at,
     quantile_grid,
     search,
 )
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 
 QUANTILES = 24
 """Thresholds to try at each exit, beside "everyone leaves" and "no one does"."""
@@ -72,18 +73,21 @@ class Rules:
       max_exits: at most so many; agreement, which compares two, has two at least.
       grid: thresholds to try: quantiles of the scores, or the paper's 25 points.
       is_subset_chosen: pick the best exits among the candidates; else all of them are open.
+      num_exits: pick so many, neither more nor fewer, whatever max_exits and is_subset_chosen say;
+        one whose threshold no image should reach is closed all the same. None leaves it open.
     """
 
     max_exits: int = 3
     grid: Literal["quantile", "paper"] = "quantile"
     is_subset_chosen: bool = True
+    num_exits: int | None = None
 
 
 def make_plan(
     kind: GateKind,
     blocks: Sequence[int],
-    gate_split: Found,
-    threshold_split: Found,
+    gate_split: ExitTable,
+    threshold_split: ExitTable,
     *,
     costs: Costs,
     goal: Goal,
@@ -109,7 +113,7 @@ def make_plan(
         path = planner.path(score_table(kind, gate_split, subset, weights, costs))
         thresholds, figures = planner.tested(path, table, threshold_split, subset)
     kept = _kept(kind, thresholds)
-    exits = leave_at(table.scores, thresholds)
+    exits = exit_at(table.scores, thresholds)
     shares = [float((exits == e).mean()) for e in (*kept, len(subset))]
     spent = costs.when_leaving([subset[e] for e in kept])
     spent_on_average = sum(share * flops for share, flops in zip(shares, spent, strict=True))
@@ -148,7 +152,7 @@ class _Planner:
     goal: Goal
     rules: Rules
 
-    def choose_exits(self, split: Found, *, images: int) -> tuple[Subset, tuple[Weights, ...]]:
+    def choose_exits(self, split: ExitTable, *, images: int) -> tuple[Subset, tuple[Weights, ...]]:
         """The exits whose best choice of thresholds on the split is best, and their gates.
 
         With epsilon, the cheapest choice that would pass on so many images.
@@ -176,14 +180,21 @@ class _Planner:
         return best[1], best[2]
 
     def _subsets(self, m: int) -> Iterator[Subset]:
+        least = 2 if self.kind == "agreement" else 1
         if self.kind == "static":
             yield from ((e,) for e in range(m))
         elif self.kind == "patience":  # PABEE looks at every exit from some depth on
             yield from (tuple(range(first, m)) for first in range(max(m - 1, 1)))
+        elif self.rules.num_exits is not None:
+            size = max(least, self.rules.num_exits)
+            if size > m:
+                raise ValueError(
+                    f"calibrate: num_exits must be at most the {m} candidates, got {size}"
+                )
+            yield from combinations(range(m), size)
         elif not self.rules.is_subset_chosen:
             yield tuple(range(m))
         else:
-            least = 2 if self.kind == "agreement" else 1
             for size in range(least, max(least, min(self.rules.max_exits, m)) + 1):
                 yield from combinations(range(m), size)
 
@@ -223,7 +234,7 @@ class _Planner:
         return self._affordable(table) or min(self.path(table), key=lambda choice: choice.cost)
 
     def _provable(
-        self, table: ScoreTable, split: Found, subset: Subset, images: int
+        self, table: ScoreTable, split: ExitTable, subset: Subset, images: int
     ) -> Choice | None:
         """The cheapest choice that would likely pass the test on so many images like these.
 
@@ -237,12 +248,12 @@ class _Planner:
         passing = int(fails.argmax())
         return path[passing - 1] if passing else None
 
-    def _epsilon(self, split: Found) -> float:
+    def _epsilon(self, split: ExitTable) -> float:
         assert self.goal.epsilon is not None
         return risk.signed_epsilon(self.goal.epsilon) if split.is_signed else self.goal.epsilon
 
     def tested(
-        self, path: list[Choice], table: ScoreTable, split: Found, subset: Subset
+        self, path: list[Choice], table: ScoreTable, split: ExitTable, subset: Subset
     ) -> tuple[tuple[float, ...], dict[str, Any]]:
         """Learn-then-Test along the path, on images that had no say in it."""
         bound: risk.Bound = "betting" if split.is_signed else "hoeffding_bentkus"

@@ -8,17 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lraee.calibration.thresholds import NEVER, ScoreTable, leave_at
-from lraee.exits.bundle import Plan
-from lraee.exits.gate import (
-    Gate,
-    GateKind,
-    Memory,
-    fit_logistic,
-    score,
-    unit,
-)
-from lraee.ops.reference import Probe, lane_sum, steady_sigmoid
+from lraee.calibration.thresholds import NEVER, ScoreTable, exit_at
+from lraee.exits.gate import Gate, GateKind, Memory, score
+from lraee.exits.plan import Plan
+from lraee.ops.reference import Probe, steady_sigmoid
 
 Weights = tuple[float, float, float, float]
 NO_WEIGHTS: Weights = (0.0, 0.0, 0.0, 0.0)
@@ -27,14 +20,14 @@ Subset = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class ExitTable:
     """What each of m candidate exits found on n images of one split.
 
     Args:
       embedding: float32 [n, m, E].
       top1: int64 [n, m].
       features: float32 [n, m, 3], confidence, margin, variance.
-      is_understood: bool [n, m], what a gate learns to foretell: the answer is the label, or the
+      is_correct: bool [n, m], what a gate learns to foretell: the answer is the label, or the
         float model's.
       gain: float64 [n, m + 1], what thresholds maximise; last column at full depth.
       loss: float64 [n, m + 1] in [0, 1], what epsilon bounds.
@@ -44,7 +37,7 @@ class Found:
     embedding: Tensor
     top1: Tensor
     features: Tensor
-    is_understood: Tensor
+    is_correct: Tensor
     gain: NDArray[np.float64]
     loss: NDArray[np.float64]
     is_signed: bool
@@ -66,7 +59,7 @@ class Found:
         """Loss of each image under each choice of thresholds, [n, len(thresholds)]."""
         columns = np.asarray([*subset, self.loss.shape[1] - 1])
         rows = np.arange(len(self.loss))
-        exits = [leave_at(table.scores, each) for each in thresholds]
+        exits = [exit_at(table.scores, each) for each in thresholds]
         return np.stack([self.loss[rows, columns[e]] for e in exits], axis=1)
 
 
@@ -83,39 +76,21 @@ class Costs:
     full: int
 
 
-def fit_weights(kind: GateKind, split: Found, subset: Subset) -> tuple[Weights, ...]:
-    """The gate of each exit of the subset, fitted on the split."""
-    rows = []
-    for place, e in enumerate(subset):
-        right = split.is_understood[:, e]
-        if kind == "learned":
-            w, b = fit_logistic(split.features[:, e], right)
-            rows.append((float(w[0]), float(w[1]), float(w[2]), b))
-        elif kind == "agreement" and place:
-            before = unit(split.embedding[:, subset[place - 1]])
-            cosine = lane_sum(unit(split.embedding[:, e]) * before)
-            w, b = fit_logistic(torch.stack([cosine, split.features[:, e, 2]], 1), right)
-            rows.append((float(w[0]), 0.0, float(w[1]), b))
-        else:
-            rows.append(NO_WEIGHTS)
-    return tuple(rows)
-
-
-def run_plan(plan: Plan, blocks: Sequence[int], found: Found, costs: Costs) -> "Ran":
+def run_plan(plan: Plan, blocks: Sequence[int], found: ExitTable, costs: Costs) -> "PlanResult":
     """What a plan does to images whose probes are known; `blocks` are the candidates' depths."""
     subset = tuple(blocks.index(block) for block in plan.blocks)
     if not subset:
         at = np.full(len(found.gain), found.gain.shape[1] - 1)
-        return Ran(at, float(found.gain[:, -1].mean()), 0.0)
+        return PlanResult(at, float(found.gain[:, -1].mean()), 0.0)
     table = score_table(plan.gate.kind, found, subset, plan.gate.weights, costs)
-    exits = leave_at(table.scores, plan.gate.thresholds)
+    exits = exit_at(table.scores, plan.gate.thresholds)
     gain = table.gains[np.arange(len(exits)), exits].mean()
     at = np.asarray([*subset, found.gain.shape[1] - 1])[exits]
-    return Ran(at, float(gain), 1.0 - float(table.costs[exits].mean()) / costs.full)
+    return PlanResult(at, float(gain), 1.0 - float(table.costs[exits].mean()) / costs.full)
 
 
 @dataclass(frozen=True)
-class Ran:
+class PlanResult:
     """A plan on a split.
 
     Args:
@@ -130,9 +105,9 @@ class Ran:
 
 
 def exit_scores(
-    kind: GateKind, split: Found, subset: Subset, weights: tuple[Weights, ...]
+    kind: GateKind, split: ExitTable, subset: Subset, weights: tuple[Weights, ...]
 ) -> NDArray[np.float32]:
-    """Scores [n, len(subset)], as the router computes them; see Found.probe."""
+    """Scores [n, len(subset)], as the router computes them; see ExitTable.probe."""
     gate = Gate(kind, weights, (NEVER,) * len(subset))
     columns: list[Tensor] = []
     memory: Memory | None = None
@@ -143,7 +118,7 @@ def exit_scores(
 
 
 def score_table(
-    kind: GateKind, split: Found, subset: Subset, weights: tuple[Weights, ...], costs: Costs
+    kind: GateKind, split: ExitTable, subset: Subset, weights: tuple[Weights, ...], costs: Costs
 ) -> ScoreTable:
     """Scores, gains and costs of the exits of the subset."""
     columns = [*subset, split.gain.shape[1] - 1]

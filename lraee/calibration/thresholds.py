@@ -78,7 +78,7 @@ class Choice:
     cost: float
 
 
-def leave_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
+def exit_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
     """The first exit whose score reaches its threshold, m if none does.
 
     Thresholds are rounded to float32 first, as torch does to compare a float32 tensor with them.
@@ -90,7 +90,7 @@ def leave_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
     """
     n, m = scores.shape
     if len(thresholds) != m:
-        raise ValueError(f"leave_at: thresholds must be one per exit = {m}, got {len(thresholds)}")
+        raise ValueError(f"exit_at: thresholds must be one per exit = {m}, got {len(thresholds)}")
     leaves = np.ones((n, m + 1), dtype=bool)
     leaves[:, :m] = scores >= np.asarray(thresholds, np.float32)
     exits: Indices = leaves.argmax(1)
@@ -99,7 +99,7 @@ def leave_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
 
 def evaluate(table: ScoreTable, thresholds: Sequence[float]) -> Choice:
     """Mean gain and mean cost under these thresholds, image by image."""
-    exits = leave_at(table.scores, thresholds)
+    exits = exit_at(table.scores, thresholds)
     gain = table.gains[np.arange(len(exits)), exits].mean()
     cost = table.costs[exits].mean()
     rounded = np.asarray(thresholds, np.float32)
@@ -177,7 +177,7 @@ def quantile_grid(scores: Scores, points: int = 25) -> tuple[float, ...]:
 
 
 def _checked(table: ScoreTable, grids: Grids) -> list[Scores]:
-    """The grids rounded to float32, as leave_at rounds thresholds."""
+    """The grids rounded to float32, as exit_at rounds thresholds."""
     m = table.scores.shape[1]
     if not 1 <= m <= MAX_EXITS:
         raise ValueError(f"thresholds: exits must be 1 to {MAX_EXITS}, got {m}")

@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lraee.exits.bundle import Exits, Plan
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
+from lraee.exits.plan import ExitsData, Plan
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import SINCE, Scheme
 from lraee.storage import sealed
@@ -30,6 +30,8 @@ from lraee.storage.files import (
     require_number,
 )
 from lraee.storage.sealed import Format, Shapes
+
+Kind = TypeVar("Kind", bound=ExitsData)
 
 FORMAT = Format(
     name="lraee exits",
@@ -60,23 +62,23 @@ _INFINITE = {"inf": math.inf, "-inf": -math.inf}
 """Thresholds that JSON has no number for."""
 
 
-def save(exits: Exits, directory: str | os.PathLike[str]) -> None:
+def save(exits: ExitsData, directory: str | os.PathLike[str]) -> None:
     """See Exits.save."""
     sealed.write(Path(directory), FORMAT, *to_parts(exits))
 
 
-def load(directory: str | os.PathLike[str]) -> Exits:
+def load(directory: str | os.PathLike[str], kind: type[Kind]) -> Kind:
     """See Exits.load."""
     config = sealed.read_config(Path(directory), FORMAT)
     shapes = tensor_shapes(config.path, config.fields)
     tensors = sealed.read_tensors(config, shapes, source="the heads and classes")
-    return from_parts(config.path, config.fields, tensors)
+    return from_parts(config.path, config.fields, tensors, kind)
 
 
 # Writing
 
 
-def to_parts(exits: Exits) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_parts(exits: ExitsData) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields for a JSON config and tensors for a file beside it; from_parts is the inverse.
 
     Raises: ValueError on exits that from_parts would refuse.
@@ -135,7 +137,7 @@ def _require_loadable(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Non
             text = json.dumps(fields)
         except (TypeError, ValueError, RecursionError) as error:
             refuse(path, "must be JSON", str(error))
-        from_parts(path, parse_json(path, text.encode()), tensors)
+        from_parts(path, parse_json(path, text.encode()), tensors, ExitsData)
     except CheckpointError as error:
         raise ValueError(f"save{str(error).removeprefix('load')}") from error
 
@@ -168,13 +170,14 @@ def tensor_shapes(path: Path, fields: Any) -> Shapes:
     return result
 
 
-def from_parts(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Exits:
+def from_parts(path: Path, fields: Any, tensors: Mapping[str, Tensor], kind: type[Kind]) -> Kind:
     """The exits that to_parts took apart.
 
     Args:
       path: where the fields were read, for messages.
       fields: from a file; nothing about them is known yet.
       tensors: those of tensor_shapes.
+      kind: Exits, whose file this is.
     Raises: CheckpointError on any that to_parts does not give.
     """
     _require_tensors(path, tensors, tensor_shapes(path, fields))
@@ -192,7 +195,7 @@ def from_parts(path: Path, fields: Any, tensors: Mapping[str, Tensor]) -> Exits:
     _require_name(path, "chosen", fields["chosen"])
     _require_card(path, fields["card"])
     with refusing(path):
-        return Exits(
+        return kind(
             heads={head["block"]: _head(tensors, head["block"]) for head in fields["heads"]},
             plans=_parse_plans(path, fields["plans"]),
             chosen=fields["chosen"],

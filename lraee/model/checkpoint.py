@@ -215,7 +215,7 @@ def _parse_exits(path: Path, fields: _Fields, tensors: dict[str, Tensor]) -> Exi
         return None
     own = {name for name in tensors if name.startswith(_EXITS)}
     exits = from_parts(
-        path, fields.exits, {name.removeprefix(_EXITS): tensors[name] for name in own}
+        path, fields.exits, {name.removeprefix(_EXITS): tensors[name] for name in own}, Exits
     )
     if exits.base_hash != fields.base_sha256:
         refuse(path, "exits.base_hash must be base_sha256", exits.base_hash)

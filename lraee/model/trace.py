@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lraee.exits.router import Record, Router, recording, switched_off
+from lraee.exits.record import Record, recording, switched_off
+from lraee.exits.router import Router
 from lraee.towers import open_clip as towers
 from lraee.towers import runner as vision
 from lraee.towers.flops import PartFlops, probe_flops

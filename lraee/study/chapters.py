@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lraee.calibration.head_training import Training
 from lraee.data.photos import Photos
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import GateKind
+from lraee.exits.plan import Plan
 from lraee.study import factorial, gates, schema
+from lraee.study.attribution import Rights
 from lraee.study.examples import Said, examples
-from lraee.study.owing import Rights
 from lraee.study.protocol import PAPER_BUDGET, Protocol
 from lraee.study.quadrants import quadrants
 from lraee.study.rows import (
@@ -127,7 +127,7 @@ class Chapter:
             return f"no labels, budget {self.protocol.budget}"
         is_open = any(trial.plan("learned", PAPER_BUDGET) is None for trial in self.paper)
         words = "out of reach: every threshold at its lowest" if is_open else ""
-        dropped = self.paper[0].calibration.dropped
+        dropped = self.paper[0].features.dropped
         return f"labels, budget {PAPER_BUDGET} {words}".strip() + (
             f", exit {', '.join(map(str, dropped))} dropped" if dropped else ", no exit dropped"
         )
@@ -203,7 +203,7 @@ class Chapter:
     def examples(self, photos: Photos, names: list[str]) -> list[Example]:
         """Of our recipe, first seed."""
         outcome, form = self.outcomes[schema.BEST][0], self.form
-        full = form.report.look(0)["full"]
+        full = form.report.view(0)["full"]
         cosine = full / full.norm(dim=1, keepdim=True) @ form.model.classes.T
         probability = (form.model.logit_scale * cosine).softmax(1).amax(1)
         said = Said(
@@ -238,7 +238,7 @@ class Chapter:
         return points
 
     def costs(self, time_saved: float | None) -> list[Cost]:
-        """Of both recipes; the time is of our recipe, see lraee.study.seconds."""
+        """Of both recipes; the time is of our recipe, see lraee.study.latency."""
         return [
             {
                 "name": recipe,

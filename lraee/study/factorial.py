@@ -66,7 +66,7 @@ def last_block(
 
 def _last_head(backbone: Backbone, options: HeadOptions, seed: int) -> HeadWeights:
     """Trained on as many photos as the exits' heads: the same share, drawn by the seed."""
-    look, n = backbone.learn.look(0), len(backbone.labels)
+    look, n = backbone.learn.view(0), len(backbone.labels)
     source = torch.Generator().manual_seed(seed)
     rows = torch.randperm(n, generator=source)[: round(backbone.splits["heads"] * n)]
     D = look["pooled"].shape[2] // 2

@@ -7,8 +7,8 @@ from statistics import mean
 import numpy as np
 
 from lraee.calibration.scoring import exit_scores
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.study.rows import row_of_outcomes, share_of
 from lraee.study.schema import MainRow, Pruned, Sweep, SweepPoint
 from lraee.study.trials import Backbone, Trial
@@ -38,7 +38,7 @@ def _curve(kind: GateKind, pairs: list[tuple[Trial, Exits]], points: int) -> lis
     weights = [trial.gate_weights(kind, blocks) for trial, blocks in pairs]
     scores = np.concatenate(
         [
-            exit_scores(kind, trial.found, trial.columns(blocks), each).ravel()
+            exit_scores(kind, trial.table, trial.columns(blocks), each).ravel()
             for (trial, blocks), each in zip(pairs, weights, strict=True)
         ]
     )
@@ -70,7 +70,7 @@ def pruned(backbone: Backbone, trials: Sequence[Trial], *, name: str, budget: fl
     """
     first = trials[0]
     asked = first.recipe.candidates or ()
-    noise = first.calibration.noise
+    noise = first.features.noise
     inr = {block: noise[block - 1].inr for block in asked}
     lowest = min(inr, key=lambda block: inr[block])
     rest = tuple(block for block in asked if block != lowest)
@@ -87,7 +87,7 @@ def pruned(backbone: Backbone, trials: Sequence[Trial], *, name: str, budget: fl
         "backbone": backbone.name,
         "block": lowest,
         "inr_share_of_mean": 100.0 * inr[lowest] / mean(inr.values()),
-        "is_dropped_by_rule": lowest in first.calibration.dropped,
+        "is_dropped_by_rule": lowest in first.features.dropped,
         "kept": row(asked, f"exits {_listed(asked)}"),
         "left_out": row(rest, f"exits {_listed(rest)}"),
     }

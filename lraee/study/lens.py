@@ -56,7 +56,7 @@ def early_projections(backbone: Backbone) -> list[Tensor]:
     """
     tokens = backbone.report.class_tokens()
     early = [projected(backbone.model.tower, each) for each in tokens.unbind(1)[:-1]]
-    return [*early, backbone.report.look(0)["full"]]
+    return [*early, backbone.report.view(0)["full"]]
 
 
 def _top1(
@@ -64,7 +64,7 @@ def _top1(
 ) -> Tensor:
     """Of one kind of head: float64 [depth, seeds]."""
     options = replace(BEST_HEAD, steps=steps, views=0, has_class_token=sees == "both")
-    learn, report = backbone.learn.look(0), backbone.report.look(0)
+    learn, report = backbone.learn.view(0), backbone.report.view(0)
     found = torch.zeros(backbone.model.depth, len(seeds), dtype=torch.float64)
     for place in tqdm(range(len(found)), desc=f"lens, {sees}", disable=not progress, leave=False):
         for column, seed in enumerate(seeds):

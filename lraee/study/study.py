@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lraee.calibration.collect import Pair
 from lraee.calibration.head_training import centred
 from lraee.calibration.noise import pathological
 from lraee.calibration.pipeline import NOISE_IMAGES, PAPER
@@ -19,18 +20,18 @@ from lraee.measurement import machine
 from lraee.measurement.timing import image_size
 from lraee.storage.stages import Stages
 from lraee.study import schema, smooth
+from lraee.study.attribution import Rights, owed_to_quantization
 from lraee.study.backbones import Model, backbone, paper_candidates
+from lraee.study.baselines import Policies, smoothed_rows, spread_rows
+from lraee.study.cached_features import CachedFeatures
 from lraee.study.chapters import Chapter
 from lraee.study.drift import drift
 from lraee.study.findings import findings
+from lraee.study.latency import BATCH, time_saved
 from lraee.study.lens import early_projections, lens
-from lraee.study.looks import KeptPair
-from lraee.study.owing import Rights, owed_to_quantization
 from lraee.study.protocol import PAPER_BUDGET, Protocol
 from lraee.study.published import published
-from lraee.study.rivals import Policies, smoothed_rows, spread_rows
 from lraee.study.schema import Noise, Report
-from lraee.study.seconds import BATCH, time_saved
 from lraee.study.trials import Backbone
 
 QUANTIZED = ("int8", "paper")
@@ -129,7 +130,7 @@ class Study:
         """All that one backbone adds, in an order that trains before it compares."""
         form, protocol = chapter.form, self.protocol
         name = form.name
-        form.learn.look(0)
+        form.learn.view(0)
         self._step(f"{name}: photos")
         report["main"] += chapter.main()
         self._step(f"{name}: exits")
@@ -210,9 +211,11 @@ class Study:
         fast = backbone(clip, name)
         title = " ".join((name, *marks))
         sides = {
-            side: KeptPair(
-                self.model.clip, fast, pictures.images, name=f"{title} {side}",
-                teacher_name=f"teacher {side}", stages=self._stages, progress=self._progress,
+            side: CachedFeatures(
+                Pair(
+                    self.model.clip, fast, pictures.images, batch=64, progress=self._progress
+                ),
+                name=f"{title} {side}", teacher_name=f"teacher {side}", stages=self._stages,
             )
             for side, pictures in (("learn", self.learn), ("report", self.report))
         }  # fmt: skip

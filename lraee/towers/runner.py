@@ -3,68 +3,104 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lraee.exits.head import Int8Head
-from lraee.exits.router import EAGER, Block, Router, Runner
+from lraee.exits.record import is_switched_off
+from lraee.exits.router import Router
 from lraee.layers.batch_invariant import RowwiseAttention, RowwiseConv2d, rowwise_linear
 from lraee.layers.int8_block import Int8Block, is_hooked
 from lraee.ops.backend import Backend, implementation
+from lraee.ops.reference import Probe
 from lraee.towers import cuda_graphs as graphs
+from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.open_clip import blocks_of
+from lraee.towers.segments import Segments, TowerParts
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Keeps torch.compile out: where images exit depends on their numbers."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class RowwiseTower(VisionTransformer):  # type: ignore[misc]
     """open_clip's VisionTransformer whose last projection has the same bits in any batch.
 
-    With a submodule `exits` each image may leave between two blocks (see attach_exits).
+    With a submodule `exits` each image may exit between two blocks (see attach_exits).
     """
 
     rowwise_backend: Backend
+    segments: Segments
     cuda_graphs: bool = True
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs (lraee.graphs)."""
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Images [B, 3, H, W] -> pooled [B, E], or (pooled, tokens) with `output_tokens`."""
         router = exits_of(self)
-        if router is not None and router.is_off:
+        if router is not None and is_switched_off(router):
             router.note_full_depth(x.shape[0], len(blocks_of(self)))
             router = None
         if router is not None:
             require_no_tokens(self)
         if self._is_for_graphs(x):
-            with graphs.of(self, x.device) as run:
-                if router is not None:
-                    return self._route(router, x, run)
-                (pooled,) = run("tower", lambda x: (self._finish(self._tokens(x)),), x)
-                return run.own(pooled)
+            with graphs.of(self, x.device) as held:
+                scale = None if router is None else router.logit_scale
+                return self._run(router, x, GraphExecutor(self, held, scale))
         if self.output_tokens:
-            pooled, tokens = self._pool(self.transformer(self._embeds(x)))
+            pooled, tokens = self._pool(self.transformer(self.embed(x)))
             return self._project(pooled), tokens
-        parts = _parts(self, x)
-        if router is not None:
-            found = [self._route(router, part, EAGER) for part in parts]
-        else:
-            found = [self._finish(self._tokens(part)) for part in parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        executor = EagerExecutor(self)
+        parts = [self._run(router, part, executor) for part in _parts(self, x)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """Images -> tokens after the last block, or the class token alone where it is enough."""
-        z, last = self._embeds(x), _last_for_class_token(self)
-        if last is None:
+    def _run(self, router: Router | None, x: Tensor, executor: Executor) -> Tensor:
+        """Images -> embeddings, with the exits of this router or at full depth."""
+        if router is not None:
+            return route(self, self.segments, router, x, executor)
+        (y,) = executor.run(self.segments.whole, x)
+        return y.clone() if executor.is_static else y
+
+    # Parts of segments
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, L, D] before the first block."""
+        return cast(Tensor, self._embeds(images))
+
+    def run_blocks(self, z: Tensor, first: int, last: int) -> Tensor:
+        """Tokens [B, L, D] after blocks first to last - 1, whichever order the transformer runs
+        them in; after the last block the class token alone, [B, 1, D], where it is enough.
+        """
+        blocks = list(blocks_of(self))
+        alone = _last_for_class_token(self) if last == len(blocks) else None
+        if alone is None and last - first == len(blocks):
             return cast(Tensor, self.transformer(z))
         is_batch_first = self.transformer.batch_first
         z = z if is_batch_first else z.transpose(0, 1).contiguous()
-        for block in list(blocks_of(self))[:-1]:
+        for block in blocks[first : last if alone is None else last - 1]:
             z = block(z)
-        return last.first_token(z if is_batch_first else z.transpose(0, 1))
+        z = z if is_batch_first else z.transpose(0, 1)
+        return z if alone is None else alone.first_token(z)
 
-    def _route(self, router: Router, x: Tensor, run: Runner) -> Tensor:
-        return cast(Tensor, router(self._blocks(), x, self._finish, embed=self._embeds, run=run))
+    def probe(self, e: int, z: Tensor) -> Probe:
+        """What exit e measures on tokens [B, L, D]."""
+        return cast(Router, exits_of(self)).probe(e, z)
+
+    def finish(self, z: Tensor) -> Tensor:
+        """What follows the last block, where other tokens are not asked for: [B, E]."""
+        if _embeds_class_token(self):
+            return self._project(self.ln_post(z[:, 0]))  # one token in fifty, the same bits
+        return self._project(self._pool(z)[0])
+
+    def may_overwrite(self, last: int) -> bool:
+        """Whether the tokens after block last - 1 are held by no hook."""
+        block = blocks_of(self)[last - 1]
+        return bool(self.transformer.batch_first) and not block._forward_hooks
 
     def _is_for_graphs(self, x: Tensor) -> bool:
         """Whether graphs may be made of this call; a tower that was refused runs without them."""
@@ -81,20 +117,6 @@ class RowwiseTower(VisionTransformer):  # type: ignore[misc]
         """Moved or cast, its numbers lie elsewhere: graphs of where they were are let go."""
         graphs.drop(self)
         return cast(RowwiseTower, super()._apply(fn, recurse))
-
-    def _blocks(self) -> list[Block]:
-        """The blocks on [B, L, D], whichever order the transformer runs them in."""
-        blocks: list[Block] = list(blocks_of(self))
-        if not self.transformer.batch_first:
-            blocks = [_batch_first(block) for block in blocks_of(self)]
-        last = _last_for_class_token(self)
-        return blocks if last is None else [*blocks[:-1], last.first_token]
-
-    def _finish(self, z: Tensor) -> Tensor:
-        """What follows the last block, where the other tokens are not asked for."""
-        if _embeds_class_token(self):
-            return self._project(self.ln_post(z[:, 0]))  # one token in fifty, the same bits
-        return self._project(self._pool(z)[0])
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> dict[str, Any]:
         """As open_clip's; `image_features` are those of forward."""
@@ -146,7 +168,7 @@ def _embeds_class_token(tower: nn.Module) -> bool:
 
 
 def _last_for_class_token(tower: nn.Module) -> Int8Block | None:
-    """The last block, where it can give the class token alone and nobody asks for more."""
+    """The last block, where it can give the class token alone and no hook or option needs more."""
     last = blocks_of(tower)[-1]
     is_enough = _embeds_class_token(tower) and not is_hooked(tower.get_submodule("transformer"))
     return last if is_enough and isinstance(last, Int8Block) and last.gives_first_alone() else None
@@ -172,6 +194,7 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     if type(tower) is VisionTransformer:
         tower.__class__ = RowwiseTower
         cast(RowwiseTower, tower).rowwise_backend = backend
+        cast(RowwiseTower, tower).segments = Segments.of(len(blocks_of(tower)))
 
 
 def unmake_rowwise(tower: nn.Module) -> None:
@@ -182,15 +205,32 @@ def unmake_rowwise(tower: nn.Module) -> None:
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
         tower.__class__ = VisionTransformer
-        del tower.rowwise_backend
+        del tower.rowwise_backend, tower.segments
         tower.__dict__.pop("cuda_graphs", None)
 
 
 # Exits
 
 
-def _batch_first(block: nn.Module) -> Block:
-    return lambda z: cast(Tensor, block(z.transpose(0, 1).contiguous()).transpose(0, 1))
+@_eager
+def route(
+    tower: TowerParts, segments: Segments, router: Router, x: Tensor, executor: Executor
+) -> Tensor:
+    """Images [B, …] -> embeddings [B, E], segment by segment; in between the router decides which
+    images exit, and compacts the others.
+    """
+    z = x
+    routing = router.start(len(x), segments.whole.last, is_static=executor.is_static)
+    for e, segment in enumerate(segments.to_exits):
+        z, *probe = executor.run(segment, z)
+        if not routing.decide(e, cast(Probe, probe), z):
+            continue
+        if routing.is_done:
+            return cast(Tensor, routing.result)
+        z = routing.compact(z, is_own=tower.may_overwrite(segment.last))
+    (z,) = executor.run(segments.end, z)
+    (y,) = executor.run(segments.finish, routing.compact_all(z))
+    return routing.merge(y)
 
 
 def exits_of(tower: nn.Module) -> Router | None:
@@ -199,26 +239,29 @@ def exits_of(tower: nn.Module) -> Router | None:
 
 
 def attach_exits(tower: nn.Module, router: Router) -> None:
-    """Lets images leave the accelerated tower where the router says; it joins its state_dict.
+    """Lets images exit the accelerated tower where the router says; it joins its state_dict.
 
     Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
     """
     require_exits_fit(tower, router)
     graphs.drop(tower)
     tower.exits = router
+    cast(RowwiseTower, tower).segments = Segments.of(len(blocks_of(tower)), router.blocks)
 
 
 def detach_exits(tower: nn.Module) -> None:
     """The way back from attach_exits; nothing where there are none."""
     graphs.drop(tower)
     tower._modules.pop("exits", None)
+    if isinstance(tower, RowwiseTower):
+        tower.segments = Segments.of(len(blocks_of(tower)))
 
 
 def require_no_tokens(tower: nn.Module) -> None:
-    """Raises NotImplementedError where images that leave early could not give what is asked."""
+    """Raises NotImplementedError where images that exit early could not give what is asked."""
     if tower.output_tokens:
         raise NotImplementedError(
-            "exits: output_tokens must be False, got True: an image that leaves early has no"
+            "exits: output_tokens must be False, got True: an image that exits early has no"
             " tokens of the last block; use lraee.full_depth"
         )
     if is_hooked(tower.get_submodule("transformer")):
@@ -244,7 +287,7 @@ def embedding_size(tower: nn.Module) -> int:
 
 
 def require_exits_fit(tower: nn.Module, router: Router) -> None:
-    """Raises unless images can leave this tower, float or accelerated, where the router says.
+    """Raises unless images can exit this tower, float or accelerated, where the router says.
 
     Raises: NotImplementedError on the tower, ValueError on heads outside it or of other widths.
     """
@@ -257,9 +300,9 @@ def require_exits_fit(tower: nn.Module, router: Router) -> None:
         )
     for block, module in zip(router.blocks, router.heads, strict=True):
         head = cast(Int8Head, module)
-        found = head.gamma.shape[0], head.embedding_size
-        if found not in ((D, E), (2 * D, E)):
+        widths = head.gamma.shape[0], head.embedding_size
+        if widths not in ((D, E), (2 * D, E)):
             raise ValueError(
                 f"accelerate: exits must have heads [{D} or {2 * D}] -> [{E}], got"
-                f" [{found[0]}] -> [{found[1]}] after block {block}"
+                f" [{widths[0]}] -> [{widths[1]}] after block {block}"
             )

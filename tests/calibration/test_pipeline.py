@@ -26,7 +26,7 @@ from lraee.exits.router import Router
 from lraee.model.accelerate import Acceleration, acceleration_of
 from lraee.storage.stages import Stages
 from lraee.towers.flops import PartFlops, probe_flops
-from tests.exits.made_exits import make_head
+from tests.exits.random_exits import make_head
 from tests.small_calibration import LAYERS, QUICK, classes_of, pictures, small_clip
 from tests.support import assert_same, generator
 

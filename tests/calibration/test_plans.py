@@ -11,11 +11,11 @@ import pytest
 from lraee.calibration import plans, scoring
 from lraee.calibration.plans import Goal, Rules, make_plan
 from lraee.calibration.risk import signed_epsilon
-from lraee.calibration.scoring import Costs, Found, Subset, Weights
+from lraee.calibration.scoring import Costs, ExitTable, Subset, Weights
 from lraee.calibration.thresholds import NEVER, PAPER_GRID, quantile_grid
-from lraee.exits.bundle import Plan
+from lraee.exits.plan import Plan
 from lraee.exits.gate import GateKind
-from tests.calibration.found_tables import FULL, make_costs, make_found, rows_of
+from tests.calibration.exit_tables import FULL, make_costs, make_found, rows_of
 
 BLOCKS = (4, 6, 8, 9)
 M = len(BLOCKS)
@@ -33,8 +33,8 @@ def few_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(
     kind: GateKind,
-    gate_split: Found,
-    test_split: Found,
+    gate_split: ExitTable,
+    test_split: ExitTable,
     *,
     costs: Costs,
     rules: Rules | None = None,
@@ -50,7 +50,7 @@ def planned(
 
 
 def naive_run(
-    found: Found, scores: np.ndarray[Any, Any], subset: Subset, thresholds: Sequence[float],
+    found: ExitTable, scores: np.ndarray[Any, Any], subset: Subset, thresholds: Sequence[float],
     costs: Costs,
 ) -> tuple[float, float]:  # fmt: skip
     """Mean gain and mean cost, image by image; all exits of the subset are probed."""
@@ -78,7 +78,7 @@ def all_thresholds(kind: GateKind, scores: np.ndarray[Any, Any], grid: str) -> l
 
 
 def best_within(
-    kind: GateKind, found: Found, subset: Subset, weights: tuple[Weights, ...], costs: Costs,
+    kind: GateKind, found: ExitTable, subset: Subset, weights: tuple[Weights, ...], costs: Costs,
     most: float, grid: str,
 ) -> tuple[float, float] | None:  # fmt: skip
     """Largest gain within the budget, and minus the smallest cost that gives it."""
@@ -310,7 +310,7 @@ def test_exits_and_path_never_see_the_losses_that_are_tested(
     paths: list[Any] = []
     original = plans._Planner.tested
 
-    def tested(self: Any, path: Any, table: Any, split: Found, subset: Subset) -> Any:
+    def tested(self: Any, path: Any, table: Any, split: ExitTable, subset: Subset) -> Any:
         paths.append((path, subset))
         return original(self, path, table, split, subset)
 

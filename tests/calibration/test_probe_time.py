@@ -12,7 +12,7 @@ from lraee.calibration import probe_time
 from lraee.calibration.probe_time import BATCHES, OVERHEAD, ProbeTime, measure
 from lraee.exits.head import Int8Head
 from tests.clip_models import blocks_of, make_model
-from tests.exits.made_exits import make_exits, make_head
+from tests.exits.random_exits import make_exits, make_head
 from tests.support import assert_same
 
 L, D, E = 17, 64, 24

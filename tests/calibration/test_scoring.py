@@ -14,21 +14,22 @@ from lraee.calibration.collect import Pair
 from lraee.calibration.scoring import (
     NO_WEIGHTS,
     Costs,
-    Found,
+    ExitTable,
     exit_scores,
     fit_weights,
     run_plan,
     score_table,
 )
 from lraee.calibration.targets import judge
-from lraee.calibration.thresholds import NEVER, leave_at
-from lraee.exits.bundle import Exits, Plan
+from lraee.calibration.thresholds import NEVER, exit_at
+from lraee.exits.bundle import Exits
+from lraee.exits.plan import Plan
 from lraee.exits.gate import Gate, GateKind, fit_logistic, steady_sigmoid, unit
 from lraee.exits.router import Compaction
 from lraee.towers.flops import PartFlops, probe_flops
-from tests.calibration.found_tables import FULL, make_costs, make_found
+from tests.calibration.exit_tables import FULL, make_costs, make_found
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.support import EPS32, assert_same, assert_within
 
 BLOCKS = (1, 2, 3, 4)
@@ -48,7 +49,7 @@ def images() -> Tensor:
     return pictures
 
 
-def at_calibration(model: nn.Module, exits: Exits, images: Tensor, batch: int) -> Found:
+def at_calibration(model: nn.Module, exits: Exits, images: Tensor, batch: int) -> ExitTable:
     """What calibration knows of these images."""
     pair = Pair(model, lraee.accelerate(model), images, batch=batch, progress=False)
     classes = exits.router().classes
@@ -97,7 +98,7 @@ def test_scores_at_calibration_are_those_at_run_time(
         for part in images.split(16):
             fast.encode_image(part)
     depths = np.array([*exits.plan.blocks, 5])
-    leaves = leave_at(expected, gate.thresholds)
+    leaves = exit_at(expected, gate.thresholds)
     assert t.exit_block.tolist() == depths[leaves].tolist()
     assert len(set(leaves.tolist())) >= (1 if kind == "static" else 3), "no test of decisions"
 
@@ -171,7 +172,7 @@ def test_weights_are_fitted_exit_by_exit(kind: GateKind) -> None:
     weights = fit_weights(kind, found, subset)
     assert len(weights) == len(subset)
     for place, e in enumerate(subset):
-        right = found.is_understood[:, e]
+        right = found.is_correct[:, e]
         if kind == "learned":
             w, b = fit_logistic(found.features[:, e], right)
             assert weights[place] == (*w.tolist(), b)

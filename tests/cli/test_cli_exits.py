@@ -209,7 +209,7 @@ def test_what_is_no_exits_is_one_line(data: tuple[Path, Path], tmp_path: Path) -
 
 def test_exits_of_another_model_are_one_line(data: tuple[Path, Path], tmp_path: Path) -> None:
     from tests.clip_models import make_model
-    from tests.exits.made_exits import make_exits
+    from tests.exits.random_exits import make_exits
 
     make_exits(make_model(), kind="confidence").save(tmp_path)
     options = ("--data", data[0], "--no-progress", "--scheme", "int8", "--limit", 4)

@@ -7,10 +7,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from lraee.exits.bundle import Exits, Plan, one_class
+from lraee.exits.bundle import Exits, one_class
+from lraee.exits.plan import Plan
 from lraee.exits.gate import CLASS_FREE, Gate, GateKind
 from lraee.exits.router import Compaction
-from tests.exits.made_exits import make_head
+from tests.exits.random_exits import make_head
 from tests.exits.small_exits import D, E, small_exits
 from tests.support import assert_same, generator
 

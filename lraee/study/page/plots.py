@@ -17,7 +17,7 @@ from lraee.study.page.charts import (
     Line,
     Look,
 )
-from lraee.study.page.words import backbone
+from lraee.study.page.formatting import backbone
 from lraee.study.schema import Drift, FrontierPoint, Lens, Noise, Report, Spread, Sweep
 
 _OTHER = Look(ORANGE, "v-.")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lraee.study.page.words import backbone, chance, figure, interval, spread
+from lraee.study.page.formatting import backbone, chance, figure, interval, spread
 from lraee.study.schema import ClassRescue, MainRow, Quadrants, Report
 
 _SHOWN_CLASSES = 8

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
+from lraee.exits.plan import Plan
 from lraee.exits.gate import CLASS_FREE, Gate, GateKind
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
