@@ -1,6 +1,6 @@
 """Runs a float tower and its int8 form over images, and collects what calibration learns from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
@@ -46,7 +46,7 @@ class FeatureSource(Protocol):
 
     def probed(
         self,
-        heads: dict[int, HeadWeights],
+        heads: Mapping[int, HeadWeights],
         rows: Tensor,
         *,
         classes: Tensor,
@@ -168,7 +168,7 @@ class Pair:
     @torch.inference_mode()
     def probed(
         self,
-        heads: dict[int, HeadWeights],
+        heads: Mapping[int, HeadWeights],
         rows: Tensor,
         *,
         classes: Tensor,

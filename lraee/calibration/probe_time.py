@@ -1,8 +1,8 @@
 """How long a probe and a copy of survivors take beside the tower, on this machine.
 
-Other work on the machine only adds to a time. So a reading is the smallest time of each call over a
-few interleaved rounds, readings are repeated until the smallest of them agree, and the smallest
-counts.
+Other work on the machine only adds to a time, so the smallest counts. A reading is the smallest
+time of each call over a few interleaved rounds; readings are repeated until enough of them agree
+with the smallest times of all.
 """
 
 import copy
@@ -31,10 +31,10 @@ OVERHEAD = 0.02
 image exits can lose."""
 
 AGREEING = 3
-"""Readings that must agree, the smallest ones, for a measurement to be conclusive."""
+"""Readings that must agree with the result for a measurement to be conclusive."""
 MAX_READINGS = 12
 TOLERANCE = 0.25
-"""Largest spread of the agreeing readings, as a share of the smallest."""
+"""Largest spread of the agreeing readings, relative to the result."""
 MIN_SPREAD = 0.1 * OVERHEAD
 """A spread below this changes no decision, however small the reading."""
 
@@ -56,14 +56,14 @@ class Readings:
 
     @property
     def share(self) -> float:
-        """The smallest reading."""
-        return min(self.shares)
+        """Time of a probe over that of the tower, from the smallest times of all readings."""
+        return _share_of(self.seconds)
 
     @property
     def spread(self) -> float:
-        """How far the AGREEING smallest readings lie apart; infinite where there are fewer."""
-        smallest = sorted(self.shares)[:AGREEING]
-        return smallest[-1] - smallest[0] if len(smallest) == AGREEING else math.inf
+        """How far the AGREEING nearest readings lie from `share`; inf where there are fewer."""
+        distances = sorted(abs(each - self.share) for each in self.shares)
+        return distances[AGREEING - 1] if len(distances) >= AGREEING else math.inf
 
     @property
     def is_conclusive(self) -> bool:
@@ -173,11 +173,16 @@ def take_readings(calls: Mapping[str, Call], *, budget_s: float, clock: Clock) -
     while True:
         reading = _reading(calls, rounds, clock)
         smallest = {name: min(smallest[name], seconds) for name, seconds in reading.items()}
-        probe = max(reading["probed"] - reading["tower"], reading["probe"])
-        shares.append(probe / reading["tower"])
+        shares.append(_share_of(reading))
         readings = Readings(smallest, tuple(shares))
         if readings.is_conclusive or len(shares) == MAX_READINGS:
             return readings
+
+
+def _share_of(seconds: Mapping[str, float]) -> float:
+    """What a probe adds to the tower, or takes alone, over the tower's time: the larger."""
+    probe = max(seconds["probed"] - seconds["tower"], seconds["probe"])
+    return probe / seconds["tower"]
 
 
 def _reading(calls: Mapping[str, Call], rounds: int, clock: Clock) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Features of one pass of a backbone over photos, cached: all heads and gates learn from them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -153,7 +153,7 @@ class CachedFeatures:
     @torch.inference_mode()
     def probed(
         self,
-        heads: dict[int, HeadWeights],
+        heads: Mapping[int, HeadWeights],
         rows: Tensor,
         *,
         classes: Tensor,

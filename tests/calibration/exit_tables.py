@@ -1,4 +1,4 @@
-"""Tables of what candidate exits found, made up: small, seeded, with a known rule behind them."""
+"""Random exit tables: small, seeded, with a known rule behind them."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from tests.support import generator
 FULL = 100.0
 
 
-def make_found(
+def make_table(
     n: int, m: int, seed: int, *, E: int = 6, is_signed: bool = False, nan_rows: int = 0
 ) -> ExitTable:
     """Deeper exits are right more often, and surer where they are right; full depth is right most.
@@ -46,7 +46,9 @@ def make_found(
     else:
         loss = (answers != answers[:, -1:]).double().numpy()
         gain = 1.0 - loss
-    return ExitTable(embedding, answers[:, :m], features, right[:, :m], gain, loss, is_signed=is_signed)
+    return ExitTable(
+        embedding, answers[:, :m], features, right[:, :m], gain, loss, is_signed=is_signed
+    )
 
 
 def make_costs(m: int, *, probe: float = 1.0) -> Costs:
@@ -61,10 +63,10 @@ def make_costs(m: int, *, probe: float = 1.0) -> Costs:
     return Costs(when_leaving, int(FULL))
 
 
-def rows_of(found: ExitTable, rows: np.ndarray) -> ExitTable:
+def rows_of(table: ExitTable, rows: np.ndarray) -> ExitTable:
     """The images of these rows."""
     index = torch.from_numpy(rows)
     return ExitTable(
-        found.embedding[index], found.top1[index], found.features[index],
-        found.is_correct[index], found.gain[rows], found.loss[rows], found.is_signed,
+        table.embedding[index], table.top1[index], table.features[index],
+        table.is_correct[index], table.gain[rows], table.loss[rows], table.is_signed,
     )  # fmt: skip

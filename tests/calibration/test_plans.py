@@ -13,9 +13,9 @@ from lraee.calibration.plans import Goal, Rules, make_plan
 from lraee.calibration.risk import signed_epsilon
 from lraee.calibration.scoring import Costs, ExitTable, Subset, Weights
 from lraee.calibration.thresholds import NEVER, PAPER_GRID, quantile_grid
-from lraee.exits.plan import Plan
 from lraee.exits.gate import GateKind
-from tests.calibration.exit_tables import FULL, make_costs, make_found, rows_of
+from lraee.exits.plan import Plan
+from tests.calibration.exit_tables import FULL, make_costs, make_table, rows_of
 
 BLOCKS = (4, 6, 8, 9)
 M = len(BLOCKS)
@@ -117,7 +117,7 @@ CASES: list[tuple[GateKind, Rules, float]] = [
 @pytest.mark.parametrize(("kind", "rules", "budget"), CASES)
 def test_budget_against_brute_force(kind: GateKind, rules: Rules, budget: float) -> None:
     """The exits are best on the gate split, the thresholds on the other, within the budget."""
-    gate_split, test_split = make_found(40, M, 0, nan_rows=1), make_found(50, M, 1, nan_rows=1)
+    gate_split, test_split = make_table(40, M, 0, nan_rows=1), make_table(50, M, 1, nan_rows=1)
     costs, most = make_costs(M, probe=2.0), budget * FULL
     best = None
     for subset in all_subsets(kind, rules):
@@ -143,7 +143,7 @@ def test_budget_against_brute_force(kind: GateKind, rules: Rules, budget: float)
 @pytest.mark.parametrize("kind", get_args(GateKind))
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_image_by_image(kind: GateKind, goal: dict[str, float], seed: int) -> None:
-    gate_split, found = make_found(60, M, seed), make_found(80, M, seed + 100, nan_rows=1)
+    gate_split, found = make_table(60, M, seed), make_table(80, M, seed + 100, nan_rows=1)
     costs = make_costs(M, probe=1.0)
     plan, figures = planned(kind, gate_split, found, costs=costs, **goal)
     subset = tuple(BLOCKS.index(block) for block in plan.blocks)
@@ -187,7 +187,7 @@ def test_exits_worth_a_probe(kind: GateKind, thresholds: Any, kept: list[int]) -
 def test_exits_that_are_dropped_change_no_decision(seed: int) -> None:
     """Agreement looks back at one exit, patience at all: what they see must stay."""
     rng = np.random.default_rng(seed)
-    found, costs = make_found(60, M, seed), make_costs(M)
+    found, costs = make_table(60, M, seed), make_costs(M)
     subset = tuple(range(M))
     kind: GateKind = "agreement" if seed % 2 else "patience"
     weights = scoring.fit_weights(kind, found, subset)
@@ -204,7 +204,7 @@ def test_exits_that_are_dropped_change_no_decision(seed: int) -> None:
 
 
 def test_static_picks_the_best_exit_that_is_affordable() -> None:
-    gate_split = make_found(200, M, 3)
+    gate_split = make_table(200, M, 3)
     costs = make_costs(M, probe=2.0)  # leaving costs 22, 42, 62, 82 of 100
     for budget, allowed in ((0.25, [0]), (0.5, [0, 1]), (0.7, [0, 1, 2]), (0.9, [0, 1, 2, 3])):
         plan, figures = planned("static", gate_split, gate_split, costs=costs, budget=budget)
@@ -217,7 +217,7 @@ def test_static_picks_the_best_exit_that_is_affordable() -> None:
 
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_a_budget_out_of_reach_is_one_line(kind: GateKind) -> None:
-    found = make_found(50, M, 4)
+    found = make_table(50, M, 4)
     with pytest.raises(ValueError) as caught:
         planned(kind, found, found, costs=make_costs(M), budget=0.1)
     assert str(caught.value) == (
@@ -228,14 +228,14 @@ def test_a_budget_out_of_reach_is_one_line(kind: GateKind) -> None:
 
 def test_where_chance_left_no_choice_within_the_budget_the_cheapest_is_taken() -> None:
     """Exits fit the budget on one split; on the other nobody is sure enough of them."""
-    gate_split = make_found(60, M, 5)
+    gate_split = make_table(60, M, 5)
     test_split = replace(gate_split, features=gate_split.features * np.nan)
     plan, figures = planned("confidence", gate_split, test_split, costs=make_costs(M), budget=0.7)
     assert plan.blocks == () and figures["flops_saved"] == 0.0
 
 
 def test_agreement_has_its_two_exits_where_probes_are_dear() -> None:
-    found = make_found(80, M, 6)
+    found = make_table(80, M, 6)
     plan, _ = planned("agreement", found, found, costs=make_costs(M), rules=Rules(1), budget=0.95)
     assert len(plan.blocks) == 2
     one, _ = planned("learned", found, found, costs=make_costs(M), rules=Rules(1), budget=0.95)
@@ -250,7 +250,7 @@ DELTA, CALIBRATIONS = 0.1, 300
 
 def violations(kind: GateKind, epsilon: float, *, is_signed: bool) -> tuple[int, int]:
     """How many of 300 calibrations exceed epsilon on the population, and how many save anything."""
-    population = make_found(4000, 3, 7, is_signed=is_signed)
+    population = make_table(4000, 3, 7, is_signed=is_signed)
     costs = make_costs(3)
     allowed = signed_epsilon(epsilon) if is_signed else epsilon
     rng = np.random.default_rng(0)
@@ -315,9 +315,9 @@ def test_exits_and_path_never_see_the_losses_that_are_tested(
         return original(self, path, table, split, subset)
 
     monkeypatch.setattr(plans._Planner, "tested", tested)
-    gate_split, costs = make_found(80, M, 8), make_costs(M)
+    gate_split, costs = make_table(80, M, 8), make_costs(M)
     for seed in (9, 10):
-        test_split = make_found(70, M, seed)
+        test_split = make_table(70, M, seed)
         planned(kind, gate_split, test_split, costs=costs, epsilon=0.2)
         worst = replace(test_split, loss=1.0 - test_split.loss, gain=1.0 - test_split.gain)
         planned(kind, gate_split, worst, costs=costs, epsilon=0.2)
@@ -333,7 +333,7 @@ def test_exits_and_path_never_see_the_losses_that_are_tested(
 @pytest.mark.usefixtures("few_thresholds")
 def test_exits_for_a_proof_are_the_cheapest_that_would_likely_pass(kind: GateKind) -> None:
     """Along each path up to the first whose mean loss + 1.645 standard errors exceeds epsilon."""
-    gate_split, costs, images = make_found(150, M, 15), make_costs(M), 200
+    gate_split, costs, images = make_table(150, M, 15), make_costs(M), 200
     planner = plans._Planner(kind, costs, Goal(epsilon=0.2), Rules(2))
     cheapest = {}
     for subset in all_subsets(kind, Rules(2)):
@@ -353,7 +353,7 @@ def test_exits_for_a_proof_are_the_cheapest_that_would_likely_pass(kind: GateKin
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_too_few_images_prove_nothing(kind: GateKind) -> None:
     """Even without a single loss, 30 images cannot prove 1 % at 95 %: 0.99 ** 30 = 0.74."""
-    gate_split, few = make_found(100, M, 11), make_found(30, M, 12)
+    gate_split, few = make_table(100, M, 11), make_table(30, M, 12)
     plan, figures = planned(kind, gate_split, few, costs=make_costs(M), epsilon=0.01)
     assert plan.blocks == () and plan.gate.kind == kind
     assert figures["is_certified"] is False
@@ -363,8 +363,8 @@ def test_too_few_images_prove_nothing(kind: GateKind) -> None:
 
 @pytest.mark.parametrize("is_signed", [False, True])
 def test_what_was_proven_is_on_the_card(is_signed: bool) -> None:
-    gate_split = make_found(300, M, 13, is_signed=is_signed)
-    found = make_found(600, M, 14, is_signed=is_signed)
+    gate_split = make_table(300, M, 13, is_signed=is_signed)
+    found = make_table(600, M, 14, is_signed=is_signed)
     costs = make_costs(M)
     plan, figures = planned("confidence", gate_split, found, costs=costs, epsilon=0.2)
     assert figures["is_certified"] is True and plan.blocks

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 import lraee
 from lraee.calibration.collect import Pair
+from lraee.calibration.gate_fitting import fit_logistic, fit_weights
 from lraee.calibration.scoring import (
     NO_WEIGHTS,
     Costs,
     ExitTable,
     exit_scores,
-    fit_weights,
     run_plan,
     score_table,
 )
 from lraee.calibration.targets import judge
 from lraee.calibration.thresholds import NEVER, exit_at
 from lraee.exits.bundle import Exits
+from lraee.exits.gate import Gate, GateKind, steady_sigmoid, unit
 from lraee.exits.plan import Plan
-from lraee.exits.gate import Gate, GateKind, fit_logistic, steady_sigmoid, unit
 from lraee.exits.router import Compaction
 from lraee.towers.flops import PartFlops, probe_flops
-from tests.calibration.exit_tables import FULL, make_costs, make_found
+from tests.calibration.exit_tables import FULL, make_costs, make_table
 from tests.clip_models import make_images, make_model
 from tests.exits.random_exits import make_exits
 from tests.support import EPS32, assert_same, assert_within
@@ -140,7 +140,7 @@ def test_a_plan_does_at_run_time_what_it_was_said_to_do(
 
 
 def test_losses_against_a_loop() -> None:
-    found = make_found(50, 4, 0, nan_rows=2)
+    found = make_table(50, 4, 0, nan_rows=2)
     subset, weights = (0, 2, 3), ((1.0, 2.0, -0.01, 0.1),) * 3
     table = score_table("learned", found, subset, weights, make_costs(4))
     choices = [(NEVER, NEVER, NEVER), (0.75, NEVER, 0.625), (0.5, 0.5, 0.5), (-NEVER, 0.0, 0.0)]
@@ -158,7 +158,7 @@ def test_losses_against_a_loop() -> None:
 
 
 def test_score_table_by_hand() -> None:
-    found, costs = make_found(20, 3, 1), make_costs(3, probe=2.0)
+    found, costs = make_table(20, 3, 1), make_costs(3, probe=2.0)
     table = score_table("confidence", found, (0, 2), (NO_WEIGHTS,) * 2, costs)
     assert_same(torch.from_numpy(table.scores), found.features[:, [0, 2], 0])
     assert table.gains.tolist() == found.gain[:, [0, 2, 3]].tolist()
@@ -167,7 +167,7 @@ def test_score_table_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_weights_are_fitted_exit_by_exit(kind: GateKind) -> None:
-    found = make_found(80, 4, 2, nan_rows=3)
+    found = make_table(80, 4, 2, nan_rows=3)
     subset = (1,) if kind == "static" else (0, 1, 3)
     weights = fit_weights(kind, found, subset)
     assert len(weights) == len(subset)
@@ -190,7 +190,7 @@ def test_weights_are_fitted_exit_by_exit(kind: GateKind) -> None:
 
 
 def test_a_probe_is_what_the_features_say() -> None:
-    found = make_found(30, 2, 3, nan_rows=1)
+    found = make_table(30, 2, 3, nan_rows=1)
     embedding, top1, confidence, margin, variance, learned = found.probe(1, (2.0, -1.0, 0.01, 0.5))
     assert_same(embedding, found.embedding[:, 1])
     assert_same(top1, found.top1[:, 1])
@@ -201,7 +201,7 @@ def test_a_probe_is_what_the_features_say() -> None:
 
 
 def test_a_plan_without_exits_saves_nothing() -> None:
-    found = make_found(10, 3, 4)
+    found = make_table(10, 3, 4)
     ran = run_plan(Plan((), Gate("learned", (), ())), [1, 2, 3], found, make_costs(3))
     assert ran.at.tolist() == [3] * 10 and ran.flops_saved == 0.0
     assert ran.gain == pytest.approx(float(found.gain[:, -1].mean()))
@@ -209,7 +209,7 @@ def test_a_plan_without_exits_saves_nothing() -> None:
 
 def test_plans_name_depths_and_tables_candidates() -> None:
     """Blocks 5 and 11 are candidates 0 and 2."""
-    found, costs = make_found(40, 3, 5), make_costs(3)
+    found, costs = make_table(40, 3, 5), make_costs(3)
     gate = Gate("confidence", (NO_WEIGHTS,) * 2, (0.5, 0.25))
     ran = run_plan(Plan((5, 11), gate), [5, 8, 11], found, costs)
     for i, at in enumerate(ran.at):

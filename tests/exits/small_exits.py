@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from lraee.exits.bundle import Exits
-from lraee.exits.plan import Plan
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import Scheme
 from tests.exits.random_exits import make_head

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import lraee
 from lraee.exits.bundle import Exits
-from lraee.exits.plan import Plan
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.exits.serialization import FORMAT
 from lraee.layers.scheme import PAPER, Scheme
