@@ -5,8 +5,8 @@
     python -m bench.exit_time --tower ViT-B-32 --leave 8:0.4
 
 Per batch size, in turn on the same photos: full depth; the exits as they are; and the same probes
-with thresholds that nobody reaches, which is the most that exits can cost. Without exits of its own
-a tower gets three random heads (2 D -> 512 -> E, 1,000 classes) whose thresholds let about a
+with thresholds that no image reaches, the most that exits can cost. Without exits of its own a
+tower gets three random heads (2 D -> 512 -> E, 1,000 classes) whose thresholds let about a
 tenth, a quarter and a third of the photos leave after blocks 8, 10 and 11 of 12, as the paper has
 it, or --leave: time does not depend on what heads know. lraee.calibrate would not open three where
 one probe costs more than 0.7 % of the tower; how many it would is printed beside the plan.
@@ -30,9 +30,9 @@ from lraee.calibration.probe_time import measure
 from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
 from lraee.exits.bundle import Exits
-from lraee.exits.plan import Plan
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
 from lraee.model.accelerate import acceleration_of
@@ -47,7 +47,7 @@ PHOTOS = 256
 
 
 def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits:
-    """Heads that know nothing, after these blocks of 12; nobody leaves yet."""
+    """Heads that know nothing, after these blocks of 12; no image exits yet."""
     tower, made = towers.find_tower(fast), acceleration_of(fast)
     assert made is not None
     D, E = cast(nn.Conv2d, tower.conv1).out_channels, vision.embedding_size(tower)
@@ -202,7 +202,7 @@ def main(
     )
     typer.echo(
         "| batch | full depth, ms | FLOPs saved, % | time saved, % | of FLOPs saved, % |"
-        " nobody leaves, % | full depth again, % |\n|---|---|---|---|---|---|---|"
+        " no image exits, % | full depth again, % |\n|---|---|---|---|---|---|---|"
     )
     with torch.inference_mode():
         for size_of_batch in batch:

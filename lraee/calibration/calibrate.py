@@ -56,8 +56,8 @@ def calibrate(
 
     Args:
       model: from lraee.accelerate; or a float model, which is then accelerated in `int8`.
-      images: preprocessed [n, 3, H, W], n >= 100, or an iterable of such batches that can be gone
-        through again; larger than the tower's input if crops may use what lies around the centre.
+      images: preprocessed [n, 3, H, W], n >= 100, or an iterable of such batches that can be
+        iterated again; larger than the tower's input if crops may use what lies around the centre.
       classes: text embeddings [K, E] for the gates; without them gates are class-free.
       labels: int64 [n], index of the right class, -1 unknown; needs classes. With them gates learn
         what is right.
@@ -80,8 +80,8 @@ def calibrate(
         survivors pays; else take stated defaults.
       folder: keeps what is done there, so that a run cut off goes on; removed at the end.
       progress: show bars.
-    Raises: ValueError, TypeError on arguments that do not fit, LookupError if the float model is
-      gone, ImportError without scikit-learn.
+    Raises: ValueError, TypeError on arguments that do not fit, LookupError if the float model was
+      freed, ImportError without scikit-learn.
     """
     recipe = _find_recipe(recipe, training, num_exits)
     goal = Goal(0.8 if budget is None and epsilon is None else budget, epsilon, delta)
@@ -173,7 +173,7 @@ def _find_teacher(
 ) -> nn.Module:
     """The float model whose embeddings the heads learn.
 
-    Raises: LookupError if it is gone, ValueError if it is another one.
+    Raises: LookupError if it was freed, ValueError if it is another one.
     """
     if teacher is None and acceleration_of(model) is None:
         return model
@@ -181,7 +181,7 @@ def _find_teacher(
         teacher = acceleration.original()
     if teacher is None:
         raise LookupError(
-            "calibrate: the float model is gone, and the fast one holds no float weights; give"
+            "calibrate: the float model was freed, and the fast one holds no float weights; give"
             " teacher=<the float model>"
         )
     tower_hash = towers.tower_hash(towers.find_tower(teacher).state_dict())

@@ -1,5 +1,6 @@
 """Runs a float tower and its int8 form over images, and collects what calibration learns from."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
@@ -15,9 +16,13 @@ from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.towers import open_clip as towers
 
+_log = logging.getLogger("lraee")
+
 Images = Tensor | Iterable[Tensor]
 """Preprocessed images [n, 3, H, W], or their batches: any iterable that starts anew each time and
 gives the same images in the same order. They may be larger than what the tower takes."""
+
+MIN_IMAGES = 100
 
 _KINDS = "float [n, 3, H, W], or an iterable of such batches that starts anew each time"
 
@@ -56,7 +61,7 @@ class FeatureSource(Protocol):
 
 
 class Pair:
-    """A float model, the int8 model made of it, and the images to run both on.
+    """A float model, its int8 form, and the images to run both on.
 
     Args:
       teacher: the float model.
@@ -126,15 +131,15 @@ class Pair:
         """The noise profile over the first images, `most` of them."""
         tower, fast_tower = towers.find_tower(self.teacher), towers.find_tower(self.fast)
         meter = NoiseMeter(len(towers.blocks_of(tower)))
-        left = most
+        remaining = most
         with full_depth(self.fast), tapped(tower) as z, tapped(fast_tower) as z_int8:
             for images in self.batches("noise"):
-                x = centred(images[:left], self.size)
+                x = centred(images[:remaining], self.size)
                 encode(self.teacher, x)
                 encode(self.fast, x)
                 meter.add(z[0], z[1:], z_int8[1:])
-                left -= len(x)
-                if left <= 0:
+                remaining -= len(x)
+                if remaining <= 0:
                     break
         return meter.result()
 
@@ -145,7 +150,7 @@ class Pair:
         """Inputs of heads on the images that `rows` marks, and the float tower's embeddings.
 
         Args:
-          blocks: depths to look at.
+          blocks: depths to pool at.
           rows: bool [n].
           view_seed: of the random crops; None takes centre crops.
         Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token; `teacher`
@@ -208,6 +213,35 @@ class Pair:
             raise ValueError(
                 f"calibrate: images must be the same in each pass, got {start} after {len(rows)}"
             )
+
+
+def split_images(
+    embeddings: Mapping[str, Tensor], *, shares: Mapping[str, float], seed: int
+) -> dict[str, Tensor]:
+    """Name -> which images, bool [n]; images that are not finite are in no split.
+
+    Args:
+      embeddings: from FeatureSource.embeddings, [n, E] each.
+      shares: of the images, by name, as pipeline.SPLITS.
+      seed: of the order in which images are dealt out.
+    Raises: ValueError on fewer than MIN_IMAGES finite images.
+    """
+    whole = torch.cat([embeddings["teacher"], embeddings["full"]], dim=1)
+    usable = whole.isfinite().all(1).nonzero()[:, 0]
+    n = len(usable)
+    if n < len(whole):
+        _log.warning("calibrate: %d of %d images are not finite", len(whole) - n, len(whole))
+    if n < MIN_IMAGES:
+        raise ValueError(f"calibrate: images must be at least {MIN_IMAGES}, got {n}")
+    source = torch.Generator().manual_seed(seed)
+    order = usable[torch.randperm(n, generator=source)]
+    masks, start = {}, 0
+    for name, share in shares.items():
+        stop = n if name == "thresholds" else start + round(share * n)
+        masks[name] = torch.zeros(len(whole), dtype=torch.bool)
+        masks[name][order[start:stop]] = True
+        start = stop
+    return masks
 
 
 @contextmanager

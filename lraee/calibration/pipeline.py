@@ -14,12 +14,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lraee.calibration.collect import FeatureSource
+from lraee.calibration.collect import FeatureSource, split_images
 from lraee.calibration.head_training import BEST_HEAD, PAPER_HEAD, HeadOptions, train_head
 from lraee.calibration.noise import BlockNoise, as_rows, pathological
 from lraee.calibration.plans import Goal, Rules, make_plan
 from lraee.calibration.probe_time import BATCHES, OVERHEAD, ProbeTime, measure
-from lraee.calibration.scoring import Costs, ExitTable
+from lraee.calibration.scoring import Costs, ExitTable, probe_costs
 from lraee.calibration.targets import Index, judge
 from lraee.exits.bundle import Exits, one_class
 from lraee.exits.gate import CLASS_FREE, GateKind
@@ -40,7 +40,6 @@ SPLITS = {"heads": 0.7, "gate": 0.1, "thresholds": 0.2}
 Keep = Callable[[str, Callable[[], Tensors]], Tensors]
 """Stages.get: the tensors of a finished stage, or what the function computes now."""
 
-MIN_IMAGES = 100
 NOISE_IMAGES = 512
 
 
@@ -83,35 +82,6 @@ class Task:
 
 
 # Steps
-
-
-def split_images(
-    embeddings: Mapping[str, Tensor], *, shares: Mapping[str, float], seed: int
-) -> dict[str, Tensor]:
-    """Name -> which images, bool [n]; images that are not finite are in no split.
-
-    Args:
-      embeddings: from FeatureSource.embeddings, [n, E] each.
-      shares: as SPLITS.
-      seed: of the order in which images are dealt out.
-    Raises: ValueError on fewer than MIN_IMAGES finite images.
-    """
-    whole = torch.cat([embeddings["teacher"], embeddings["full"]], dim=1)
-    usable = whole.isfinite().all(1).nonzero()[:, 0]
-    n = len(usable)
-    if n < len(whole):
-        _log.warning("calibrate: %d of %d images are not finite", len(whole) - n, len(whole))
-    if n < MIN_IMAGES:
-        raise ValueError(f"calibrate: images must be at least {MIN_IMAGES}, got {n}")
-    source = torch.Generator().manual_seed(seed)
-    order = usable[torch.randperm(n, generator=source)]
-    masks, start = {}, 0
-    for name, share in shares.items():
-        stop = n if name == "thresholds" else start + round(share * n)
-        masks[name] = torch.zeros(len(whole), dtype=torch.bool)
-        masks[name][order[start:stop]] = True
-        start = stop
-    return masks
 
 
 def choose_candidates(recipe: Recipe, noise: Sequence[BlockNoise]) -> tuple[list[int], list[int]]:
@@ -196,17 +166,6 @@ def train_heads(
     return heads
 
 
-def probe_costs(heads: Mapping[int, HeadWeights], classes: Tensor, parts: PartFlops) -> Costs:
-    """FLOPs of exiting at any choice of these heads, probes charged."""
-    blocks = list(heads)
-    probes = [2 * (head.macs + classes.numel()) for head in heads.values()]
-
-    def when_leaving(subset: Sequence[int]) -> list[int]:
-        return parts.when_leaving([blocks[e] for e in subset], [probes[e] for e in subset])
-
-    return Costs(when_leaving, parts.total)
-
-
 @dataclass(frozen=True)
 class Features:
     """All that plans are made from: trained heads, and their probes on held-out images.
@@ -239,7 +198,7 @@ class Features:
 
     def table(self, split: str, *, is_proof: bool) -> ExitTable:
         """The exits on one split, shuffled: a test that bets on one image after another needs an
-        order that says nothing of them.
+        order that is independent of them.
 
         Args:
           split: "gate" or "thresholds".

@@ -1,6 +1,6 @@
-"""What every candidate exit found on one split of images, and the scores that gates make of it."""
+"""Measurements of every candidate exit on one split of images, and the scores of gates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lraee.calibration.thresholds import NEVER, ScoreTable, exit_at
 from lraee.exits.gate import Gate, GateKind, Memory, score
+from lraee.exits.head import HeadWeights
 from lraee.exits.plan import Plan
 from lraee.ops.reference import Probe, steady_sigmoid
+from lraee.towers.flops import PartFlops
 
 Weights = tuple[float, float, float, float]
 NO_WEIGHTS: Weights = (0.0, 0.0, 0.0, 0.0)
@@ -21,13 +23,13 @@ Subset = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ExitTable:
-    """What each of m candidate exits found on n images of one split.
+    """Measurements of m candidate exits on n images of one split.
 
     Args:
       embedding: float32 [n, m, E].
       top1: int64 [n, m].
       features: float32 [n, m, 3], confidence, margin, variance.
-      is_correct: bool [n, m], what a gate learns to foretell: the answer is the label, or the
+      is_correct: bool [n, m], what a gate learns to predict: the answer is the label, or the
         float model's.
       gain: float64 [n, m + 1], what thresholds maximise; last column at full depth.
       loss: float64 [n, m + 1] in [0, 1], what epsilon bounds.
@@ -68,7 +70,7 @@ class Costs:
     """FLOPs of one image.
 
     Args:
-      when_leaving: indices of candidates -> FLOPs of leaving at each of them, then at none.
+      when_leaving: indices of candidates -> FLOPs of exiting at each of them, then at none.
       full: of the tower without exits.
     """
 
@@ -76,17 +78,28 @@ class Costs:
     full: int
 
 
-def run_plan(plan: Plan, blocks: Sequence[int], found: ExitTable, costs: Costs) -> "PlanResult":
+def probe_costs(heads: Mapping[int, HeadWeights], classes: Tensor, parts: PartFlops) -> Costs:
+    """FLOPs of exiting at any choice of these heads, probes charged."""
+    blocks = list(heads)
+    probes = [2 * (head.macs + classes.numel()) for head in heads.values()]
+
+    def when_leaving(subset: Sequence[int]) -> list[int]:
+        return parts.when_leaving([blocks[e] for e in subset], [probes[e] for e in subset])
+
+    return Costs(when_leaving, parts.total)
+
+
+def run_plan(plan: Plan, blocks: Sequence[int], table: ExitTable, costs: Costs) -> "PlanResult":
     """What a plan does to images whose probes are known; `blocks` are the candidates' depths."""
     subset = tuple(blocks.index(block) for block in plan.blocks)
     if not subset:
-        at = np.full(len(found.gain), found.gain.shape[1] - 1)
-        return PlanResult(at, float(found.gain[:, -1].mean()), 0.0)
-    table = score_table(plan.gate.kind, found, subset, plan.gate.weights, costs)
-    exits = exit_at(table.scores, plan.gate.thresholds)
-    gain = table.gains[np.arange(len(exits)), exits].mean()
-    at = np.asarray([*subset, found.gain.shape[1] - 1])[exits]
-    return PlanResult(at, float(gain), 1.0 - float(table.costs[exits].mean()) / costs.full)
+        at = np.full(len(table.gain), table.gain.shape[1] - 1)
+        return PlanResult(at, float(table.gain[:, -1].mean()), 0.0)
+    scores = score_table(plan.gate.kind, table, subset, plan.gate.weights, costs)
+    exits = exit_at(scores.scores, plan.gate.thresholds)
+    gain = scores.gains[np.arange(len(exits)), exits].mean()
+    at = np.asarray([*subset, table.gain.shape[1] - 1])[exits]
+    return PlanResult(at, float(gain), 1.0 - float(scores.costs[exits].mean()) / costs.full)
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ class PlanResult:
     """A plan on a split.
 
     Args:
-      at: the candidate where each image left, m at full depth; int64 [n].
+      at: the candidate where each image exited, m at full depth; int64 [n].
       gain: mean over images.
       flops_saved: of the full tower's, probes charged.
     """

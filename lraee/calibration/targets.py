@@ -74,10 +74,10 @@ def judge(
 
 def nearest(queries: Tensor, rows: Tensor, but: Tensor | None = None, chunk: int = 1024) -> Tensor:
     """Index of the row of largest cosine, int64 [n]; never the row that `but` names, int64 [n]."""
-    rows, found = unit(rows.float()), []
+    rows, parts = unit(rows.float()), []
     for start in range(0, len(queries), chunk):
         cosine = unit(queries[start : start + chunk].float()) @ rows.T
         if but is not None:
             cosine.scatter_(1, but[start : start + chunk, None], -torch.inf)
-        found.append(cosine.argmax(1))
-    return torch.cat(found)
+        parts.append(cosine.argmax(1))
+    return torch.cat(parts)

@@ -33,10 +33,10 @@ class ScoreTable:
     """What each of n images would do at each of m exits.
 
     Args:
-      scores: float32 [n, m], higher is surer; NaN never leaves.
-      gains: float64 [n, m + 1], what is gained if the image leaves at this exit, such as 1.0 if it
+      scores: float32 [n, m], higher is surer; NaN never exits.
+      gains: float64 [n, m + 1], what is gained if the image exits here, such as 1.0 if it
         is right there; the last column is for running to full depth.
-      costs: float64 [m + 1], FLOPs of an image that leaves at this exit, the exits that it passed
+      costs: float64 [m + 1], FLOPs of an image that exits here, the exits that it passed
         included; the last is for full depth.
     Raises: ValueError on a shape, on no images, and on values that are not finite; TypeError on
       scores of another type.
@@ -91,9 +91,9 @@ def exit_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
     n, m = scores.shape
     if len(thresholds) != m:
         raise ValueError(f"exit_at: thresholds must be one per exit = {m}, got {len(thresholds)}")
-    leaves = np.ones((n, m + 1), dtype=bool)
-    leaves[:, :m] = scores >= np.asarray(thresholds, np.float32)
-    exits: Indices = leaves.argmax(1)
+    exits_here = np.ones((n, m + 1), dtype=bool)
+    exits_here[:, :m] = scores >= np.asarray(thresholds, np.float32)
+    exits: Indices = exits_here.argmax(1)
     return exits
 
 
@@ -211,7 +211,7 @@ def _means(table: ScoreTable, grids: list[Scores]) -> tuple[Values, Values]:
     t_0, t_1, … it runs past exits 0..e iff k_0 <= t_0, …, k_e <= t_e. Hence the inner sum, for all
     combinations at once, is the cumulative sum along every axis of a histogram of the images over
     (k_0, …, k_e), weighted by their swaps. An image that reaches every point of a grid always
-    leaves there and is in no cell. Sums of whole numbers below 2**53 are exact, in any order.
+    exits there and is in no cell. Sums of whole numbers below 2**53 are exact, in any order.
     """
     n = len(table.scores)
     gain, cost = np.array(table.gains[:, 0].sum()), np.array(n * table.costs[0])

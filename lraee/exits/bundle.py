@@ -42,7 +42,7 @@ class Exits(ExitsData):
         """Writes `exits.json` and a file of tensors; `Exits.load` gives the same exits again.
 
         Args:
-          directory: made if it is not there; exits in it are replaced in one step.
+          directory: created if missing; exits in it are replaced in one step.
         Raises: ValueError on what load would refuse.
         """
         serialization.save(self, directory)
@@ -83,7 +83,7 @@ class Exits(ExitsData):
 
 
 def one_class(head: HeadWeights) -> Tensor:
-    """A unit vector [1, E] for exit_probe where no classes are asked for."""
+    """A unit vector [1, E] for exit_probe where no classes are given."""
     last = head.w1 if head.w2 is None else head.w2
     classes = torch.zeros(1, last.shape[0])
     classes[0, 0] = 1.0

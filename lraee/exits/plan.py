@@ -46,7 +46,7 @@ class ExitsData:
       heads: depth in blocks -> the head that stands there.
       plans: by name; each uses some of the heads.
       chosen: the plan that accelerate(model, exits=…) runs.
-      classes: unit text embeddings float32 [K, E] that the gates were made with, or None.
+      classes: unit text embeddings float32 [K, E] that the gates were fitted with, or None.
       logit_scale: factor of the cosine in the gates' softmax.
       compaction: when a batch drops the images that have exited.
       scheme: how the tower was quantized that the heads were trained on.

@@ -1,4 +1,4 @@
-"""How much of each rescue is owed to quantization: the same exits on the float backbone."""
+"""How much of each rescue is due to quantization: the same exits on the float backbone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from lraee.towers import open_clip as towers
 
 @dataclass(frozen=True)
 class Model:
-    """What the study looks at.
+    """The model under study.
 
     Args:
       title: of the model and its weights.

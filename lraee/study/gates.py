@@ -17,7 +17,7 @@ Exits = tuple[int, ...]
 
 
 def sweep(recipe: str, trials: Sequence[Trial], exits: Sequence[Exits], *, points: int) -> Sweep:
-    """Both gates on the same heads and exits, from "all leave at once" to "nearly all stay".
+    """Both gates on the same heads and exits, from "all images exit at once" to "nearly none does".
 
     Args:
       recipe: its name in the report.
@@ -69,26 +69,26 @@ def pruned(backbone: Backbone, trials: Sequence[Trial], *, name: str, budget: fl
       name, budget: of the rows.
     """
     first = trials[0]
-    asked = first.recipe.candidates or ()
+    candidates = first.recipe.candidates or ()
     noise = first.features.noise
-    inr = {block: noise[block - 1].inr for block in asked}
+    inr = {block: noise[block - 1].inr for block in candidates}
     lowest = min(inr, key=lambda block: inr[block])
-    rest = tuple(block for block in asked if block != lowest)
+    rest = tuple(block for block in candidates if block != lowest)
 
-    def row(candidates: Exits, words: str) -> MainRow:
-        recipe = replace(first.recipe, candidates=candidates, kappa=0.0)
+    def row(blocks: Exits, note: str) -> MainRow:
+        recipe = replace(first.recipe, candidates=blocks, kappa=0.0)
         outcomes = [
             each.outcome(each.plan_within(budget))
             for each in (Trial(backbone, recipe, t.seed, has_labels=True) for t in trials)
         ]
-        return row_of_outcomes(name, backbone.name, outcomes, words)
+        return row_of_outcomes(name, backbone.name, outcomes, note)
 
     return {
         "backbone": backbone.name,
         "block": lowest,
         "inr_share_of_mean": 100.0 * inr[lowest] / mean(inr.values()),
         "is_dropped_by_rule": lowest in first.features.dropped,
-        "kept": row(asked, f"exits {_listed(asked)}"),
+        "kept": row(candidates, f"exits {_listed(candidates)}"),
         "left_out": row(rest, f"exits {_listed(rest)}"),
     }
 

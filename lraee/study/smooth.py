@@ -101,12 +101,12 @@ def smoothing_scale(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
 @contextmanager
 def _largest(blocks: Sequence[nn.Module]) -> Iterator[list[dict[str, Tensor]]]:
     """max|X_j| float32 [D] of what each block's norms give, by name, over all calls inside."""
-    found: list[dict[str, Tensor]] = [{} for _ in blocks]
+    largest_by_block: list[dict[str, Tensor]] = [{} for _ in blocks]
 
     def note(place: int, name: str, y: Tensor) -> None:
         x_max = y.flatten(0, -2).abs().amax(0).float()
-        before = found[place].get(name)
-        found[place][name] = x_max if before is None else torch.maximum(before, x_max)
+        before = largest_by_block[place].get(name)
+        largest_by_block[place][name] = x_max if before is None else torch.maximum(before, x_max)
 
     handles = [
         block.get_submodule(name).register_forward_hook(
@@ -116,7 +116,7 @@ def _largest(blocks: Sequence[nn.Module]) -> Iterator[list[dict[str, Tensor]]]:
         for name in _NEXT_WEIGHT
     ]
     try:
-        yield found
+        yield largest_by_block
     finally:
         for handle in handles:
             handle.remove()

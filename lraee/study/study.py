@@ -56,8 +56,8 @@ class Pictures:
         """Centre crops of up to `most` images in an order drawn once, float32 [n, 3, *size]."""
         n = len(self.images.names)
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
-        found = self.crops(chosen.sort().values, size)
-        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(1))]
+        crops = self.crops(chosen.sort().values, size)
+        return crops[torch.randperm(len(crops), generator=torch.Generator().manual_seed(1))]
 
     def crops(self, rows: Tensor, size: tuple[int, int]) -> Tensor:
         """Centre crops of these images, rows ascending: float32 [len(rows), 3, *size]."""
@@ -241,20 +241,20 @@ class Study:
             "learned_from": len(self.learn.images.names),
             "reported_on": len(self.report.images.names),
             "minutes": 0.0,
-            "protocol": self._words(),
+            "protocol": self._protocol_text(),
             "noise": {}, "lens": {}, "main": [], "published": published(), "factorial": [],
             "sweeps": [], "pruned": [], "shares": [], "quadrants": [], "owed": [], "examples": [],
             "drift": [], "costs": [], "frontier": [], "findings": [],
         }  # fmt: skip
 
-    def _words(self) -> dict[str, str]:
+    def _protocol_text(self) -> dict[str, str]:
         """What was trained and chosen on what."""
         p = self.protocol
         return {
-            "our recipe": f"heads see class token and patch mean, {p.steps} steps, {p.views + 1}"
+            "our recipe": f"heads on class token and patch mean, {p.steps} steps, {p.views + 1}"
             f" views of each photo, no labels; gates and thresholds for agreement with float;"
             f" budget {p.budget}",
-            "as published": "heads see the patch mean, 3 epochs, labels and distillation; gates"
+            "as published": "heads on the patch mean, 3 epochs, labels and distillation; gates"
             f" and thresholds count labels; exits {_listed(paper_candidates(self.model.depth))};"
             f" budget {PAPER_BUDGET}, as much as the paper spends; the float control prunes none",
             "splits": ", ".join(f"{name} {100 * share:.1f} %" for name, share in p.splits.items())

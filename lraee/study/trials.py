@@ -116,7 +116,7 @@ class Trial:
     """One recipe with one seed on one backbone; each step runs when it is first needed.
 
     Args:
-      backbone: see Backbone; `leading` decides which half a head of one half sees.
+      backbone: see Backbone; `leading` decides which half a head of one half takes.
       recipe: how exits are trained and chosen.
       seed: of splits and heads.
       has_labels: gates and thresholds count the labels, else agreement with the float model.

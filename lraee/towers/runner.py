@@ -258,7 +258,7 @@ def detach_exits(tower: nn.Module) -> None:
 
 
 def require_no_tokens(tower: nn.Module) -> None:
-    """Raises NotImplementedError where images that exit early could not give what is asked."""
+    """Raises NotImplementedError where a hook or option needs more than early exits can give."""
     if tower.output_tokens:
         raise NotImplementedError(
             "exits: output_tokens must be False, got True: an image that exits early has no"

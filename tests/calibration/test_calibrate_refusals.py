@@ -137,7 +137,7 @@ def test_the_teacher_is_the_model_that_was_accelerated(images: Tensor) -> None:
     state = model.state_dict()
     del model
     gc.collect()
-    with pytest.raises(LookupError, match="^calibrate: the float model is gone, .* give teacher="):
+    with pytest.raises(LookupError, match="^calibrate: the float model was freed, .* give teacher="):
         lraee.calibrate(fast, images, **quick)
     other.load_state_dict(state)
     assert_same_exits(lraee.calibrate(fast, images, teacher=other, **quick), expected)

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 import lraee
 from lraee.calibration import pipeline
-from lraee.calibration.collect import Images, Pair
+from lraee.calibration.collect import MIN_IMAGES, Images, Pair, split_images
 from lraee.calibration.noise import BlockNoise, pathological
 from lraee.calibration.pipeline import (
     BEST,
-    MIN_IMAGES,
     PAPER,
     SPLITS,
     Features,
@@ -23,12 +22,11 @@ from lraee.calibration.pipeline import (
     collect_views,
     digest,
     limit_exits,
-    probe_costs,
-    split_images,
     train_heads,
 )
 from lraee.calibration.plans import Goal, Rules
 from lraee.calibration.probe_time import ProbeTime
+from lraee.calibration.scoring import probe_costs
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Router

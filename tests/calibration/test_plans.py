@@ -8,7 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from lraee.calibration import plans, scoring
+from lraee.calibration import gate_fitting, plans, scoring
 from lraee.calibration.plans import Goal, Rules, make_plan
 from lraee.calibration.risk import signed_epsilon
 from lraee.calibration.scoring import Costs, ExitTable, Subset, Weights
@@ -50,7 +50,7 @@ def planned(
 
 
 def naive_run(
-    found: ExitTable, scores: np.ndarray[Any, Any], subset: Subset, thresholds: Sequence[float],
+    split: ExitTable, scores: np.ndarray[Any, Any], subset: Subset, thresholds: Sequence[float],
     costs: Costs,
 ) -> tuple[float, float]:  # fmt: skip
     """Mean gain and mean cost, image by image; all exits of the subset are probed."""
@@ -60,7 +60,7 @@ def naive_run(
         at = next(
             (e for e, (s, t) in enumerate(zip(row, thresholds, strict=True)) if s >= t), len(subset)
         )
-        gain += found.gain[i, subset[at] if at < len(subset) else -1]
+        gain += split.gain[i, subset[at] if at < len(subset) else -1]
         cost += spent[at]
     return gain / len(scores), cost / len(scores)
 
@@ -78,13 +78,13 @@ def all_thresholds(kind: GateKind, scores: np.ndarray[Any, Any], grid: str) -> l
 
 
 def best_within(
-    kind: GateKind, found: ExitTable, subset: Subset, weights: tuple[Weights, ...], costs: Costs,
+    kind: GateKind, split: ExitTable, subset: Subset, weights: tuple[Weights, ...], costs: Costs,
     most: float, grid: str,
 ) -> tuple[float, float] | None:  # fmt: skip
     """Largest gain within the budget, and minus the smallest cost that gives it."""
-    scores = scoring.exit_scores(kind, found, subset, weights)
+    scores = scoring.exit_scores(kind, split, subset, weights)
     runs = [
-        naive_run(found, scores, subset, thresholds, costs)
+        naive_run(split, scores, subset, thresholds, costs)
         for thresholds in all_thresholds(kind, scores, grid)
     ]
     return max(((gain, -cost) for gain, cost in runs if cost <= most), default=None)
@@ -121,7 +121,7 @@ def test_budget_against_brute_force(kind: GateKind, rules: Rules, budget: float)
     costs, most = make_costs(M, probe=2.0), budget * FULL
     best = None
     for subset in all_subsets(kind, rules):
-        weights = scoring.fit_weights(kind, gate_split, subset)
+        weights = gate_fitting.fit_weights(kind, gate_split, subset)
         key = best_within(kind, gate_split, subset, weights, costs, most, rules.grid)
         if key is not None and (best is None or key > best[0]):
             best = key, subset, weights
@@ -143,21 +143,21 @@ def test_budget_against_brute_force(kind: GateKind, rules: Rules, budget: float)
 @pytest.mark.parametrize("kind", get_args(GateKind))
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_image_by_image(kind: GateKind, goal: dict[str, float], seed: int) -> None:
-    gate_split, found = make_table(60, M, seed), make_table(80, M, seed + 100, nan_rows=1)
+    gate_split, split = make_table(60, M, seed), make_table(80, M, seed + 100, nan_rows=1)
     costs = make_costs(M, probe=1.0)
-    plan, figures = planned(kind, gate_split, found, costs=costs, **goal)
+    plan, figures = planned(kind, gate_split, split, costs=costs, **goal)
     subset = tuple(BLOCKS.index(block) for block in plan.blocks)
     assert figures["exits"] == list(plan.blocks) and figures["gate"] == kind
-    full = float(found.gain[:, -1].mean())
+    full = float(split.gain[:, -1].mean())
     assert figures["gain_at_full_depth"] == pytest.approx(full)
-    ran = scoring.run_plan(plan, BLOCKS, found, costs)
+    ran = scoring.run_plan(plan, BLOCKS, split, costs)
     assert figures["gain"] == pytest.approx(ran.gain)
     assert figures["flops_saved"] == pytest.approx(ran.flops_saved)
     counts = [int((ran.at == e).sum()) for e in (*subset, M)]
     assert figures["share"] == pytest.approx([count / 80 for count in counts])
     if subset:
-        scores = scoring.exit_scores(kind, found, subset, plan.gate.weights)
-        gain, cost = naive_run(found, scores, subset, plan.gate.thresholds, costs)
+        scores = scoring.exit_scores(kind, split, subset, plan.gate.weights)
+        gain, cost = naive_run(split, scores, subset, plan.gate.thresholds, costs)
         assert figures["gain"] == pytest.approx(gain)
         assert figures["flops_saved"] == pytest.approx(1 - cost / FULL)
         if "budget" in goal:
@@ -187,19 +187,19 @@ def test_exits_worth_a_probe(kind: GateKind, thresholds: Any, kept: list[int]) -
 def test_exits_that_are_dropped_change_no_decision(seed: int) -> None:
     """Agreement looks back at one exit, patience at all: what they see must stay."""
     rng = np.random.default_rng(seed)
-    found, costs = make_table(60, M, seed), make_costs(M)
+    split, costs = make_table(60, M, seed), make_costs(M)
     subset = tuple(range(M))
     kind: GateKind = "agreement" if seed % 2 else "patience"
-    weights = scoring.fit_weights(kind, found, subset)
-    scores = scoring.exit_scores(kind, found, subset, weights)
+    weights = gate_fitting.fit_weights(kind, split, subset)
+    scores = scoring.exit_scores(kind, split, subset, weights)
     thresholds = [float(step) for step in rng.choice([1, 2, NEVER], M)]
     if kind == "agreement":
         thresholds = [float(rng.choice([*coarse(column, 4), NEVER])) for column in scores.T]
     kept = plans._kept(kind, thresholds)
-    expected, _ = naive_run(found, scores, subset, thresholds, costs)
+    expected, _ = naive_run(split, scores, subset, thresholds, costs)
     if kept:
-        part = scoring.exit_scores(kind, found, tuple(kept), tuple(weights[e] for e in kept))
-        actual, _ = naive_run(found, part, tuple(kept), [thresholds[e] for e in kept], costs)
+        part = scoring.exit_scores(kind, split, tuple(kept), tuple(weights[e] for e in kept))
+        actual, _ = naive_run(split, part, tuple(kept), [thresholds[e] for e in kept], costs)
         assert actual == expected
 
 
@@ -217,9 +217,9 @@ def test_static_picks_the_best_exit_that_is_affordable() -> None:
 
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_a_budget_out_of_reach_is_one_line(kind: GateKind) -> None:
-    found = make_table(50, M, 4)
+    split = make_table(50, M, 4)
     with pytest.raises(ValueError) as caught:
-        planned(kind, found, found, costs=make_costs(M), budget=0.1)
+        planned(kind, split, split, costs=make_costs(M), budget=0.1)
     assert str(caught.value) == (
         f"calibrate: the {kind} gate must reach the budget of 0.1, got no exits that do; ask for"
         " less, or give other candidates"
@@ -227,7 +227,7 @@ def test_a_budget_out_of_reach_is_one_line(kind: GateKind) -> None:
 
 
 def test_where_chance_left_no_choice_within_the_budget_the_cheapest_is_taken() -> None:
-    """Exits fit the budget on one split; on the other nobody is sure enough of them."""
+    """Exits fit the budget on one split; on the other no score is high enough."""
     gate_split = make_table(60, M, 5)
     test_split = replace(gate_split, features=gate_split.features * np.nan)
     plan, figures = planned("confidence", gate_split, test_split, costs=make_costs(M), budget=0.7)
@@ -235,10 +235,10 @@ def test_where_chance_left_no_choice_within_the_budget_the_cheapest_is_taken() -
 
 
 def test_agreement_has_its_two_exits_where_probes_are_dear() -> None:
-    found = make_table(80, M, 6)
-    plan, _ = planned("agreement", found, found, costs=make_costs(M), rules=Rules(1), budget=0.95)
+    split = make_table(80, M, 6)
+    plan, _ = planned("agreement", split, split, costs=make_costs(M), rules=Rules(1), budget=0.95)
     assert len(plan.blocks) == 2
-    one, _ = planned("learned", found, found, costs=make_costs(M), rules=Rules(1), budget=0.95)
+    one, _ = planned("learned", split, split, costs=make_costs(M), rules=Rules(1), budget=0.95)
     assert len(one.blocks) <= 1
 
 
@@ -337,7 +337,7 @@ def test_exits_for_a_proof_are_the_cheapest_that_would_likely_pass(kind: GateKin
     planner = plans._Planner(kind, costs, Goal(epsilon=0.2), Rules(2))
     cheapest = {}
     for subset in all_subsets(kind, Rules(2)):
-        weights = scoring.fit_weights(kind, gate_split, subset)
+        weights = gate_fitting.fit_weights(kind, gate_split, subset)
         table = plans.score_table(kind, gate_split, subset, weights, costs)
         for choice in planner.path(table):
             loss = gate_split.losses(table, subset, [choice.thresholds])[:, 0]
@@ -364,17 +364,17 @@ def test_too_few_images_prove_nothing(kind: GateKind) -> None:
 @pytest.mark.parametrize("is_signed", [False, True])
 def test_what_was_proven_is_on_the_card(is_signed: bool) -> None:
     gate_split = make_table(300, M, 13, is_signed=is_signed)
-    found = make_table(600, M, 14, is_signed=is_signed)
+    split = make_table(600, M, 14, is_signed=is_signed)
     costs = make_costs(M)
-    plan, figures = planned("confidence", gate_split, found, costs=costs, epsilon=0.2)
+    plan, figures = planned("confidence", gate_split, split, costs=costs, epsilon=0.2)
     assert figures["is_certified"] is True and plan.blocks
     assert (figures["epsilon"], figures["delta"], figures["images"]) == (0.2, 0.05, 600)
     assert figures["bound"] == ("betting" if is_signed else "hoeffding_bentkus")
-    at = scoring.run_plan(plan, BLOCKS, found, costs).at
+    at = scoring.run_plan(plan, BLOCKS, split, costs).at
     if is_signed:  # a drop of accuracy
-        loss = found.gain[:, -1].mean() - found.gain[np.arange(600), at].mean()
+        loss = split.gain[:, -1].mean() - split.gain[np.arange(600), at].mean()
     else:  # answers that are not those of full depth
-        loss = np.mean([found.loss[i, e] for i, e in enumerate(at)])
+        loss = np.mean([split.loss[i, e] for i, e in enumerate(at)])
     assert figures["loss"] == pytest.approx(float(loss), abs=1e-12)
     assert figures["loss"] < 0.2 and 0 < figures["step"] < figures["steps"]
 

@@ -23,7 +23,7 @@ def outcome_at(threshold: float) -> Outcome:
     return trial().outcome(Plan((3, 5), gate))
 
 
-def test_nobody_leaves() -> None:
+def test_no_image_exits() -> None:
     outcome, form = outcome_at(2.0), small_form("int8")
     assert (outcome.exit_block == 6).all() and (outcome.taken == 2).all()
     assert torch.equal(outcome.right, form.full_top1 == form.report_labels)
@@ -31,7 +31,7 @@ def test_nobody_leaves() -> None:
     assert outcome.scores.isfinite().all()
 
 
-def test_all_leave_at_once() -> None:
+def test_all_images_exit_at_once() -> None:
     outcome, form = outcome_at(0.0), small_form("int8")
     assert (outcome.exit_block == 3).all() and (outcome.taken == 0).all()
     assert torch.equal(outcome.right, outcome.top1_at_exit[:, 0] == form.report_labels)

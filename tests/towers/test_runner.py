@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lraee
 from lraee.exits.bundle import Exits
-from lraee.exits.plan import Plan
 from lraee.exits.gate import Gate
+from lraee.exits.plan import Plan
 from lraee.model.accelerate import acceleration_of
 from lraee.towers import open_clip as towers
 from lraee.towers import runner as vision

@@ -125,7 +125,7 @@ def test_parts_that_were_not_run() -> None:
 
 
 def test_one_seed_and_extremes() -> None:
-    """A single block, figures of 0 and of 1e15, a backbone and a system nobody knows."""
+    """A single block, figures of 0 and of 1e15, a backbone and an unknown system."""
     made: Any = report()
     made["noise"] = {"new": [made["noise"]["int8"][0] | {"inr": 1e15, "nsr": 0.0}],
                      "int8": [made["noise"]["int8"][0] | {"inr": 1e-12}], "paper": []}  # fmt: skip
