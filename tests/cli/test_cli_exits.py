@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from lraee.calibration.pipeline import BEST
+from lraee.cli import common
 from lraee.cli import main as cli
 from lraee.exits.bundle import Exits
 from lraee.exits.gate import CLASS_FREE
@@ -52,7 +52,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short training; and a terminal wide enough for seven forms side by side."""
     recipes = importlib.import_module("lraee.calibration.calibrate")._RECIPES
     monkeypatch.setitem(recipes, "best", QUICK)
-    monkeypatch.setattr(cli, "_out", Console(width=250, highlight=False))
+    monkeypatch.setattr(common.console, "_width", 250)
 
 
 def calibrate(data: tuple[Path, Path], out: Path, *options: object) -> Result:
@@ -133,7 +133,8 @@ def test_a_run_cut_off_goes_on(
         return original(*args, **options)
 
     monkeypatch.setattr(calibration, "train_head", train_head)
-    out, options = tmp_path / "exits", ("--classes", data[1], "--budget", 0.9)
+    out = tmp_path / "exits"
+    options = ("--classes", data[1], "--budget", 0.9, "--exits", 2)
     assert calibrate(data, out, *options).exit_code != 0
     kept = {path.name for path in (out / "unfinished").iterdir()}
     assert kept == {"run", "embeddings.safetensors", "view 0.safetensors", "head 6.safetensors"}
@@ -141,6 +142,7 @@ def test_a_run_cut_off_goes_on(
     assert result.exit_code == 0, result.output
     assert len(trained) == 4, "of three heads one was there already, and one broke off"
     assert not (out / "unfinished").exists() and list(Exits.load(out).heads) == [6, 9, 11]
+    assert len(Exits.load(out).plans["learned"].blocks) == 2
 
 
 # Mistakes
@@ -168,6 +170,7 @@ def test_wrong_usage(
     ("options", "message"),
     [
         (("--budget", 0.5, "--epsilon", 0.1), "budget or epsilon must be given, one of the two"),
+        (("--exits", 6), "num_exits must be 1 to 5, got 6"),
         (("--budget", 1.5), "budget must be in (0, 1), got 1.5"),
         (("--epsilon", 0.1, "--delta", 2), "delta must be in (0, 1), got 2.0"),
         (("--recipe", "worst"), "recipe must be one of best, paper or a Recipe, got 'worst'"),

@@ -52,6 +52,6 @@ def _verdict(finding: Finding) -> tuple[str, str]:
     return _VERDICTS[finding["holds"]]
 
 
-def _counts(found: Sequence[Finding]) -> dict[str, int]:
-    kinds = [_VERDICTS[each["holds"]][0] for each in found]
+def _counts(findings: Sequence[Finding]) -> dict[str, int]:
+    kinds = [_VERDICTS[each["holds"]][0] for each in findings]
     return {kind: kinds.count(kind) for kind, _ in _VERDICTS.values()}

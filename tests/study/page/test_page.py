@@ -71,7 +71,7 @@ def test_findings_first_then_seven_parts(page: Page) -> None:
     sections = [attributes.get("id") for attributes in page.all("section")]
     named = [name for name in sections if name]
     assert named == ["findings", *(f"part{i}" for i in range(1, 8))]
-    assert "Of 14 claims, 11 hold here, 1 fail, and 2 cannot be told" in page.text
+    assert "Of 14 claims, 11 hold here, 1 fail, and 2 are inconclusive" in page.text
     for finding in report()["findings"]:
         assert finding["claim"] in page.text
         assert finding["words"] in page.text.replace("\u00a0%", " %")
