@@ -10,7 +10,7 @@ from lraee.study.schema import Owed
 
 
 @dataclass(frozen=True)
-class Rights:
+class CorrectPhotos:
     """Which report photos one backbone gets right.
 
     Args:
@@ -24,7 +24,7 @@ class Rights:
     right_full: Tensor
 
 
-def owed_to_quantization(quantized: Rights, in_float: Rights) -> list[Owed]:
+def attribute_to_quantization(quantized: CorrectPhotos, in_float: CorrectPhotos) -> list[Owed]:
     """One row per recipe."""
     return [
         owed(

@@ -10,7 +10,7 @@ from lraee.data.photos import Photos
 from lraee.exits.gate import GateKind
 from lraee.exits.plan import Plan
 from lraee.study import factorial, gates, schema
-from lraee.study.attribution import Rights
+from lraee.study.attribution import CorrectPhotos
 from lraee.study.examples import Answers, examples
 from lraee.study.protocol import PAPER_BUDGET, Protocol
 from lraee.study.quadrants import quadrants
@@ -161,10 +161,10 @@ class Chapter:
         """Whether full depth is right, bool [n]."""
         return self.form.full_top1 == self.form.report_labels
 
-    def rights(self) -> Rights:
-        """What is needed to say how much of a rescue is owed to quantization."""
+    def correct_photos(self) -> CorrectPhotos:
+        """For the share of a rescue that is due to quantization."""
         right = {name: [o.right for o in each] for name, each in self.outcomes.items()}
-        return Rights(self.form.name, right, self.right_full)
+        return CorrectPhotos(self.form.name, right, self.right_full)
 
     def shares(self) -> list[Shares]:
         """Of both recipes."""

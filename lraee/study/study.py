@@ -20,7 +20,7 @@ from lraee.measurement import machine
 from lraee.measurement.timing import image_size
 from lraee.storage.stages import Stages
 from lraee.study import schema, smooth
-from lraee.study.attribution import Rights, owed_to_quantization
+from lraee.study.attribution import CorrectPhotos, attribute_to_quantization
 from lraee.study.backbones import Model, backbone, paper_candidates
 from lraee.study.baselines import Policies, smoothed_rows, spread_rows
 from lraee.study.cached_features import CachedFeatures
@@ -101,7 +101,7 @@ class Study:
         """Every backbone in turn, the float control first."""
         start = time.monotonic()
         report = self._empty()
-        rights: dict[str, Rights] = {}
+        correct: dict[str, CorrectPhotos] = {}
         in_float: list[Tensor] = []
         policies = self._policies()
         with self._counting(_STEPS):
@@ -109,12 +109,12 @@ class Study:
                 form = self._form(name, self.model.clip)
                 chapter = Chapter(form, self.protocol)
                 self._fill(report, chapter, policies)
-                rights[name] = chapter.rights()
+                correct[name] = chapter.correct_photos()
                 embeddings = early_projections(form)
                 if name == "float":
                     in_float = embeddings
                     continue
-                report["owed"] += owed_to_quantization(rights[name], rights["float"])
+                report["owed"] += attribute_to_quantization(correct[name], correct["float"])
                 report["drift"].append(
                     drift(in_float, embeddings, classes=self.model.classes, backbone=name)
                 )
