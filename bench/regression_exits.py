@@ -18,8 +18,8 @@ from bench.exit_time import SHARES, random_exits, run, spread
 from bench.shapes import B32
 from lraee.calibration.probe_time import measure
 from lraee.measurement.timing import interleaved
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import find_tower
+from lraee.towers.runner import exits_of
 from lraee.zoo.opening import open_model
 
 BUDGET_S = 15.0
@@ -60,7 +60,7 @@ def fast(images: torch.Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("batch", [1, 32])
 def test_exits_save_time_and_cost_little(fast: nn.Module, images: torch.Tensor, batch: int) -> None:
-    router = vision.exits_of(towers.find_tower(fast))
+    router = exits_of(find_tower(fast))
     assert router is not None
     opened = router.gate
     closed = replace(opened, thresholds=(math.inf,) * len(opened.thresholds))

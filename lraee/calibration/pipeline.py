@@ -27,9 +27,9 @@ from lraee.exits.head import HeadWeights
 from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.measurement import machine
-from lraee.model.accelerate import Acceleration
+from lraee.model.acceleration import Acceleration
 from lraee.storage.stages import Tensors
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower
 from lraee.towers.flops import PartFlops
 
 _log = logging.getLogger("lraee")
@@ -277,7 +277,7 @@ def collect_features(
             heads, _held_out(splits), classes=classes, logit_scale=task.logit_scale
         ),
     )
-    costs = probe_costs(heads, classes, parts or PartFlops.as_run(towers.find_tower(source.fast)))
+    costs = probe_costs(heads, classes, parts or PartFlops.as_run(find_tower(source.fast)))
     return Features(task, embeddings, splits, noise, blocks, dropped, heads, probes, costs)
 
 

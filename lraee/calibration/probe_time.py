@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,8 @@ from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights, Int8Head, contrasts
 from lraee.exits.router import Router
 from lraee.model.trace import full_depth
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import block_specs, blocks_of, find_tower, tower_spec
+from lraee.towers.runner import attach_exits
 
 _log = logging.getLogger("lraee")
 
@@ -210,18 +209,16 @@ def calls_of(
     model: nn.Module, block: int, head: HeadWeights, classes: Tensor, logit_scale: float, B: int
 ) -> dict[str, Call]:
     """What `measure` times at batch B: tower, block, probed, probe and copy."""
-    tower = towers.find_tower(model)
+    tower = find_tower(model)
     like = next(tower.parameters())
     probe = Int8Head(head, torch.zeros(4)).to(like.device)
     contrast = contrasts(classes).to(like.device)
-    run_block = towers.blocks_of(tower)[block - 1]
+    run_block = blocks_of(tower)[block - 1]
     probed = _with_exit(tower, block, head, classes, logit_scale)
-    is_batch_first = bool(tower.get_submodule("transformer").batch_first)
-    size = cast(tuple[int, int], tower.image_size)
-    images = torch.randn(B, 3, *size, generator=torch.Generator().manual_seed(0)).to(like)
-    L, D = cast(Tensor, tower.positional_embedding).shape
-    z = torch.randn(B, L, D, generator=torch.Generator().manual_seed(1)).to(like)
-    z_block = z if is_batch_first else z.transpose(0, 1).contiguous()
+    spec, order = tower_spec(tower), block_specs(tower)[block - 1].call
+    images = _normal(0, B, 3, *spec.image_size).to(like)
+    z = _normal(1, B, spec.tokens, spec.width).to(like)
+    z_block = order.by_image(z).contiguous()
     half = torch.arange(0, B, 2, device=like.device)
 
     def decide() -> list[bool]:
@@ -237,6 +234,10 @@ def calls_of(
     return {name: _finished(call, like.device) for name, call in calls.items()}
 
 
+def _normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def _with_exit(
     tower: nn.Module, block: int, head: HeadWeights, classes: Tensor, logit_scale: float
 ) -> nn.Module:
@@ -245,7 +246,7 @@ def _with_exit(
     router = Router((block,), [head], gate, classes=classes, logit_scale=logit_scale)
     probed = copy.copy(tower)
     probed._modules = dict(tower._modules)
-    vision.attach_exits(probed, router.to(next(tower.parameters()).device))
+    attach_exits(probed, router.to(next(tower.parameters()).device))
     return probed
 
 

@@ -17,7 +17,6 @@ from lraee.calibration.pipeline import NOISE_IMAGES, PAPER
 from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
 from lraee.measurement import machine
-from lraee.measurement.timing import image_size
 from lraee.storage.stages import Stages
 from lraee.study import schema, smooth
 from lraee.study.attribution import CorrectPhotos, attribute_to_quantization
@@ -33,6 +32,7 @@ from lraee.study.protocol import PAPER_BUDGET, Protocol
 from lraee.study.published import published
 from lraee.study.schema import Noise, Report
 from lraee.study.trials import Backbone
+from lraee.towers.families import image_size
 
 QUANTIZED = ("int8", "paper")
 SMOOTHED = "smoothed"
