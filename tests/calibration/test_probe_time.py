@@ -149,12 +149,12 @@ def test_what_is_timed(
     recorder = Recorder((0.006, 0.0062, 0.0061))
     monkeypatch.setattr(probe_time, "take_readings", recorder)
     model = make_model()
-    exits = make_exits(model, kind="static") if has_exits else None
-    fast = lraee.accelerate(model, exits=exits)
     if not is_batch_first:
-        for module in fast.visual.modules():
+        for module in model.visual.modules():
             if hasattr(module, "batch_first"):
                 module.batch_first = False
+    exits = make_exits(model, kind="static") if has_exits else None
+    fast = lraee.accelerate(model, exits=exits)
     head = make_head(D, E, hidden=8, has_class_token=True, seed=0)
     classes = torch.eye(5, E)
     time = measure(fast, 2, head, classes, 20.0, budget_s=0.5)
