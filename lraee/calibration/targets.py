@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lraee.calibration.risk import signed_loss
-from lraee.calibration.scoring import Found
+from lraee.calibration.scoring import ExitTable
 from lraee.exits.gate import unit
 
 
@@ -37,7 +37,7 @@ def judge(
     labels: Tensor | None,
     index: Index | None = None,
     is_proof: bool = False,
-) -> Found:
+) -> ExitTable:
     """Which probes were right, by the labels or else by the float model's answer.
 
     Without classes an answer is a search: the nearest other image of an index in int8 at full
@@ -66,7 +66,7 @@ def judge(
     else:
         gain = right.double()
         loss = torch.from_numpy(signed_loss((gain[:, -1:] - gain).numpy()))
-    return Found(
+    return ExitTable(
         probes["embedding"], probes["top1"], probes["features"], right[:, :-1],
         gain.numpy(), loss.numpy(), is_signed=labels is not None,
     )  # fmt: skip
@@ -74,10 +74,10 @@ def judge(
 
 def nearest(queries: Tensor, rows: Tensor, but: Tensor | None = None, chunk: int = 1024) -> Tensor:
     """Index of the row of largest cosine, int64 [n]; never the row that `but` names, int64 [n]."""
-    rows, found = unit(rows.float()), []
+    rows, parts = unit(rows.float()), []
     for start in range(0, len(queries), chunk):
         cosine = unit(queries[start : start + chunk].float()) @ rows.T
         if but is not None:
             cosine.scatter_(1, but[start : start + chunk, None], -torch.inf)
-        found.append(cosine.argmax(1))
-    return torch.cat(found)
+        parts.append(cosine.argmax(1))
+    return torch.cat(parts)

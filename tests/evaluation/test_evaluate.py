@@ -16,7 +16,7 @@ from lraee.evaluation import evaluate
 from lraee.evaluation.evaluate import Embedded, compare, embed, nearest, tower_bytes
 from lraee.storage.json import write_json
 from tests.clip_models import make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.image_files import folder
 from tests.support import assert_same
 
