@@ -43,6 +43,8 @@ EXTRA = {
     "exits": {"sklearn"},
     "calibration": {"sklearn", "scipy"},
     "study": {"sklearn", "scipy", "jinja2", "matplotlib"},
+    "serving": {"starlette", "orjson", "prometheus_client", "pyarrow", "faiss"},
+    "cli": {"starlette", "orjson", "prometheus_client", "python_multipart", "uvicorn"},
 }
 """Imports inside functions that an extra of the package installs, by room."""
 

@@ -1,4 +1,5 @@
-"""The command `lraee`: doctor, demo, calibrate, evaluate, report, bench, selftest.
+"""The command `lraee`: doctor, demo, calibrate, evaluate, report, bench, selftest,
+serve, index.
 
 Exit codes: 0 it worked, 1 it could not be done (one line says why), 2 wrong usage.
 """
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from lraee.calibration.head_training import Training
 from lraee.cli import report as cli_report
+from lraee.cli import serve as cli_serve
 from lraee.cli import tables
 from lraee.diagnostics import interpreter
 from lraee.exits.gate import GateKind
@@ -73,7 +75,9 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
     except ValueError as error:
         # The door's own lines: the environment's, and those of the functions behind a command
-        if not str(error).startswith(("LRAEE_", "calibrate: ", "accelerate: ", "retrieval: ")):
+        if not str(error).startswith(
+            ("LRAEE_", "calibrate: ", "accelerate: ", "retrieval: ", "serve: ")
+        ):
             raise
         _err.print(f"lraee: error: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
@@ -376,6 +380,8 @@ def selftest(
 
 
 _command(cli_report.report)
+_command(cli_serve.serve)
+_command(cli_serve.index)
 
 
 def _line(key: str, text: str) -> None:
