@@ -147,7 +147,7 @@ def _token(path: Path | None) -> str | None:
 
 
 def _allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
-    """Host headers: on loopback its names, so that no web page can reach it by a name of its own."""
+    """Host headers: on loopback its names, so that no web page reaches it by a name of its own."""
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -165,7 +165,9 @@ class Batcher:
             return self._take(kind, limit)
 
     def _take(self, kind: Kind, limit: int) -> list[_Job]:
-        now, taken, expired = time.monotonic(), [], []
+        now = time.monotonic()
+        taken: list[_Job] = []
+        expired: list[_Job] = []
         rest: deque[_Job] = deque()
         while self._queue and len(taken) < limit:
             job = self._queue.popleft()

@@ -5,7 +5,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Call:
     async def form(self) -> FormData:
         """The fields and files of a multipart body; raises 400."""
 
-        async def stream() -> AsyncIterator[bytes]:
+        async def stream() -> AsyncGenerator[bytes, None]:
             yield self.body
 
         items = self.service.settings.items
@@ -142,8 +142,12 @@ def _expected_bytes(service: Service, headers: Headers) -> int:
     if length is None:
         return limit
     if not length.isdecimal() or len(length) > 18 or int(length) > limit:
-        raise ServiceError(413, f"a request must have at most {limit} bytes", "too_large")
+        raise _too_large(limit)
     return int(length)
+
+
+def _too_large(limit: int) -> ServiceError:
+    return ServiceError(413, f"a request must have at most {limit} bytes", "too_large")
 
 
 async def _read_body(service: Service, request: Request) -> bytes:
@@ -157,9 +161,7 @@ async def _read_body(service: Service, request: Request) -> bytes:
                 chunk = message.get("body", b"")
                 size += len(chunk)
                 if size > limit:
-                    raise ServiceError(
-                        413, f"a request must have at most {limit} bytes", "too_large"
-                    )
+                    raise _too_large(limit)
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return b"".join(chunks)

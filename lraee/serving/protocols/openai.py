@@ -78,9 +78,7 @@ async def _classify(call: Call) -> Response:
     """Softmax over logit_scale * image @ classes: the label of each image, with its share."""
     service = call.service
     asked = await _request(call)
-    names = asked.options.get("labels")
-    if not _are_words(names) or not 1 <= len(names) <= _MAX_CLASSES:
-        raise bad_request(f'"labels" must be 1 to {_MAX_CLASSES} class names')
+    names = _labels(asked.options.get("labels"))
     if asked.images < len(asked.inputs):
         raise bad_request('"input" must be images')
     cost_s = service.cost_s(asked.model, images=asked.images, classes=len(names))
@@ -88,7 +86,7 @@ async def _classify(call: Call) -> Response:
         rows = await service.class_rows(asked.model, names)
         results = await _each(_embed(service, asked.model, each) for each in asked.inputs)
     scale = asked.model.encoder.logit_scale
-    data = []
+    data: list[dict[str, Any]] = []
     for i, result in enumerate(results):
         if isinstance(result, ServiceError):
             data.append({"index": i, "label": None, "probs": [], "error": result.as_json()})
@@ -170,8 +168,12 @@ def _check_dimensions(asked: _Request) -> None:
         raise bad_request(f'"dimensions" must be {width} for {asked.model.name}, or left out')
 
 
-def _are_words(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) and v.strip() for v in value)
+def _labels(value: object) -> list[str]:
+    names = value if isinstance(value, list) else []
+    are_words = all(isinstance(name, str) and name.strip() for name in names)
+    if not are_words or not 1 <= len(names) <= _MAX_CLASSES:
+        raise bad_request(f'"labels" must be 1 to {_MAX_CLASSES} class names')
+    return names
 
 
 # What is answered
