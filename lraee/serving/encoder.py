@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lraee.data.classes import class_features
 from lraee.measurement.timing import image_size
-from lraee.model.accelerate import accelerate
+from lraee.model.accelerate import accelerate, acceleration_of
 from lraee.model.trace import has_exits, trace
 from lraee.serving.batching import Kind, Result
 from lraee.zoo.opening import ModelError, Opened, open_model
@@ -74,6 +74,8 @@ class ClipEncoder:
         self._is_text_invariant = is_text_invariant
         self._has_exits = has_exits(model)
         self._device = next(model.parameters()).device
+        about = acceleration_of(model)
+        self.weights = None if about is None else about.base_hash
         self.image_size = image_size(model)
         self.logit_scale = float(cast(Tensor, model.logit_scale).detach().exp())
         self.width = len(self.encode("text", ["a photo"])[0].embedding)

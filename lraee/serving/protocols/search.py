@@ -13,7 +13,7 @@ from lraee.serving.errors import ServiceError, bad_request
 from lraee.serving.http import NO_SNIFF, Call, answer, is_same, page_cookie, route
 from lraee.serving.images import media_type
 from lraee.serving.search.index import Hits
-from lraee.serving.search.library import Library
+from lraee.serving.search.library import Embeddings, Library
 from lraee.serving.search.thumbnails import Thumbnails
 from lraee.serving.service import ServedModel, Service
 
@@ -37,6 +37,8 @@ _PHOTO_HEADERS = {
     "Cache-Control": "private, max-age=3600",
 }
 _MOST = 500
+# CLIP learned from captions: a word alone finds less than the word in one.
+_PROMPT = "a photo of {}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class _Search:
             hits, search_ms = await self._timed(call, lambda: self.library.similar(row, k))
         elif query.strip():
             with call.service.admission.work(call.service.cost_s(self.model, texts=1)):
-                result = await call.service.embed(self.model, "text", query)
+                result = await call.service.embed(self.model, "text", _PROMPT.format(query))
             text_ms = 1e3 * (time.perf_counter() - started)
             vector = result.embedding
             hits, search_ms = await self._timed(call, lambda: self.library.search(vector, k))
@@ -78,9 +80,9 @@ class _Search:
             {**self._row(int(row)), "score": round(float(score), 4)}
             for row, score in zip(hits.rows, hits.scores, strict=True)
         ]
-        return answer(
-            {"results": rows, "text_ms": round(text_ms, 2), "search_ms": round(search_ms, 2)}
-        )
+        times = {"text_ms": round(text_ms, 2), "search_ms": round(search_ms, 2)}
+        liked = {} if like is None else {"like": self._row(int(like))}
+        return answer({"results": rows, **times, **liked})
 
     async def thumbnail(self, call: Call) -> Response:
         data = await self._read(call, self.thumbnails.jpeg)
@@ -123,7 +125,7 @@ class _Search:
     def _row(self, row: int) -> dict[str, Any]:
         embeddings = self.library.embeddings
         width, height = embeddings.sizes[row].tolist()
-        name = embeddings.names[row].encode("utf-8", "replace").decode()
+        name = embeddings.names[row].encode("utf-8", "replace").decode("utf-8")
         return {"row": row, "name": name, "width": width, "height": height}
 
 
@@ -136,15 +138,7 @@ def routes(service: Service, library: Library, thumbnails: Path) -> list[Route]:
       thumbnails: folder where thumbnails are kept.
     Raises: ValueError where no served model made the library.
     """
-    name = library.embeddings.model
-    model = service.models.get(name)
-    width = library.embeddings.rows.shape[1]
-    if model is None or model.encoder.width != width:
-        served = ", ".join(service.models)
-        raise ValueError(
-            f"serve: --model must be {name or 'the one'} ({width} numbers), which made the"
-            f" embeddings, got {served}"
-        )
+    model = _maker(service, library.embeddings)
     search = _Search(library, model, Thumbnails(library, thumbnails))
     return [
         route(service, "/", search.assets),
@@ -155,6 +149,21 @@ def routes(service: Service, library: Library, thumbnails: Path) -> list[Route]:
         route(service, "/thumbnails/{row}", search.thumbnail),
         route(service, "/photos/{row}", search.photo),
     ]
+
+
+def _maker(service: Service, embeddings: Embeddings) -> ServedModel:
+    """The served model whose image tower made the rows."""
+    width = embeddings.rows.shape[1]
+    for model in service.models.values():
+        encoder = model.encoder
+        is_maker = encoder.opened.title == embeddings.model
+        if embeddings.weights and encoder.weights:
+            is_maker = encoder.weights == embeddings.weights
+        if is_maker and encoder.width == width:
+            return model
+    served = ", ".join(service.models)
+    wanted = f"{embeddings.model or 'the model'} ({width} numbers), which made the embeddings"
+    raise ValueError(f"serve: --model must be {wanted}, got {served}")
 
 
 def _number(call: Call, name: str, default: int | None, *, most: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lraee.data.names import from_stored
 from lraee.data.sources import DataError, Limits, first_line
 from lraee.serving.search.index import Exact, Hits, Quantized, make_index
 from lraee.serving.search.reader import open_reader
@@ -24,19 +25,21 @@ class Embeddings:
       names: of the photos, below `source`.
       rows: unit rows float32 [N, E]; a row that is not finite is never found.
       sizes: width and height int32 [N, 2], 0 where unknown.
-      model: that made the rows.
-      source: folder or archive of the photos, or None where the file does not say.
+      model: title of the model that made the rows.
+      weights: hash of its image tower, or "".
+      folder: where the file lies.
     """
 
     names: Sequence[str]
     rows: NDArray[np.float32]
     sizes: NDArray[np.int32]
     model: str
-    source: str | None
+    weights: str
+    folder: Path
 
 
 def read_embeddings(path: Path) -> Embeddings:
-    """Read a parquet of `lraee embed`.
+    """Read what `lraee embed` wrote: a file, or a folder of parts.
 
     Raises: DataError, one line, on anything else; ImportError without pyarrow.
     """
@@ -47,25 +50,23 @@ def read_embeddings(path: Path) -> Embeddings:
         raise ImportError(
             "search: photos need pyarrow, which is not installed: pip install 'lraee[embed]'"
         ) from error
+    files = sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]
     try:
-        table = parquet.read_table(path, columns=list(_COLUMNS), memory_map=True)
+        tables = [parquet.read_table(file, columns=list(_COLUMNS)) for file in files]
+        table = pyarrow.concat_tables(tables)
         rows = _matrix(table["embedding"].combine_chunks())
         sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)
-        names = table["path"].to_pylist()
-        about = _about(table.schema.metadata or {})
-    except (OSError, pyarrow.ArrowException, KeyError, ValueError, TypeError) as error:
+        names = [from_stored(name) for name in table["path"].to_pylist()]
+        about = _about(tables[0].schema.metadata or {})
+    except (OSError, pyarrow.ArrowException, LookupError, ValueError, TypeError) as error:
         raise DataError(
-            f"search: {path} must be a parquet of `lraee embed`: {first_line(error)}"
+            f"search: {path} must be what `lraee embed` wrote of photos: {first_line(error)}"
         ) from error
-    if not len(rows) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"search: {path} must hold photos, got none or one without a path")
     with np.errstate(invalid="ignore", divide="ignore"):
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    source = about.get("source")
-    return Embeddings(
-        names, rows, np.nan_to_num(sizes).astype(np.int32), str(about.get("model", "")),
-        source if isinstance(source, str) else None,
-    )  # fmt: skip
+    model, weights = (str(about.get(key, "")) for key in ("model", "weights"))
+    folder = path.parent.absolute()
+    return Embeddings(names, rows, np.nan_to_num(sizes).astype(np.int32), model, weights, folder)
 
 
 def _matrix(column: Any) -> NDArray[np.float32]:
@@ -93,7 +94,8 @@ class Library:
 
     Args:
       embeddings: names and rows.
-      source: folder or archive of the photos; by default what the embeddings say.
+      source: folder or archive that the names begin in; None: the names are absolute paths, or
+        begin in the folder of the embeddings.
       limits: on the size of a photo.
     Raises: DataError where the photos are not there.
     """
@@ -104,12 +106,7 @@ class Library:
         """See the class."""
         self.embeddings = embeddings
         self.index: Exact | Quantized = make_index(embeddings.rows)
-        where = source or (None if embeddings.source is None else Path(embeddings.source))
-        if where is None:
-            raise DataError(
-                "search: the embeddings must name their photos' folder; give --photos-from"
-            )
-        self._read = open_reader(where, limits or Limits())
+        self._read = open_reader(source, embeddings.folder, limits or Limits())
 
     def __len__(self) -> int:
         """How many rows there are."""
