@@ -1,5 +1,4 @@
-"""The command `lraee`: doctor, demo, calibrate, evaluate, report, bench, selftest,
-serve, index.
+"""The command `lraee`: one function per command here, or one file beside this one.
 
 Exit codes: 0 it worked, 1 it could not be done (one line says why), 2 wrong usage.
 """
@@ -19,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lraee.calibration.head_training import Training
+from lraee.cli import embed as cli_embed
+from lraee.cli import merge as cli_merge
 from lraee.cli import report as cli_report
 from lraee.cli import serve as cli_serve
 from lraee.cli import tables
@@ -151,6 +152,7 @@ def demo(
     _out.print(tables.of_answers(found["answers"]))
     _out.print(tables.of_forms(found["rows"]))
     _line("written", str(out))
+    _line("next", "lraee embed PHOTOS --out DIR embeds a library of any size")
 
 
 @_command
@@ -380,6 +382,8 @@ def selftest(
 
 
 _command(cli_report.report)
+_command(cli_embed.embed)
+_command(cli_merge.merge)
 _command(cli_serve.serve)
 _command(cli_serve.index)
 

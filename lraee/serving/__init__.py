@@ -1,1 +1,1 @@
-"""Answers over HTTP: a batcher, existing clients' protocols and a page to search photos."""
+"""Embeddings for many: bulk to Parquet, over HTTP to existing clients, and a page to search."""
