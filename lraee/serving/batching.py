@@ -194,10 +194,10 @@ class Batcher:
             self._metrics.wait_seconds.observe(started - job.enqueued)
         try:
             answers = list(zip(jobs, self._encode(jobs), strict=True))
+            self._count(jobs[0].kind, time.monotonic() - started, answers)
         finally:
             self._busy_since = None
             _answer(answers or [(job, _unavailable()) for job in jobs])
-        self._count(jobs[0].kind, time.monotonic() - started, answers)
 
     def _encode(self, jobs: list[_Job]) -> Sequence[Result | ServiceError]:
         try:
