@@ -170,7 +170,7 @@ def _run(app: "Starlette", host: str, port: int, *, has_page: bool) -> None:
                 typer.echo(f"ready           http://{name}:{bound[1]}{page}")
                 sys.stdout.flush()
 
-    logging.getLogger("lraee.serving").setLevel(logging.INFO)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else each bad form is a line
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", access_log=False, server_header=False,
         date_header=False, limit_concurrency=1024, timeout_keep_alive=30, lifespan="on",
