@@ -40,6 +40,7 @@ HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
 EXTRA = {
+    "data": {"simplejpeg", "pillow_heif"},
     "exits": {"sklearn"},
     "calibration": {"sklearn", "scipy"},
     "study": {"sklearn", "scipy", "jinja2", "matplotlib"},

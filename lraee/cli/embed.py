@@ -45,9 +45,13 @@ def embed(
     part_rows: Annotated[
         int, typer.Option(min=1, help="Photos per part: what a kill can cost.")
     ] = 1024,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact/--fast", help="The pixels of the model's transform, or faster."),
+    ] = False,
     limit_pixels: Annotated[
         int, typer.Option(min=1, help="Photos of more pixels are skipped.")
-    ] = 64_000_000,
+    ] = 178_956_970,
     limit_bytes: Annotated[int, typer.Option(min=1, help="Files of more bytes are skipped.")] = 64
     << 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -61,11 +65,12 @@ def embed(
     Example: `lraee embed ~/photos --out embeddings`, or
     `find . -name '*.jpg' -print0 | lraee embed - --out photos.parquet`
     """
+    from lraee.data import decoding
     from lraee.data.names import printable
     from lraee.data.sources import Limits
     from lraee.layers.scheme import find_scheme
     from lraee.serving.embed import Shard, run
-    from lraee.serving.embed_model import DTYPES, Choice, PhotoModel, TextModel
+    from lraee.serving.embed_model import DTYPES, MAX_SECONDS, Choice, PhotoModel, TextModel
     from lraee.serving.listing import TextListing, open_listing
     from lraee.serving.output import Output
 
@@ -79,10 +84,16 @@ def embed(
             find_scheme(scheme)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    limits = Limits(pixels=limit_pixels, file_size_bytes=limit_bytes)
-    listing = TextListing(texts) if texts else open_listing(photos or [], limits)
+    limits = decoding.Limits(
+        max_bytes=limit_bytes, max_pixels=limit_pixels, max_seconds=MAX_SECONDS
+    )
+    reading = Limits(file_size_bytes=limit_bytes)
+    listing = TextListing(texts) if texts else open_listing(photos or [], reading)
     with Output(out) as output:
-        choice = Choice(model, _version(), pretrained, scheme, exits, limits, dtype)
+        choice = Choice(
+            model, _version(), pretrained, scheme=scheme, exits=exits, limits=limits, dtype=dtype,
+            mode="exact" if exact else "fast",
+        )  # fmt: skip
         totals = run(
             listing, TextModel(choice, batch) if texts else PhotoModel(choice), output,
             shard=share, batch=batch, workers=workers, part_rows=part_rows, progress=progress,

@@ -8,8 +8,13 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
-"""Of files that may be photos, in lower case."""
+# What may be a photo; what it is, its content says.
+SUFFIXES = frozenset(
+    (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+        ".avif", ".heic", ".heif",
+    )
+)  # fmt: skip
 
 # Folders that a system or a synchroniser keeps beside photos; those with a leading dot need no name
 _SYSTEM_FOLDERS = frozenset(

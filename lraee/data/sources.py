@@ -22,13 +22,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a file may be before it is refused unread."""
+    """How large a file or a whole source may be before it is refused unread."""
 
     file_size_bytes: int = 64 << 20
     total_size_bytes: int = 256 << 30
     count: int = 5_000_000
-    pixels: int = 64_000_000
-    aspect: float = 50.0
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class _Walker:
             return "is a link to a folder around it"
         if not _is_inside(target, self._real_root):
             return None
-        inner = os.path.relpath(target, self._real_root).split(b"/")
-        is_listed = not any(refused_folder(to_text(part)) for part in inner)
+        inner = to_text(target[len(self._real_root) :]).split("/")
+        is_listed = not any(map(refused_folder, inner))
         return "is a link to a folder that is listed by its own name" if is_listed else None
 
 

@@ -140,7 +140,7 @@ def run(
         _jobs(parts, finished), _Preparer(listing, encoder),
         workers=workers, window=2 * max(batch, workers),
     )  # fmt: skip
-    with output.failure_file() as failures, _bar(listing, shard, progress) as bar:
+    with output.failure_file() as failures, _Bar(listing, shard, progress) as bar:
         work = _Work(encoder, output, settings, batch, bar)
         for job in jobs:
             if job.candidate is not None:
@@ -151,8 +151,7 @@ def run(
             totals.resumed += header.rows if job.header else work.copied
             totals.embedded += 0 if job.header else header.rows - work.copied
             if job.header:
-                bar.initial += len(job.part.candidates)
-                bar.update(len(job.part.candidates))
+                bar.resume(len(job.part.candidates))
         _require_some(listing, totals, shard)
         finished.retire(totals.parts)
         close(output, failures, settings, totals)
@@ -255,7 +254,7 @@ class _Work:
     """The part at hand: batches through the tower, rows in the order of the candidates."""
 
     def __init__(
-        self, encoder: Encoder, output: Output, settings: Settings, batch: int, bar: Any
+        self, encoder: Encoder, output: Output, settings: Settings, batch: int, bar: "_Bar"
     ) -> None:
         self._encoder, self._output, self._settings = encoder, output, settings
         self._batch, self._bar = batch, bar
@@ -317,11 +316,22 @@ def _kept(listing: Listing, shard: Shard | None) -> Iterator[Candidate | Skipped
             yield row
 
 
-def _bar(listing: Listing, shard: Shard | None, progress: bool) -> Any:
-    total = listing.count() if progress else None
-    if total is not None and shard is not None:
-        total //= shard.count
-    return tqdm(total=total, desc="embed", unit=" rows", smoothing=0, disable=not progress)
+class _Bar(tqdm):  # type: ignore[misc]
+    """Rows per second and time left; what earlier runs did counts for neither."""
+
+    def __init__(self, listing: Listing, shard: Shard | None, progress: bool) -> None:
+        total = listing.count() if progress else None
+        if total is not None and shard is not None:
+            total //= shard.count
+        super().__init__(
+            total=total, desc="embed", unit=" images", smoothing=0, disable=not progress
+        )
+
+    def resume(self, count: int) -> None:
+        """So many are there already."""
+        if not self.disable:
+            self.initial += count
+            self.update(count)
 
 
 def _require_some(listing: Listing, totals: Totals, shard: Shard | None) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lraee.data.photos import decode
-from lraee.data.sources import Limits
+from lraee.data import preprocess
+from lraee.data.decoding import Limits, Mode
+from lraee.data.sources import DataError
 from lraee.exits.bundle import Exits
 from lraee.measurement.timing import image_size
 from lraee.model.accelerate import accelerate, acceleration_of
@@ -23,6 +24,9 @@ from lraee.towers.open_clip import tower_hash
 from lraee.zoo.opening import Opened, open_model
 
 DTYPES = ("float32", "float16")
+# What decides whether a photo is refused must not depend on how busy the machine is: far more time
+# than decoding takes, which is bounded by pixels, scans and memory
+MAX_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Choice:
       model, pretrained: as `open_model` takes them.
       scheme: of `accelerate`; None: that of the exits, else "int8".
       exits: folder from `lraee calibrate`, or None.
-      limits: what is refused unread or undecoded.
+      mode: "fast" scales JPEG while it is decoded, "exact" gives the bits of the model's transform.
+      limits: what is refused undecoded.
       dtype: of the column `embedding`.
       version: lraee's.
     """
@@ -43,7 +48,8 @@ class Choice:
     pretrained: str | None = None
     scheme: str | None = None
     exits: Path | None = None
-    limits: Limits = Limits()
+    mode: Mode = "fast"
+    limits: Limits = Limits(max_seconds=MAX_SECONDS)
     dtype: str = "float32"
 
     def settings(self, opened: Opened, **more: Any) -> dict[str, Any]:
@@ -65,7 +71,12 @@ class PhotoModel:
         exits = None if choice.exits is None else Exits.load(choice.exits)
         scheme = choice.scheme or (exits.scheme if exits else "int8")
         self._model = accelerate(self._opened.model, scheme=scheme, exits=exits, inplace=True)
-        self._preprocess = self._opened.preprocess
+        try:
+            self._preprocess = preprocess.from_transform(
+                self._opened.preprocess, mode=choice.mode, limits=choice.limits
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from error
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -79,15 +90,14 @@ class PhotoModel:
             weights=about.base_hash,
             scheme=asdict(about.scheme),
             exits=_exits_hash(self._choice.exits),
-            preprocess="exact",
-            limits=asdict(self._choice.limits),
+            preprocess=_rules(self._preprocess),
             dimensions=self.encode([black])[0].shape[1],
         )
 
     def prepare(self, data: bytes) -> Prepared:
         """Pixels float32 [3, H, W] of one photo; raises DataError."""
-        image = decode(data, self._choice.limits)
-        return Prepared(self._preprocess(image).numpy(), *image.size)
+        image, (height, width) = self._preprocess.with_size(data)
+        return Prepared(image.numpy(), width, height)
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[Prepared]) -> tuple[np.ndarray, Sequence[int | None]]:
@@ -133,6 +143,13 @@ class TextModel:
         tokens = self._opened.tokenizer([row.data for row in rows])
         encode = cast(Callable[..., Tensor], self._opened.model.encode_text)
         return encode(tokens, normalize=True).float().numpy(), [None] * len(rows)
+
+
+def _rules(rules: preprocess.Preprocess) -> dict[str, Any]:
+    """All that a Preprocess is made of, its table by its hash."""
+    about = {field.name: getattr(rules, field.name) for field in fields(rules)}
+    table = hashlib.sha256(about.pop("table").tobytes()).hexdigest()
+    return {**about, "limits": asdict(rules.limits), "table": table}
 
 
 def _exits_hash(folder: Path | None) -> str | None:

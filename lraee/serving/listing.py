@@ -37,12 +37,12 @@ _LONGEST_LINE = 1 << 20
 class Candidate:
     """Something to embed: its name, and what tells that it has not changed.
 
-    `size` in bytes, -1 where it cannot be read; `mtime_ns` since 1970, UTC.
+    `size` in bytes, -1 where it cannot be read; `mtime_us` in microseconds since 1970, UTC.
     """
 
     name: str
     size: int
-    mtime_ns: int
+    mtime_us: int
     place: tuple[str, int] | None = None
     """Of a tar's member: the tar, and where its bytes begin."""
 
@@ -259,7 +259,7 @@ def _file(name: str, path: bytes) -> Candidate:
         status = os.stat(path)
     except (OSError, ValueError):  # why is said when it is read
         return Candidate(name, UNKNOWN_SIZE, 0)
-    return Candidate(name, status.st_size, status.st_mtime_ns)
+    return Candidate(name, status.st_size, status.st_mtime_ns // 1000)
 
 
 def _members(shard: str, path: str) -> Iterator[Candidate | Skipped]:
@@ -281,13 +281,13 @@ def _member(shard: str, path: str, member: tarfile.TarInfo) -> Candidate | Skipp
         reason = "is not a regular file"
     if reason:
         return Skipped(name, reason)
-    return Candidate(name, member.size, int(member.mtime * 1e9), (path, member.offset_data))
+    return Candidate(name, member.size, int(member.mtime * 1e6), (path, member.offset_data))
 
 
 def _zip_time(info: zipfile.ZipInfo) -> int:
     """A ZIP's time has no zone: taken as UTC; 0 where it is no date."""
     try:
-        return int(datetime(*info.date_time, tzinfo=UTC).timestamp()) * 1_000_000_000
+        return int(datetime(*info.date_time, tzinfo=UTC).timestamp()) * 1_000_000
     except ValueError:
         return 0
 

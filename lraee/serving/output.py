@@ -244,6 +244,6 @@ def _keys(files: list[Path]) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
                 times = table["mtime"].cast("int64").to_pylist()
                 columns = zip(table["path"].to_pylist(), table["size"].to_pylist(), times,
                               strict=True)  # fmt: skip
-                for j, (name, size, time_ns) in enumerate(columns):
-                    candidate = Candidate(from_stored(name), size, time_ns)
+                for j, (name, size, time_us) in enumerate(columns):
+                    candidate = Candidate(from_stored(name), size, time_us)
                     yield candidate_key(candidate), (i, group, j)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _KEY = b"lraee"
 _FAILURES_AT_ONCE = 4096
-_TIME_RANGE = 2**63 - 1
+_YEARS_US = -62_135_596_800_000_000, 253_402_300_799_000_000
+"""Of datetime: the years 1 to 9999."""
 
 Settings = Mapping[str, Any]
 """All that the embeddings depend on, as JSON."""
@@ -75,7 +76,7 @@ class Part:
 
 def candidate_key(candidate: Candidate) -> bytes:
     """Digest of name, size and time: a photo with another key is embedded again."""
-    about = f"\0{candidate.size}\0{candidate.mtime_ns}".encode()
+    about = f"\0{candidate.size}\0{candidate.mtime_us}".encode()
     return blake2b(to_bytes(candidate.name) + about, digest_size=16).digest()
 
 
@@ -104,7 +105,7 @@ def schema(settings: Settings, metadata: Mapping[str, Any]) -> "pa.Schema":
             pa.field("width", pa.int32(), nullable=False),
             pa.field("height", pa.int32(), nullable=False),
             pa.field("size", pa.int64(), nullable=False),
-            pa.field("mtime", pa.timestamp("ns", tz="UTC"), nullable=False),
+            pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
             pa.field("exit_block", pa.int16()),
         ]
     text = json.dumps({**settings, **metadata}, sort_keys=True)
@@ -126,7 +127,7 @@ def table_of(rows: Sequence[Row], columns: "pa.Schema") -> "pa.Table":
         "width": [row.width for row in rows],
         "height": [row.height for row in rows],
         "size": [row.candidate.size for row in rows],
-        "mtime": [_in_range(row.candidate.mtime_ns) for row in rows],
+        "mtime": [_in_range(row.candidate.mtime_us) for row in rows],
         "exit_block": [row.exit_block for row in rows],
     }
     arrays = [pa.array(values[f.name], f.type) for f in columns if f.name != "embedding"]
@@ -232,5 +233,5 @@ class FailureFile:
         self._rows = []
 
 
-def _in_range(time_ns: int) -> int:
-    return max(-_TIME_RANGE, min(_TIME_RANGE, time_ns))
+def _in_range(time_us: int) -> int:
+    return max(_YEARS_US[0], min(_YEARS_US[1], time_us))

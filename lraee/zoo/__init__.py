@@ -50,7 +50,7 @@ class Entry:
             [
                 transforms.Resize(self.resize, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.CenterCrop(side),
-                _to_rgb,
+                _convert_to_rgb,
                 transforms.ToTensor(),
                 transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
             ]
@@ -120,7 +120,7 @@ def _entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def _to_rgb(image: Image) -> Image:
+def _convert_to_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 

@@ -8,7 +8,7 @@ from lraee.serving.batching import Batcher, Result
 from lraee.serving.errors import ServiceError
 from lraee.serving.metrics import Metrics
 from lraee.serving.settings import Settings
-from tests.serving.fake_encoder import FakeEncoder
+from tests.serving.held_encoder import FakeEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 

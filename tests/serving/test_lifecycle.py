@@ -24,7 +24,7 @@ from lraee.serving.server import create_app
 from lraee.serving.service import Service
 from lraee.serving.settings import Settings
 from tests.serving.conftest import MODEL, Running, running
-from tests.serving.fake_encoder import FakeEncoder
+from tests.serving.held_encoder import FakeEncoder
 from tests.serving.test_server import error_of
 
 ROOT = Path(__file__).parents[2]
