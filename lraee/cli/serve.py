@@ -33,6 +33,9 @@ def serve(
     text: Annotated[
         str | None, typer.Option(help="int8: the text tower is quantized too. [default: float]")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact/--fast", help="The pixels of the model's transform, or faster.")
+    ] = False,
     photos: Annotated[
         Path | None,
         typer.Option(exists=True, help="From `lraee embed`: adds the page that searches them."),
@@ -68,9 +71,7 @@ def serve(
     if len(names) > 1 and (pretrained or exits):
         raise typer.BadParameter("--pretrained and --exits need one --model; write NAME__TAG")
     _require_extra()
-    from dataclasses import replace
-
-    from lraee.data.sources import Limits
+    from lraee.data.decoding import Limits, Mode
     from lraee.serving.encoder import ModelChoice
     from lraee.serving.search.library import Library, read_embeddings
     from lraee.serving.server import create_app
@@ -80,14 +81,16 @@ def serve(
     settings = Settings(
         body_bytes=max(2 * image_bytes, 1 << 20), image_bytes=image_bytes, max_batch=max_batch,
         queue_s=queue_s, deadline_s=deadline_s,
-        pixels=replace(Limits(), pixels=round(max_megapixels * 1e6)),
+        decoding=Limits(max_bytes=image_bytes, max_pixels=round(max_megapixels * 1e6)),
         url_hosts=tuple(allow_url_host or ()), token=_token(token_file),
         allowed_hosts=_allowed_hosts(host, allow_host or []),
     )  # fmt: skip
     library = None
     if photos is not None:
         library = Library(read_embeddings(photos), photos_from)
-    encoders = [ModelChoice(each, pretrained, scheme, exits, text).open() for each in names]
+    mode: Mode = "exact" if exact else "fast"
+    choices = [ModelChoice(each, pretrained, scheme, exits, text, mode) for each in names]
+    encoders = [choice.open() for choice in choices]
     kept = Path("thumbnails") if photos is None else photos.with_suffix(".thumbnails")
     app = create_app(encoders, settings, library, thumbnails=kept)
     for encoder in encoders:

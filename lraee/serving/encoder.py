@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lraee.data.classes import class_features
+from lraee.data.decoding import Mode
+from lraee.data.preprocess import from_transform
 from lraee.measurement.timing import image_size
 from lraee.model.accelerate import accelerate, acceleration_of
 from lraee.model.trace import has_exits, trace
@@ -27,6 +29,8 @@ class ModelChoice:
       scheme: as in `accelerate`; "float" serves the model as it is.
       exits: what `lraee calibrate` made, or None.
       text: as in `accelerate`: "int8", or None for the float text tower.
+      mode: how images are decoded: "fast" scales JPEG while it is decoded, "exact" gives the pixels
+        of the model's own transform.
     """
 
     name: str
@@ -34,6 +38,7 @@ class ModelChoice:
     scheme: str = "int8"
     exits: Path | None = None
     text: str | None = None
+    mode: Mode = "fast"
 
     def open(self) -> "ClipEncoder":
         """The model, accelerated. Raises: ModelError and what `accelerate` raises, in one line."""
@@ -43,12 +48,13 @@ class ModelChoice:
             raise ModelError(f"serve: model must have a text tower, got {name}")
         served = Path(name).name + (f"__{tag}" if tag else "")
         if self.scheme == "float":
-            return ClipEncoder(served, opened, opened.model)
+            return ClipEncoder(served, opened, opened.model, mode=self.mode)
         options: dict[str, Any] = {} if self.text is None else {"text": self.text}
         fast = accelerate(
             opened.model, scheme=self.scheme, exits=self.exits, inplace=True, **options
         )
-        return ClipEncoder(served, opened, fast, is_text_invariant=self.text is not None)
+        is_invariant = self.text is not None
+        return ClipEncoder(served, opened, fast, mode=self.mode, is_text_invariant=is_invariant)
 
 
 class ClipEncoder:
@@ -62,14 +68,22 @@ class ClipEncoder:
       name: that clients use.
       opened: tokenizer, preprocessing and title.
       model: what runs; its image tower may have exits.
+      mode: how images are decoded.
       is_text_invariant: whether texts have the same bits in any batch.
     """
 
     def __init__(
-        self, name: str, opened: Opened, model: nn.Module, *, is_text_invariant: bool = False
+        self,
+        name: str,
+        opened: Opened,
+        model: nn.Module,
+        *,
+        mode: Mode = "fast",
+        is_text_invariant: bool = False,
     ) -> None:
         """See the class."""
         self.name, self.opened = name, opened
+        self.preprocess = from_transform(opened.preprocess, mode=mode)
         self._model = model.eval()
         self._is_text_invariant = is_text_invariant
         self._has_exits = has_exits(model)

@@ -10,41 +10,26 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lraee.data.photos import decode
-from lraee.data.sources import DataError
+from lraee.data.decoding import DecodeError
+from lraee.data.headers import Format, format_of
+from lraee.data.preprocess import Preprocess
 from lraee.measurement.machine import available_cpus
 from lraee.serving.errors import ServiceError
 from lraee.serving.metrics import Metrics
 from lraee.serving.settings import Settings
-from lraee.zoo.opening import Opened
 
 T = TypeVar("T")
 
-_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"\xff\xd8\xff", "image/jpeg"),
-    (0, b"\x89PNG\r\n\x1a\n", "image/png"),
-    (8, b"WEBP", "image/webp"),
-    (0, b"GIF87a", "image/gif"),
-    (0, b"GIF89a", "image/gif"),
-    (0, b"BM", "image/bmp"),
-    (0, b"II*\x00", "image/tiff"),
-    (0, b"MM\x00*", "image/tiff"),
-    (0, b"P6", "image/x-portable-pixmap"),
-    (0, b"P5", "image/x-portable-graymap"),
-)
-
-
-def media_type(data: bytes) -> str | None:
-    """The type of an image by its first bytes; None for all that is not decoded here."""
-    for offset, signature, name in _SIGNATURES:
-        if data[offset : offset + len(signature)] == signature:
-            return name
-    return None
+MEDIA_TYPES: dict[Format, str] = {
+    "JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif",
+    "BMP": "image/bmp", "TIFF": "image/tiff", "PPM": "image/x-portable-anymap",
+    "AVIF": "image/avif", "HEIF": "image/heif",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What the model takes, float32 [3, H, W], and the size of the image it came from."""
+    """What the model takes, float32 [3, H, W], and the size of the upright image it came from."""
 
     tensor: Tensor
     width: int
@@ -52,10 +37,10 @@ class Picture:
 
 
 class Decoder:
-    """decode(data, opened) off the event loop; its threads come from the CPU quota.
+    """decode(data, preprocess) off the event loop; its threads come from the CPU quota.
 
     Args:
-      settings: image_bytes and the limits on pixels.
+      settings: image_bytes.
       metrics: decode_seconds.
     """
 
@@ -66,17 +51,14 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lraee-decode")
         self.seconds = 0.0
 
-    async def decode(self, data: bytes, opened: Opened) -> Picture:
+    async def decode(self, data: bytes, preprocess: Preprocess) -> Picture:
         """Raises ServiceError: 413 too large, 415 no image type, 422 broken or too many pixels."""
         if len(data) > self._settings.image_bytes:
-            raise ServiceError(
-                413, f"an image must have at most {self._settings.image_bytes} bytes", "too_large"
-            )
-        if media_type(data) is None:
-            raise ServiceError(
-                415, "an image must be JPEG, PNG, WebP, GIF, BMP or TIFF", "no_image"
-            )
-        picture, elapsed_s = await self.run(lambda: self._decode(data, opened))
+            raise too_large(self._settings)
+        if format_of(data) is None:
+            known = ", ".join(MEDIA_TYPES)
+            raise ServiceError(415, f"an image must be one of {known}", "no_image")
+        picture, elapsed_s = await self.run(lambda: _decode(data, preprocess))
         self._metrics.decode_seconds.observe(elapsed_s)
         self.seconds = 0.9 * (self.seconds or elapsed_s) + 0.1 * elapsed_s
         return picture
@@ -89,11 +71,18 @@ class Decoder:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _decode(self, data: bytes, opened: Opened) -> tuple[Picture, float]:
-        started = time.perf_counter()
-        try:
-            image = decode(data, self._settings.pixels)
-            picture = Picture(opened.preprocess(image), image.width, image.height)
-        except DataError as error:
-            raise ServiceError(422, f"the image {error}", "broken_image") from None
-        return picture, time.perf_counter() - started
+
+def too_large(settings: Settings) -> ServiceError:
+    """413 of an image."""
+    return ServiceError(
+        413, f"an image must have at most {settings.image_bytes} bytes", "too_large"
+    )
+
+
+def _decode(data: bytes, preprocess: Preprocess) -> tuple[Picture, float]:
+    started = time.perf_counter()
+    try:
+        tensor, (height, width) = preprocess.with_size(data)
+    except DecodeError as error:
+        raise ServiceError(422, f"the image {error}", "broken_image") from None
+    return Picture(tensor, width, height), time.perf_counter() - started

@@ -18,7 +18,7 @@ from lraee.serving.batching import Batcher, Kind, Result
 from lraee.serving.encoder import ClipEncoder
 from lraee.serving.errors import ServiceError, bad_request
 from lraee.serving.fetch import Fetcher
-from lraee.serving.images import Decoder, Picture
+from lraee.serving.images import Decoder, Picture, too_large
 from lraee.serving.metrics import Metrics
 from lraee.serving.settings import Settings
 
@@ -33,6 +33,7 @@ class ServedModel:
         """See the class."""
         self.encoder, self.name = encoder, encoder.name
         self.batcher = Batcher(encoder.name, encoder, settings, metrics)
+        self.preprocess = encoder.preprocess.with_options(limits=settings.decoding)
         self.slots = asyncio.Semaphore(_READY_BATCHES * settings.max_batch)
         self.classes: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
         metrics.watch_depth(encoder.name, lambda: self.batcher.depth)
@@ -118,7 +119,7 @@ class Service:
         is_arriving = True
         try:
             async with asyncio.timeout(self.settings.deadline_s), model.slots:
-                picture = await self.decoder.decode(data, model.encoder.opened)
+                picture = await self.decoder.decode(data, model.preprocess)
                 future = batcher.submit("image", picture.tensor)
                 is_arriving = False
                 batcher.depart()
@@ -165,9 +166,7 @@ class Service:
         else:
             payload = source
         if len(payload) * 3 // 4 > self.settings.image_bytes + 3:
-            raise ServiceError(
-                413, f"an image must have at most {self.settings.image_bytes} bytes", "too_large"
-            )
+            raise too_large(self.settings)
         try:
             return await self.decoder.run(lambda: base64.b64decode(payload, validate=True))
         except (binascii.Error, ValueError):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lraee.data.sources import Limits
+from lraee.data.decoding import Limits
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Settings:
       max_batch: images of one call of the model.
       max_wait_s: how long a call waits for images that are still being decoded.
       stall_s: a call that runs longer makes the server unready.
-      pixels: what an image may have, checked before it is decoded.
+      decoding: what an image may take, checked before it is decoded.
       url_hosts: hosts (name or name:port) that images may be fetched from; empty: none.
       allowed_hosts: accepted Host headers; empty: all.
       token: what clients must bear, or None.
@@ -38,7 +38,7 @@ class Settings:
     max_batch: int = 32
     max_wait_s: float = 0.005
     stall_s: float = 60.0
-    pixels: Limits = field(default_factory=Limits)
+    decoding: Limits = Limits(max_pixels=64_000_000)
     url_hosts: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     token: str | None = field(default=None, repr=False)

@@ -88,10 +88,9 @@ def serve() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def single(encoder: ClipEncoder) -> Callable[[bytes], NDArray[np.float32]]:
     """The embedding of one image by one call of the model, without a server."""
-    from lraee.data.photos import decode
 
     def embed(data: bytes) -> NDArray[np.float32]:
-        image = encoder.opened.preprocess(decode(data))
+        image = encoder.preprocess(data)
         with torch.inference_mode():
             model: Any = encoder._model
             row: NDArray[np.float32] = model.encode_image(image[None], normalize=True)[0].numpy()

@@ -34,7 +34,8 @@ class FakeClip(FakeEncoder):
     """A FakeEncoder that a server takes: texts are numbers or "die", images are black."""
 
     name, width, image_size, logit_scale, weights = "fake", 4, (2, 2), 100.0, None
-    opened = SimpleNamespace(title="fake", preprocess=lambda image: torch.zeros(3, 2, 2))
+    opened = SimpleNamespace(title="fake")
+    preprocess = SimpleNamespace(with_options=lambda limits: None)
 
     def encode(self, kind: Any, payloads: Any) -> Any:
         plain = [0 if torch.is_tensor(p) else _plain(p) for p in payloads]

@@ -8,10 +8,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lraee.data.headers import format_of
 from lraee.data.sources import DataError
 from lraee.serving.errors import ServiceError, bad_request
 from lraee.serving.http import NO_SNIFF, Call, answer, is_same, page_cookie, route
-from lraee.serving.images import media_type
+from lraee.serving.images import MEDIA_TYPES
 from lraee.serving.search.index import Hits
 from lraee.serving.search.library import Embeddings, Library
 from lraee.serving.search.thumbnails import Thumbnails
@@ -24,7 +25,7 @@ _ASSETS = {
     "icon.svg": "image/svg+xml",
 }
 # What a browser shows by itself; other photos are shown as their thumbnails.
-_SHOWN = ("image/jpeg", "image/png", "image/webp", "image/gif")
+_SHOWN = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -90,10 +91,10 @@ class _Search:
 
     async def photo(self, call: Call) -> Response:
         data = await self._read(call, self.library.read)
-        kind = media_type(data)
-        if kind not in _SHOWN:
-            data, kind = await self._read(call, self.thumbnails.jpeg), "image/jpeg"
-        return Response(data, headers=_PHOTO_HEADERS, media_type=kind)
+        form = format_of(data)
+        if form not in _SHOWN:
+            data, form = await self._read(call, self.thumbnails.jpeg), "JPEG"
+        return Response(data, headers=_PHOTO_HEADERS, media_type=MEDIA_TYPES[form])
 
     async def login(self, call: Call) -> Response:
         token, given = call.service.settings.token, call.json().get("token")

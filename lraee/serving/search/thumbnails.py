@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lraee.data.photos import decode
+from lraee.data.decoding import decode
 from lraee.serving.search.library import Library
 from lraee.storage.files import replace_file
 
@@ -57,7 +57,8 @@ class Thumbnails:
 
 
 def _shrink(data: bytes) -> bytes:
-    image = decode(data)
+    pixels = decode(data, target=max(_BOX), mode="fast").pixels
+    image = Image.fromarray(pixels)
     image.thumbnail(_BOX, Image.Resampling.BICUBIC, reducing_gap=2.0)
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
