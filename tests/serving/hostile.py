@@ -140,7 +140,8 @@ def _bad_labels(source: random.Random) -> bytes:
 def _path(source: random.Random) -> bytes:
     path = source.choice((
         "/../../etc/passwd", "/page/../server.py", "/page/%2e%2e%2fserver.py", "/photos/0", "//",
-        "/v1/models/..%2f", "/v1/models/%ff", "/v2/models/%0d%0aX:y", "/thumbnails/-1", "/?q=%ff", "/%00",
+        "/v1/models/..%2f", "/v1/models/%ff", "/v2/models/%0d%0aX:y", "/thumbnails/-1",
+        "/?q=%ff", "/%00",
         "/" + "a" * 20_000, "/search?k=-1&like=1e9", "*", "http://evil/",
         "/v1/embeddings?" + "a&" * 5000,
     ))  # fmt: skip

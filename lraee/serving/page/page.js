@@ -104,6 +104,8 @@ function notice(texts, { retry = false, login = false } = {}) {
 }
 
 function fail(error) {
+  const { q, like } = asked();
+  $("title").textContent = like !== null ? "More like this" : q || "Photos";
   results = [];
   grid.replaceChildren();
   $("status").textContent = "";

@@ -63,6 +63,8 @@ class Quantized:
         self._index: Any = faiss.IndexScalarQuantizer(
             rows.shape[1], kind, faiss.METRIC_INNER_PRODUCT
         )
+        if not len(self._keep):
+            return
         good = rows if len(self._keep) == len(rows) else rows[self._keep]
         self._index.train(good[:: max(1, len(good) // _BLOCK)])
         for start in range(0, len(good), _BLOCK):
@@ -70,7 +72,8 @@ class Quantized:
 
     def search(self, query: Rows, k: int) -> Hits:
         """The k best of N for a query [E]."""
-        k = min(k, len(self._keep))
+        if (k := min(k, len(self._keep))) <= 0:
+            return _best(self._keep, self._rows[self._keep] @ query, 0)
         wanted = min(max(64, _CANDIDATES * k), len(self._keep))
         _, places = self._index.search(query[None], wanted)
         rows = self._keep[places[0][places[0] >= 0]]
@@ -86,7 +89,7 @@ def recall(index: "Exact | Quantized", rows: Rows, *, k: int = 10, queries: int 
     """Share of the k exact nearest rows that the index finds, for rows spread evenly."""
     exact, N = Exact(rows), len(rows)
     found = total = 0
-    for row in np.linspace(0, N - 1, min(queries, N), dtype=np.int64):
+    for row in np.linspace(0, max(N - 1, 0), min(queries, N), dtype=np.int64):
         if not np.isfinite(rows[row]).all():
             continue
         right = set(exact.search(rows[row], k).rows.tolist())

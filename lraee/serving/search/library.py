@@ -58,7 +58,14 @@ def read_embeddings(path: Path) -> Embeddings:
         sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)
         names = [from_stored(name) for name in table["path"].to_pylist()]
         about = _about(tables[0].schema.metadata or {})
-    except (OSError, pyarrow.ArrowException, LookupError, ValueError, TypeError) as error:
+    except (
+        OSError,
+        pyarrow.ArrowException,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise DataError(
             f"search: {path} must be what `lraee embed` wrote of photos: {first_line(error)}"
         ) from error
@@ -73,7 +80,9 @@ def _matrix(column: Any) -> NDArray[np.float32]:
     """Lists of one length to float32 [N, E], a copy."""
     flat = column.flatten().to_numpy(zero_copy_only=False)
     count = len(column)
-    if column.null_count or not count or len(flat) % count:
+    if not count:
+        return np.empty((0, column.type.list_size), np.float32)
+    if column.null_count or len(flat) % count:
         raise ValueError("every embedding must have the same length")
     lengths = {len(column[0]), len(column[count - 1]), len(flat) // count}
     if len(lengths) != 1 or not lengths.pop():
