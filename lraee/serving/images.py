@@ -47,8 +47,8 @@ class Decoder:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """See the class."""
         self._settings, self._metrics = settings, metrics
-        threads = max(1, math.floor(available_cpus()))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lraee-decode")
+        self.threads = max(1, math.floor(available_cpus()))
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lraee-decode")
         self.seconds = 0.0
 
     async def decode(self, data: bytes, preprocess: Preprocess) -> Picture:
