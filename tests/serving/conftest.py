@@ -43,6 +43,7 @@ class Running:
 
     url: str
     app: Starlette
+    stop: Callable[[], None]
 
     @property
     def service(self) -> Service:
@@ -66,10 +67,14 @@ def running(app: Starlette) -> Iterator[Running]:
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield Running(f"http://127.0.0.1:{port}", app)
-    server.should_exit = True
-    thread.join(60)
-    assert not thread.is_alive(), "the server did not stop"
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive(), "the server did not stop"
+
+    yield Running(f"http://127.0.0.1:{port}", app, stop)
+    stop()
 
 
 @pytest.fixture(scope="session")
