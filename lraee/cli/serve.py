@@ -25,8 +25,12 @@ def serve(
         str | None, typer.Option(help="Tag or weights file, where one model is served.")
     ] = None,
     scheme: Annotated[
-        str, typer.Option(help="int8, int8-patches, paper, or float: not accelerated.")
-    ] = "int8",
+        str | None,
+        typer.Option(
+            help="int8, int8-patches, paper, or float: not accelerated. "
+            "[default: that of --exits, else int8]"
+        ),
+    ] = None,
     exits: Annotated[
         Path | None, typer.Option(exists=True, help="From `lraee calibrate`, for one model.")
     ] = None,
@@ -70,6 +74,8 @@ def serve(
     names = model or ["lraee-tiny"]
     if len(names) > 1 and (pretrained or exits):
         raise typer.BadParameter("--pretrained and --exits need one --model; write NAME__TAG")
+    if text not in (None, "int8"):
+        raise typer.BadParameter(f"--text must be int8, or left out, got {text!r}")
     _require_extra()
     from lraee.data.decoding import Limits, Mode
     from lraee.serving.encoder import ModelChoice
@@ -78,6 +84,7 @@ def serve(
     from lraee.serving.settings import Settings
 
     image_bytes = round(max_image_mb * (1 << 20))
+    _check_scheme(scheme)
     settings = Settings(
         body_bytes=max(2 * image_bytes, 1 << 20), image_bytes=image_bytes, max_batch=max_batch,
         queue_s=queue_s, deadline_s=deadline_s,
@@ -94,7 +101,7 @@ def serve(
     kept = Path("thumbnails") if photos is None else photos.with_suffix(".thumbnails")
     app = create_app(encoders, settings, library, thumbnails=kept)
     for encoder in encoders:
-        typer.echo(f"model           {encoder.name}: {encoder.width} numbers, {scheme}")
+        typer.echo(f"model           {encoder.name}: {encoder.width} numbers")
     if library is not None:
         typer.echo(f"photos          {len(library)}, {library.index.name} search")
     _run(app, host, port, has_page=library is not None)
@@ -138,6 +145,16 @@ def _require_extra() -> None:
         raise ImportError(
             f"serve: {error.name} is not installed: pip install 'lraee[serve]'"
         ) from error
+
+
+def _check_scheme(name: str | None) -> None:
+    from lraee.layers.scheme import find_scheme
+
+    try:
+        if name not in (None, "float"):
+            find_scheme(str(name))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _token(path: Path | None) -> str | None:

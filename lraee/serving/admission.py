@@ -19,6 +19,7 @@ class Admission:
         self._settings = settings
         self.body_bytes = 0
         self.work_s = 0.0
+        self._requests = 0
 
     @contextmanager
     def body(self, size_bytes: int) -> Iterator[None]:
@@ -35,12 +36,15 @@ class Admission:
     def work(self, seconds: float) -> Iterator[None]:
         """Reserve time of the model; raises 429 with the time to wait beyond queue_s."""
         over_s = self.work_s + seconds - self._settings.queue_s
-        if self.work_s and over_s > 0:
+        if self._requests and over_s > 0:
             raise ServiceError(
                 429, f"{self.work_s:.1f} s of work wait already", "overloaded", math.ceil(over_s)
             )
         self.work_s += seconds
+        self._requests += 1
         try:
             yield
         finally:
-            self.work_s = max(0.0, self.work_s - seconds)
+            self._requests -= 1
+            # Sums of floats leave a rest.
+            self.work_s = max(0.0, self.work_s - seconds) if self._requests else 0.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lraee.data.classes import class_features
 from lraee.data.decoding import Mode
 from lraee.data.preprocess import from_transform
+from lraee.exits.bundle import Exits
 from lraee.measurement.timing import image_size
 from lraee.model.accelerate import accelerate, acceleration_of
 from lraee.model.trace import has_exits, trace
@@ -26,7 +27,8 @@ class ModelChoice:
       name: of the zoo or of open_clip; NAME__TAG is NAME with the weights of that tag, as immich
         writes it.
       pretrained: the tag or weights file, where the name has none.
-      scheme: as in `accelerate`; "float" serves the model as it is.
+      scheme: as in `accelerate`; "float" serves the model as it is; None: that of the exits, else
+        "int8".
       exits: what `lraee calibrate` made, or None.
       text: as in `accelerate`: "int8", or None for the float text tower.
       mode: how images are decoded: "fast" scales JPEG while it is decoded, "exact" gives the pixels
@@ -35,7 +37,7 @@ class ModelChoice:
 
     name: str
     pretrained: str | None = None
-    scheme: str = "int8"
+    scheme: str | None = None
     exits: Path | None = None
     text: str | None = None
     mode: Mode = "fast"
@@ -49,10 +51,10 @@ class ModelChoice:
         served = Path(name).name + (f"__{tag}" if tag else "")
         if self.scheme == "float":
             return ClipEncoder(served, opened, opened.model, mode=self.mode)
+        exits = None if self.exits is None else Exits.load(self.exits)
+        scheme = self.scheme or (exits.scheme if exits else "int8")
         options: dict[str, Any] = {} if self.text is None else {"text": self.text}
-        fast = accelerate(
-            opened.model, scheme=self.scheme, exits=self.exits, inplace=True, **options
-        )
+        fast = accelerate(opened.model, scheme=scheme, exits=exits, inplace=True, **options)
         is_invariant = self.text is not None
         return ClipEncoder(served, opened, fast, mode=self.mode, is_text_invariant=is_invariant)
 

@@ -27,6 +27,8 @@ def test_help_has_an_example(command: str) -> None:
         ("serve", "--model", "a", "--model", "b", "--pretrained", "openai"),
         ("serve", "--model", "a", "--model", "b", "--exits", "."),
         ("serve", "--max-batch", "0"),
+        ("serve", "--scheme", "int7"),
+        ("serve", "--text", "int7"),
         ("index",),
     ],
 )
