@@ -22,10 +22,17 @@ _log = logging.getLogger("lraee.serving")
 
 @dataclass(frozen=True)
 class Result:
-    """A unit embedding float32 [E], and after how many blocks the image left a tower with exits."""
+    """A unit embedding float32 [E].
+
+    Args:
+      embedding: see above.
+      exit_block: after how many blocks the image left a tower with exits, else None.
+      tokens: of a text, without padding; 0 of an image.
+    """
 
     embedding: NDArray[np.float32]
     exit_block: int | None = None
+    tokens: int = 0
 
 
 class Encoder(Protocol):
@@ -237,7 +244,7 @@ def _answer(answers: Sequence[tuple[_Job, Result | ServiceError]]) -> None:
         own = [(job.future, result) for job, result in answers if job.future.get_loop() is loop]
         try:
             loop.call_soon_threadsafe(_set_all, own)
-        except RuntimeError:  # that loop is closed: nobody waits any more
+        except RuntimeError:  # that loop is closed, and no request waits
             continue
 
 

@@ -112,11 +112,10 @@ class ClipEncoder:
             tokens = self.opened.tokenizer(list(payloads)).to(self._device)
             encode_text = cast(Callable[..., Tensor], self._model.encode_text)
             rows = encode_text(tokens, normalize=True)
+            counts = tokens.count_nonzero(dim=1).tolist()  # padding is 0
+            pairs = zip(rows.float().cpu().numpy(), counts, strict=True)
+            return [Result(row, tokens=count) for row, count in pairs]
         return [Result(row) for row in rows.float().cpu().numpy()]
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of one text that are not padding."""
-        return int(self.opened.tokenizer([text]).count_nonzero())
 
     def _images(self, images: Tensor) -> list[Result]:
         encode_image = cast(Callable[..., Tensor], self._model.encode_image)

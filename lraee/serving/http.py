@@ -130,7 +130,7 @@ async def _guarded(service: Service, request: Request, handler: Handler) -> Resp
     except ServiceError as error:
         return error_answer(error)
     except ClientLeft:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # it cannot be read any more
     except Exception:
         _log.exception("%s %s failed", request.method, request.url.path)
         return error_answer(ServiceError(500, "internal error", "internal"))

@@ -67,7 +67,7 @@ class Metrics:
             "CPU time of the thread that speaks HTTP: without decoding and model.",
             registry=self.registry,
         )
-        loop.set_function(time.thread_time)  # asked for by that thread
+        loop.set_function(time.thread_time)  # /metrics runs in that thread
 
     def of_model(self, name: str) -> ModelMetrics:
         """The series of one model."""

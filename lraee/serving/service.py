@@ -1,4 +1,4 @@
-"""The models of one server and what they are asked for, whatever the protocol."""
+"""The models of one server, whatever the protocol."""
 
 import asyncio
 import base64

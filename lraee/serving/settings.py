@@ -1,4 +1,4 @@
-"""What one server allows: sizes, times, and who may be asked for images."""
+"""What one server allows: sizes, times, hosts."""
 
 from dataclasses import dataclass, field
 

@@ -48,9 +48,9 @@ def test_quantized_finds_what_exact_finds() -> None:
     rows = clusters(3000, 32)
     index = Quantized(rows)
     assert recall(index, rows, queries=60) >= 0.999
-    exact, found = Exact(rows).search(rows[7], 5), index.search(rows[7], 5)
+    exact, quantized = Exact(rows).search(rows[7], 5), index.search(rows[7], 5)
     # the candidates' scores are exact; BLAS may sum one row in another order than many
-    assert np.allclose(exact.scores, found.scores, rtol=0, atol=1e-6)
+    assert np.allclose(exact.scores, quantized.scores, rtol=0, atol=1e-6)
 
 
 def test_faiss_serves_beyond_the_bound() -> None:
@@ -63,10 +63,10 @@ def test_embeddings_are_read_as_written(tmp_path: Path) -> None:
     rows = unit_rows(3, 8)
     names = ["a.jpg", "b\0ff.jpg", "ü/c.jpg"]
     path = embeddings.write(tmp_path / "e.parquet", names, 3 * rows, model="m", weights="w")
-    found = read_embeddings(path)
-    assert np.allclose(found.rows, rows, rtol=0, atol=1e-6)
-    assert found.names == ["a.jpg", "b\udcff.jpg", "ü/c.jpg"]
-    assert (found.model, found.weights, found.folder) == ("m", "w", tmp_path)
+    stored = read_embeddings(path)
+    assert np.allclose(stored.rows, rows, rtol=0, atol=1e-6)
+    assert stored.names == ["a.jpg", "b\udcff.jpg", "ü/c.jpg"]
+    assert (stored.model, stored.weights, stored.folder) == ("m", "w", tmp_path)
     parts = tmp_path / "parts"
     parts.mkdir()
     for i in range(2):
@@ -76,11 +76,11 @@ def test_embeddings_are_read_as_written(tmp_path: Path) -> None:
 
 def test_no_photos_are_an_index_too(tmp_path: Path) -> None:
     path = embeddings.write(tmp_path / "e.parquet", [], np.empty((0, 8), np.float32))
-    found = read_embeddings(path)
-    assert found.rows.shape == (0, 8)
-    for index in (Exact(found.rows), Quantized(found.rows)):
+    stored = read_embeddings(path)
+    assert stored.rows.shape == (0, 8)
+    for index in (Exact(stored.rows), Quantized(stored.rows)):
         assert index.search(unit_rows(1, 8)[0], 5).rows.tolist() == []
-        assert recall(index, found.rows) == 0
+        assert recall(index, stored.rows) == 0
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "columns"])

@@ -41,9 +41,6 @@ class FakeClip(FakeEncoder):
         plain = [0 if torch.is_tensor(p) else _plain(p) for p in payloads]
         return super().encode(kind, plain)
 
-    def count_tokens(self, text: str) -> int:
-        return 1
-
 
 def _plain(text: str) -> object:
     return int(text) if text.isdecimal() else (text if text == "die" else 0)
@@ -88,7 +85,7 @@ def test_overload_gets_429_and_when_to_come_again() -> None:
         second = pool.submit(ask, server, "2")
         wait_for(lambda: batcher_of(server).depth == 1)
         refused = ask(server, "3")
-        # what the first is taken for was asked before its time was known
+        # the first was admitted before its time was known
         assert "s of work wait" in error_of(refused, 429)
         assert refused.headers["retry-after"] == "1"
         encoder.gate.set()

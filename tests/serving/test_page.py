@@ -61,8 +61,8 @@ def open_tab(chromium: Any, page: Running) -> OpenTab:
 
 
 def names(tab: Any) -> list[str]:
-    found: list[str] = tab.eval_on_selector_all("#grid img", "all => all.map(each => each.alt)")
-    return found
+    texts: list[str] = tab.eval_on_selector_all("#grid img", "all => all.map(each => each.alt)")
+    return texts
 
 
 def search(tab: Any, text: str) -> None:
@@ -141,7 +141,7 @@ def test_hostile_names_are_text(open_tab: OpenTab, library: Library) -> None:
 
 def test_a_missing_file_says_so(open_tab: OpenTab, library: Library) -> None:
     with open_tab() as tab:
-        place = library.embeddings.names.index("gone.png")
+        place = library.embeddings.names.index("missing.png")
         tab.locator(f"#grid li:nth-child({place + 1})").scroll_into_view_if_needed()
         tab.wait_for_selector(f"#grid li:nth-child({place + 1}).missing")
 

@@ -19,14 +19,15 @@ HOSTILE = '<img src=x onerror="document.title=1">&amp;.png'
 
 
 def make_library(folder: Path, encoder: ClipEncoder, files: dict[str, bytes]) -> Library:
-    """The photos in a folder, embedded, beside one with a hostile name and one that is gone."""
+    """The photos in a folder, embedded, beside one with a hostile name and one that is missing."""
     files = {**files, HOSTILE: files["camera.png"]}
     write_photos(folder, files)
     rows = [encoder.encode("image", [encoder.preprocess(data)])[0] for data in files.values()]
     matrix = np.stack([row.embedding for row in rows])
     sizes = [encoder.preprocess.with_size(data)[1][::-1] for data in files.values()]
     path = embeddings.write(
-        folder / "embeddings.parquet", [*files, "gone.png"], np.concatenate([matrix, -matrix[:1]]),
+        folder / "embeddings.parquet", [*files, "missing.png"],
+        np.concatenate([matrix, -matrix[:1]]),
         [*sizes, (40, 30)], model=encoder.opened.title, weights=encoder.weights,
     )  # fmt: skip
     return Library(read_embeddings(path))
@@ -88,8 +89,13 @@ def test_photos_are_read_by_row_alone(
         for answer in (photo, thumbnail):
             assert answer.headers["content-security-policy"] == "default-src 'none'; sandbox"
             assert answer.headers["x-content-type-options"] == "nosniff"
-        gone = library.embeddings.names.index("gone.png")
-        for path in (f"/photos/{gone}", f"/thumbnails/{gone}", "/photos/99", "/photos/999999999"):
+        missing = library.embeddings.names.index("missing.png")
+        for path in (
+            f"/photos/{missing}",
+            f"/thumbnails/{missing}",
+            "/photos/99",
+            "/photos/999999999",
+        ):
             error_of(client.get(path), 404)
         for path in ("/photos/-1", "/photos/coffee.png", "/photos/%2e%2e", "/photos/1e1"):
             error_of(client.get(path), 400)

@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id);
 const grid = $("grid"), viewer = $("viewer");
 let results = [], shown = FIRST, turn = 0, opened = -1;
 
-function asked() {
+function fromAddress() {
   const parameters = new URLSearchParams(location.search);
   return { q: (parameters.get("q") || "").trim(), like: parameters.get("like") };
 }
@@ -32,7 +32,7 @@ async function get(address) {
 }
 
 async function search() {
-  const mine = ++turn, { q, like } = asked(), started = performance.now();
+  const mine = ++turn, { q, like } = fromAddress(), started = performance.now();
   const parameters = new URLSearchParams({ k: shown });
   if (like !== null) parameters.set("like", like); else if (q) parameters.set("q", q);
   $("query").value = q;
@@ -104,7 +104,7 @@ function notice(texts, { retry = false, login = false } = {}) {
 }
 
 function fail(error) {
-  const { q, like } = asked();
+  const { q, like } = fromAddress();
   $("title").textContent = like !== null ? "More like this" : q || "Photos";
   results = [];
   grid.replaceChildren();
@@ -115,9 +115,9 @@ function fail(error) {
     notice(["A token is needed", "It is in the file that the server was started with."], { login: true });
     $("token").focus();
   } else if (error.status === 429 || error.status >= 500) {
-    notice(["The server is busy", `It says: ${error.message}.`], { retry: true });
+    notice(["The server is busy", `The answer: ${error.message}.`], { retry: true });
   } else if (error.status) {
-    notice(["That cannot be searched for", `The server says: ${error.message}.`]);
+    notice(["That cannot be searched for", `The answer: ${error.message}.`]);
   } else {
     notice(["The server does not answer", "Is “lraee serve” still running?"], { retry: true });
   }
@@ -194,7 +194,7 @@ document.addEventListener("keydown", (event) => {
   }
   const place = focused();
   if (event.key === "/") { event.preventDefault(); $("query").focus(); $("query").select(); }
-  else if (event.key === "Escape" && (asked().q || asked().like !== null)) go({});
+  else if (event.key === "Escape" && (fromAddress().q || fromAddress().like !== null)) go({});
   else if (place >= 0 && event.key === "m") go({ like: results[place].row });
   else if (place >= 0 && /^(Arrow|Home$|End$)/.test(event.key)) { event.preventDefault(); move(place, event.key); }
 });

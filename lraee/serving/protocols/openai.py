@@ -54,21 +54,20 @@ class _Request:
 
 async def _embeddings(call: Call) -> Response:
     service = call.service
-    asked = await _request(call)
-    encoding = _encoding(asked)
-    _check_dimensions(asked)
+    request = await _read_request(call)
+    encoding = _encoding(request)
+    _check_dimensions(request)
     cost_s = service.cost_s(
-        asked.model, images=asked.images, texts=len(asked.inputs) - asked.images
+        request.model, images=request.images, texts=len(request.inputs) - request.images
     )
     with service.admission.work(cost_s):
-        results = await _each(_embed(service, asked.model, each) for each in asked.inputs)
-    texts = [each.value for each in asked.inputs if each.kind == "text"]
-    tokens = sum(map(asked.model.encoder.count_tokens, texts))
+        results = await _each(_embed(service, request.model, each) for each in request.inputs)
+    tokens = sum(result.tokens for result in results if isinstance(result, Result))
     return answer(
         {
             "object": "list",
             "data": [_row(i, result, encoding) for i, result in enumerate(results)],
-            "model": asked.model.name,
+            "model": request.model.name,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
     )
@@ -77,15 +76,15 @@ async def _embeddings(call: Call) -> Response:
 async def _classify(call: Call) -> Response:
     """Softmax over logit_scale * image @ classes: the label of each image, with its share."""
     service = call.service
-    asked = await _request(call)
-    names = _labels(asked.options.get("labels"))
-    if asked.images < len(asked.inputs):
+    request = await _read_request(call)
+    names = _labels(request.options.get("labels"))
+    if request.images < len(request.inputs):
         raise bad_request('"input" must be images')
-    cost_s = service.cost_s(asked.model, images=asked.images, classes=len(names))
+    cost_s = service.cost_s(request.model, images=request.images, classes=len(names))
     with service.admission.work(cost_s):
-        rows = await service.class_rows(asked.model, names)
-        results = await _each(_embed(service, asked.model, each) for each in asked.inputs)
-    scale = asked.model.encoder.logit_scale
+        rows = await service.class_rows(request.model, names)
+        results = await _each(_embed(service, request.model, each) for each in request.inputs)
+    scale = request.model.encoder.logit_scale
     data: list[dict[str, Any]] = []
     for i, result in enumerate(results):
         if isinstance(result, ServiceError):
@@ -95,7 +94,7 @@ async def _classify(call: Call) -> Response:
         best = int(shares.argmax())
         row = {"index": i, "label": names[best], "probs": shares, "num_classes": len(names)}
         data.append(row if result.exit_block is None else {**row, "exit_block": result.exit_block})
-    return answer({"object": "list", "data": data, "model": asked.model.name, "labels": names})
+    return answer({"object": "list", "data": data, "model": request.model.name, "labels": names})
 
 
 async def _models(call: Call) -> Response:
@@ -114,10 +113,10 @@ def _card(model: ServedModel) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# What is asked for
+# Requests
 
 
-async def _request(call: Call) -> _Request:
+async def _read_request(call: Call) -> _Request:
     if call.is_multipart:
         form = await call.form()
         options: dict[str, Any] = {
@@ -155,17 +154,17 @@ def _input(value: object, *, is_image: bool) -> _Input:
     )
 
 
-def _encoding(asked: _Request) -> str:
-    encoding = asked.options.get("encoding_format") or "float"
+def _encoding(request: _Request) -> str:
+    encoding = request.options.get("encoding_format") or "float"
     if encoding not in ("float", "base64"):
         raise bad_request('"encoding_format" must be "float" or "base64"')
     return str(encoding)
 
 
-def _check_dimensions(asked: _Request) -> None:
-    dimensions, width = asked.options.get("dimensions"), asked.model.encoder.width
+def _check_dimensions(request: _Request) -> None:
+    dimensions, width = request.options.get("dimensions"), request.model.encoder.width
     if dimensions is not None and (isinstance(dimensions, bool) or dimensions != width):
-        raise bad_request(f'"dimensions" must be {width} for {asked.model.name}, or left out')
+        raise bad_request(f'"dimensions" must be {width} for {request.model.name}, or left out')
 
 
 def _labels(value: object) -> list[str]:
@@ -176,7 +175,7 @@ def _labels(value: object) -> list[str]:
     return names
 
 
-# What is answered
+# Answers
 
 
 async def _embed(service: Service, model: ServedModel, each: _Input) -> Result:

@@ -88,14 +88,14 @@ def make_index(rows: Rows, *, exact_up_to: int = EXACT_UP_TO) -> "Exact | Quanti
 def recall(index: "Exact | Quantized", rows: Rows, *, k: int = 10, queries: int = 200) -> float:
     """Share of the k exact nearest rows that the index finds, for rows spread evenly."""
     exact, N = Exact(rows), len(rows)
-    found = total = 0
+    hits = total = 0
     for row in np.linspace(0, max(N - 1, 0), min(queries, N), dtype=np.int64):
         if not np.isfinite(rows[row]).all():
             continue
         right = set(exact.search(rows[row], k).rows.tolist())
-        found += len(right & set(index.search(rows[row], k).rows.tolist()))
+        hits += len(right & set(index.search(rows[row], k).rows.tolist()))
         total += len(right)
-    return found / max(total, 1)
+    return hits / max(total, 1)
 
 
 def _best(rows: NDArray[np.int64], scores: Rows, k: int) -> Hits:

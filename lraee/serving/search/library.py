@@ -23,7 +23,7 @@ class Embeddings:
 
     Args:
       names: of the photos, below `source`.
-      rows: unit rows float32 [N, E]; a row that is not finite is never found.
+      rows: unit rows float32 [N, E]; a row that is not finite is never a hit.
       sizes: width and height int32 [N, 2], 0 where unknown.
       model: title of the model that made the rows.
       weights: hash of its image tower, or "".
@@ -132,5 +132,5 @@ class Library:
         return Hits(hits.rows[keep][:k], hits.scores[keep][:k])
 
     def read(self, row: int) -> bytes:
-        """Bytes of one photo. Raises: DataError where its file is gone, unsafe or too large."""
+        """Bytes of one photo. Raises: DataError where its file is missing, unsafe or too large."""
         return self._read(self.embeddings.names[row])
