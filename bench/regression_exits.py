@@ -1,6 +1,7 @@
 """Early exits and full depth in one process: fails when exits save no time, or cost too much.
 
-Margins are wide, for shared machines; what was measured on a quiet one is in bench/NOTES.md. The
+Margins are wide, for shared machines; what was measured on a quiet one is in
+docs/notes/exits.md. The
 statistic is the median over rounds of the ratio of one round.
 """
 
@@ -17,8 +18,8 @@ from bench.exit_time import SHARES, random_exits, run, spread
 from bench.shapes import B32
 from lraee.calibration.probe_time import measure
 from lraee.measurement.timing import interleaved
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import find_tower
+from lraee.towers.runner import exits_of
 from lraee.zoo.opening import open_model
 
 BUDGET_S = 15.0
@@ -59,7 +60,7 @@ def fast(images: torch.Tensor) -> nn.Module:
 
 @pytest.mark.parametrize("batch", [1, 32])
 def test_exits_save_time_and_cost_little(fast: nn.Module, images: torch.Tensor, batch: int) -> None:
-    router = vision.exits_of(towers.find_tower(fast))
+    router = exits_of(find_tower(fast))
     assert router is not None
     opened = router.gate
     closed = replace(opened, thresholds=(math.inf,) * len(opened.thresholds))

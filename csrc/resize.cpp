@@ -3,6 +3,7 @@
 // take the processor from the model.
 
 #include "cpu/resize/resize.h"
+#include "cpu/resize/weights.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -16,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "rows.h"
+#include "levels.h"
 
 namespace lraee {
 namespace {

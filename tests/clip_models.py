@@ -6,7 +6,7 @@ import torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from lraee.towers import open_clip as towers
+from lraee.towers import families
 
 IMAGE_SIZE, VOCABULARY, CONTEXT = 32, 64, 8
 
@@ -82,4 +82,4 @@ def make_lraee_tiny() -> nn.Module:
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The blocks of the image tower, float or accelerated."""
-    return towers.blocks_of(towers.find_tower(model))
+    return families.blocks_of(families.find_tower(model))

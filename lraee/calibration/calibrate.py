@@ -14,11 +14,13 @@ from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task, d
 from lraee.calibration.plans import Goal
 from lraee.exits.bundle import Exits
 from lraee.exits.gate import CLASS_FREE, GateKind
-from lraee.model.accelerate import Acceleration, accelerate, acceleration_of
+from lraee.model.accelerate import accelerate
+from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import find_tower
+from lraee.towers.runner import RowwiseTower, embedding_size, require_no_tokens
+from lraee.towers.state import tower_hash
 
 _RECIPES = {"best": BEST, "paper": PAPER}
 
@@ -83,9 +85,9 @@ def calibrate(
     goal = Goal(0.8 if budget is None and epsilon is None else budget, epsilon, delta)
     fast = model if acceleration_of(model) is not None else accelerate(model)
     made = cast(Acceleration, acceleration_of(fast))
-    tower = cast(vision.RowwiseTower, towers.find_tower(fast))
-    E = vision.embedding_size(tower)
-    vision.require_no_tokens(tower)
+    tower = cast(RowwiseTower, find_tower(fast))
+    E = embedding_size(tower)
+    require_no_tokens(tower)
     if classes is not None:
         classes = unit_classes("calibrate", classes, E).cpu()
     kind: GateKind = gate or ("agreement" if classes is None else "learned")
@@ -163,21 +165,20 @@ def _find_teacher(made: Acceleration, model: nn.Module, teacher: nn.Module | Non
     """
     if teacher is None and acceleration_of(model) is None:
         return model
-    found = teacher
-    if found is None:
-        found = None if made.original is None else made.original()
-    if found is None:
+    if teacher is None:
+        teacher = None if made.original is None else made.original()
+    if teacher is None:
         raise LookupError(
             "calibrate: the float model is gone, and the fast one holds no float weights; give"
             " teacher=<the float model>"
         )
-    tower_hash = towers.tower_hash(towers.find_tower(found).state_dict())
-    if tower_hash != made.base_hash:
+    base_hash = tower_hash(find_tower(teacher).state_dict())
+    if base_hash != made.base_hash:
         raise ValueError(
             "calibrate: teacher must be the model that was accelerated (sha256"
-            f" {made.base_hash[:12]}), got {tower_hash[:12]}"
+            f" {made.base_hash[:12]}), got {base_hash[:12]}"
         )
-    return found
+    return teacher
 
 
 def _logit_scale(model: nn.Module) -> float:

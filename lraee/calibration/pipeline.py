@@ -23,9 +23,9 @@ from lraee.exits.gate import CLASS_FREE, GateKind
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
 from lraee.measurement import machine
-from lraee.model.accelerate import Acceleration
+from lraee.model.acceleration import Acceleration
 from lraee.storage.stages import Stages
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower
 from lraee.towers.flops import PartFlops
 
 _log = logging.getLogger("lraee")
@@ -100,7 +100,7 @@ class Calibration:
         """See the class."""
         self._shares = shares
         self._pair, self._made, self._task, self._stages = pair, made, task, stages
-        self._tower = towers.find_tower(pair.fast)
+        self._tower = find_tower(pair.fast)
         self._parts = parts or PartFlops.as_run(self._tower)
 
     def run(self) -> Exits:

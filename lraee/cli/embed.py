@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from lraee.cli.common import AsJson, Model, Pretrained, Show, command
+
 Scheme = Annotated[
     str | None,
     typer.Option(help="int8, int8-patches or paper. [default: that of --exits, else int8]"),
 ]
 
 
+@command
 def embed(
     photos: Annotated[
         list[str] | None,
@@ -28,10 +31,8 @@ def embed(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Instead of PHOTOS: one text a line."),
     ] = None,
-    model: Annotated[str, typer.Option(help="A model of the zoo, or of open_clip.")] = "lraee-tiny",
-    pretrained: Annotated[
-        str | None, typer.Option(help="Tag or weights file of an open_clip model.")
-    ] = None,
+    model: Model = "lraee-tiny",
+    pretrained: Pretrained = None,
     scheme: Scheme = None,
     exits: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="From `lraee calibrate`.")
@@ -54,8 +55,8 @@ def embed(
     ] = 178_956_970,
     limit_bytes: Annotated[int, typer.Option(min=1, help="Files of more bytes are skipped.")] = 64
     << 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
-    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    as_json: AsJson = False,
+    progress: Show = True,
 ) -> None:
     """Embed photos or texts: Parquet files with path, embedding, size and time.
 

@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
+from lraee.cli.common import command
 
+
+@command
 def merge(
     shards: Annotated[
         list[Path],

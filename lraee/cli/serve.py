@@ -1,4 +1,4 @@
-"""The commands `lraee serve` and `lraee index`."""
+"""The command `lraee serve`: embeddings over HTTP, and a page to search photos."""
 
 import ipaddress
 import logging
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lraee.cli.common import command, line
+
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
+@command
 def serve(
     model: Annotated[
         list[str] | None,
@@ -101,37 +104,10 @@ def serve(
     kept = Path("thumbnails") if photos is None else photos.with_suffix(".thumbnails")
     app = create_app(encoders, settings, library, thumbnails=kept)
     for encoder in encoders:
-        typer.echo(f"model           {encoder.name}: {encoder.width} numbers")
+        line("model", f"{encoder.name}: {encoder.width} numbers")
     if library is not None:
-        typer.echo(f"photos          {len(library)}, {library.index.name} search")
+        line("photos", f"{len(library)}, {library.index.name} search")
     _run(app, host, port, has_page=library is not None)
-
-
-def index(
-    check: Annotated[
-        Path, typer.Option("--check", exists=True, help="From `lraee embed`: prints recall@10.")
-    ],
-    queries: Annotated[int, typer.Option(min=1, help="Photos to search with.")] = 200,
-) -> None:
-    """Compare the search that `lraee serve` uses for these photos with the exact one.
-
-    Example: `lraee index --check embeddings.parquet`
-    """
-    from lraee.serving.search.index import EXACT_UP_TO, Quantized, make_index, recall
-    from lraee.serving.search.library import read_embeddings
-
-    rows = read_embeddings(check).rows
-    served = make_index(rows)
-    typer.echo(f"photos          {len(rows)}, {rows.shape[1]} numbers")
-    typer.echo(f"served by       {served.name} (faiss beyond {EXACT_UP_TO})")
-    typer.echo(f"recall@10       {served.name}: {recall(served, rows, queries=queries):.4f}")
-    if not isinstance(served, Quantized):
-        try:
-            other = Quantized(rows)
-        except ImportError as error:
-            typer.echo(f"recall@10       faiss SQ8: not measured, {error}")
-            return
-        typer.echo(f"recall@10       {other.name}: {recall(other, rows, queries=queries):.4f}")
 
 
 def _require_extra() -> None:
@@ -187,7 +163,7 @@ def _run(app: "Starlette", host: str, port: int, *, has_page: bool) -> None:
                 bound = self.servers[0].sockets[0].getsockname()
                 name = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
                 page = ", the page is at /" if has_page else ""
-                typer.echo(f"ready           http://{name}:{bound[1]}{page}")
+                line("ready", f"http://{name}:{bound[1]}{page}")
                 sys.stdout.flush()
 
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else each bad form is a line

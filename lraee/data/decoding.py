@@ -41,6 +41,9 @@ Pixels = npt.NDArray[np.uint8]
 # turning it another 3, when the conversion is gone. Progressive JPEG keeps coefficients of the
 # whole picture, 2 bytes each, whatever the scale.
 _PILLOW_BYTES, _JPEG_BYTES, _COEFFICIENT_BYTES = 12, 6, 2
+# A block of 8 x 8 pixels takes one bit of a Huffman-coded JPEG at least. Decoders fill what is
+# missing with grey, without an error.
+_PIXELS_PER_BYTE = 8 * 64
 # Nanoseconds per pixel, three times what an EPYC (Zen 4) core took, 2026-11; bench/preprocess.py.
 _NANOSECONDS: dict[Format, int] = {
     "JPEG": 30, "PNG": 60, "WEBP": 90, "GIF": 40, "BMP": 20, "TIFF": 60, "PPM": 20,
@@ -175,6 +178,10 @@ def _jpeg(data: bytes, clock: _Clock, target: int | tuple[int, int] | None) -> D
         raise DecodeError(f"has {header.scans} scans, more than {limits.max_scans}")
     scale = _scale(header, target)
     pixels = header.width * header.height
+    if header.is_huffman and len(data) * _PIXELS_PER_BYTE < pixels:
+        raise DecodeError(
+            f"is not a whole image: {len(data)} bytes cannot hold {header.width} x {header.height}"
+        )
     is_pillow = simplejpeg is None or header.components == 4
     memory_bytes = (_PILLOW_BYTES if is_pillow else _JPEG_BYTES) * pixels / scale**2
     if header.is_progressive:

@@ -82,6 +82,7 @@ class JpegHeader:
     components: int
     bits: int
     is_progressive: bool
+    is_huffman: bool
     scans: int
     orientation: int
     icc: bytes = field(repr=False, default=b"")
@@ -109,7 +110,17 @@ def read_jpeg(data: bytes) -> JpegHeader:
     is_progressive = marker in (0xC2, 0xC6, 0xCA, 0xCE)
     scans = data.count(b"\xff\xda", start) if is_progressive else components
     icc = b"".join(profile[number] for number in sorted(profile))
-    return JpegHeader(width, height, components, bits, is_progressive, scans, orientation, icc)
+    return JpegHeader(
+        width=width,
+        height=height,
+        components=components,
+        bits=bits,
+        is_progressive=is_progressive,
+        is_huffman=marker < 0xC8,
+        scans=scans,
+        orientation=orientation,
+        icc=icc,
+    )
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:

@@ -97,7 +97,7 @@ class Preprocess:
         table = torch.from_numpy(self.table) if self.output == "float32" else None
         crop, canvas = size if self.crop is None else self.crop, None
         top, left = (self._offset(have, want) for have, want in zip(size, crop, strict=True))
-        if top < 0 or left < 0:
+        if size[0] < crop[0] or size[1] < crop[1]:
             canvas = self._canvas(crop)
         inner = min(size[0], crop[0]), min(size[1], crop[1])
         pixels = resize(
@@ -312,7 +312,7 @@ def _transformers_table(settings: Mapping[str, Any], family: str) -> Table:
 def fold_normalization(
     weight: Tensor, bias: Tensor | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """weight'[n, c] = weight[n, c] / (255 std[c]); bias' = bias - sum weight[n, c] mean[c] / std[c].
+    """weight'[n, c] = weight[n, c] / (255 std[c]); bias'[n] = bias[n] - sum weight[n] mean / std.
 
     A patch embedding of these takes levels 0..255 and gives what the given one takes normalised.
 

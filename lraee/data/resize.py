@@ -7,6 +7,7 @@ C++ (csrc/resize.cpp), or from Pillow itself where the extension is not built.
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+_extension: ModuleType | None
 try:
     from lraee import _C as _extension
 except ImportError:  # built with LRAEE_BUILD_EXT=0
-    _extension = None  # type: ignore[assignment]
+    _extension = None
 
 Filter = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]
 Box = tuple[float, float, float, float]

@@ -31,12 +31,12 @@ class Scheme:
       weights: one step per output channel, or per tensor.
       activations: one step per token, or for the whole batch at once.
       attention: Q K^T in int8, or all of attention in float.
-      patch_embedding: conv1 in float, or in int8 with one step per patch.
+      patch_embedding: in float, or in int8 with one step per patch.
       symmetric: linears whose input is quantized without a zero point. The zero point costs
         nothing at run time, so none by default.
       clip_weights: search, per output channel, the range with the least squared weight error.
-      keep_float: linears left float, by name inside the tower's transformer, such as
-        "resblocks.11.mlp.c_proj".
+      keep_float: linears left float, by block and path in it: the last word of the block list's
+        path, the block's number, the linear, such as "blocks.11.mlp.fc2".
     """
 
     weights: Literal["channel", "tensor"] = "channel"
@@ -153,7 +153,7 @@ def quantize_activation(x: Tensor, rounding: Rounding, backend: Backend) -> Quan
 
     Args:
       x: float32, bfloat16 or float16 [M, K].
-      rounding: row, row_symmetric: one step per row, see lraee.reference.quantize_rows;
+      rounding: row, row_symmetric: one step per row, see lraee.ops.reference.quantize_rows;
         batch, batch_7bit: one step and zero point for all rows, as quantize_batch.
       backend: what quantizes rows.
     Returns: x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M].

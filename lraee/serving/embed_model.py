@@ -15,12 +15,13 @@ from lraee.data import preprocess
 from lraee.data.decoding import Limits, Mode
 from lraee.data.sources import DataError
 from lraee.exits.bundle import Exits
-from lraee.measurement.timing import image_size
-from lraee.model.accelerate import accelerate, acceleration_of
+from lraee.model.accelerate import accelerate
+from lraee.model.acceleration import acceleration_of
 from lraee.model.trace import has_exits, trace
 from lraee.serving.embed import Prepared
 from lraee.storage.files import CheckpointError
-from lraee.towers.open_clip import tower_hash
+from lraee.towers.families import image_size
+from lraee.towers.state import tower_hash
 from lraee.zoo.opening import Opened, open_model
 
 DTYPES = ("float32", "float16")

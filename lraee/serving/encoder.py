@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lraee.data.classes import class_features
 from lraee.data.decoding import Mode
 from lraee.data.preprocess import from_transform
 from lraee.exits.bundle import Exits
@@ -16,6 +15,7 @@ from lraee.measurement.timing import image_size
 from lraee.model.accelerate import accelerate, acceleration_of
 from lraee.model.trace import has_exits, trace
 from lraee.serving.batching import Kind, Result
+from lraee.towers.prompts import class_features
 from lraee.zoo.opening import ModelError, Opened, open_model
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lraee.calibration.pipeline import digest
 from lraee.data.batches import PhotoImages
-from lraee.data.classes import Classes, class_features, templates
+from lraee.data.classes import Classes
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.model.set_classes import unit_classes
@@ -15,7 +15,8 @@ from lraee.study.backbones import Model
 from lraee.study.protocol import Protocol
 from lraee.study.schema import Report
 from lraee.study.study import Pictures, Study
-from lraee.towers import open_clip as towers
+from lraee.towers.prompts import class_features, templates
+from lraee.towers.state import tower_hash
 from lraee.zoo.opening import Opened
 
 _HELD_OUT = 5
@@ -108,7 +109,7 @@ def study(
         for photos in (found.learn, found.report)
     )
     settings = {
-        "base": towers.tower_hash(model.tower.state_dict()),
+        "base": tower_hash(model.tower.state_dict()),
         "classes": digest(model.classes),
         "learn": _names_hash(learn),
         "report": _names_hash(report),

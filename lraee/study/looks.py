@@ -13,7 +13,7 @@ from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.storage.stages import Stages
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, find_tower
 
 Leads = Literal["mean", "class token"]
 """Which half of what is pooled a head of one half sees."""
@@ -80,8 +80,8 @@ class KeptPair(Pair):
 
     @torch.inference_mode()
     def _pass(self, view: int) -> dict[str, Tensor]:
-        tower = towers.find_tower(self.fast)
-        depth = len(towers.blocks_of(tower))
+        tower = find_tower(self.fast)
+        depth = len(blocks_of(tower))
         parts: dict[str, list[Tensor]] = {"pooled": [], "variance": [], "full": []}
         with full_depth(self.fast), tapped(tower) as z:
             for x in self._crops(view, self.name):

@@ -19,11 +19,11 @@ from lraee.calibration.thresholds import PAPER_GRID
 from lraee.exits.bundle import Exits, Plan
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.router import Compaction
-from lraee.model.accelerate import Acceleration, acceleration_of
+from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.storage.stages import Stages, Tensors
 from lraee.study.backbones import Model
 from lraee.study.looks import KeptPair, Leads
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower
 from lraee.towers.flops import PartFlops
 
 _log = logging.getLogger("lraee")
@@ -64,7 +64,7 @@ class Backbone:
 
         So they are the same for all backbones, though not all of them run the last block so.
         """
-        return PartFlops.of(towers.find_tower(self.learn.fast))
+        return PartFlops.of(find_tower(self.learn.fast))
 
     @cached_property
     def full_top1(self) -> Tensor:

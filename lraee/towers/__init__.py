@@ -1,1 +1,6 @@
-"""Image towers: how one is read, run and counted. The only room that knows open_clip."""
+"""Image towers: what they are made of, how they run. The only room that knows other libraries."""
+
+from lraee.towers import open_clip
+from lraee.towers.families import register
+
+register(open_clip.FAMILY)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lraee
-from lraee.towers import open_clip as towers
+from lraee.towers.state import tower_hash
 from tests.small_calibration import (
     QUICK,
     E,
@@ -146,7 +146,7 @@ def test_exits_of_another_tower_or_scheme(model: nn.Module, images: Tensor) -> N
         lraee.accelerate(small_clip(seed=8), exits=exits)
     with pytest.raises(ValueError, match="^accelerate: exits must be made for this scheme"):
         lraee.accelerate(model, scheme="paper", exits=exits)
-    assert exits.base_hash == towers.tower_hash(model.visual.state_dict())
+    assert exits.base_hash == tower_hash(model.visual.state_dict())
 
 
 @pytest.mark.parametrize("vision", [{"pool_type": "none"}, {"output_tokens": True}])

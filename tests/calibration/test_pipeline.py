@@ -23,7 +23,7 @@ from lraee.calibration.pipeline import (
 from lraee.calibration.plans import Goal, Rules
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Router
-from lraee.model.accelerate import Acceleration, acceleration_of
+from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.storage.stages import Stages
 from lraee.towers.flops import PartFlops, probe_flops
 from tests.exits.made_exits import make_head

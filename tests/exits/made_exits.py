@@ -13,7 +13,8 @@ from lraee.exits.router import Compaction
 from lraee.layers.scheme import INT8, Scheme
 from lraee.model.accelerate import accelerate
 from lraee.model.trace import trace
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower
+from lraee.towers.state import tower_hash
 from tests.support import generator
 
 
@@ -42,7 +43,7 @@ def make_exits(
     num_classes: int = 7,
 ) -> Exits:
     """Exits of a float model that few, some and more images take, by depth."""
-    tower = towers.find_tower(model)
+    tower = find_tower(model)
     D, E = tower.conv1.out_channels, tower.proj.shape[1]
     heads = {
         block: make_head(
@@ -68,7 +69,7 @@ def make_exits(
         logit_scale=20.0,
         compaction=Compaction(),
         scheme=scheme,
-        base_hash=towers.tower_hash(tower.state_dict()),
+        base_hash=tower_hash(tower.state_dict()),
         card={"made": "by a test"},
     )
     return exits if kind in ("static", "patience") else _spread(model, exits)
@@ -82,7 +83,7 @@ def _open_thresholds(kind: GateKind, count: int) -> tuple[float, ...]:
 def _spread(model: nn.Module, exits: Exits) -> Exits:
     """Thresholds at which about a third of the images that come to an exit leave there."""
     fast = accelerate(model, exits=exits)
-    size = towers.find_tower(model).image_size
+    size = find_tower(model).image_size
     coarse = torch.randn(32, 3, 7, 7, generator=generator(5))
     with trace(fast) as t:
         fast.encode_image(torch.nn.functional.interpolate(coarse, size=size, mode="bicubic"))

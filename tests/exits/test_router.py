@@ -14,7 +14,7 @@ import lraee
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.router import Compaction, Router
 from lraee.towers import flops
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower
 from tests.clip_models import make_images, make_lraee_tiny, make_model
 from tests.exits.made_exits import make_exits
 from tests.support import assert_same, generator
@@ -189,7 +189,7 @@ def test_flops_run_are_those_expected(fast: nn.Module, monkeypatch: pytest.Monke
     stats = t.stats
     assert stats.images == 38 and sum(stats.share) == pytest.approx(1.0)
     assert stats.expected_flops == stats.run_flops
-    assert stats.full_flops == 38 * flops.PartFlops.as_run(towers.find_tower(fast)).total
+    assert stats.full_flops == 38 * flops.PartFlops.as_run(find_tower(fast)).total
     assert t.flops_saved == 1 - stats.run_flops / stats.full_flops
     for copy_share in (0.0, 100.0):
         monkeypatch.setattr(fast.visual.exits, "compaction", Compaction(copy_share))

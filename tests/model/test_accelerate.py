@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import lraee
+from lraee.layers import build
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
 from lraee.towers import flops
-from lraee.towers import open_clip as towers
 from tests.clip_models import (
     VARIANTS,
     blocks_of,
@@ -297,7 +297,7 @@ def test_check_raises_and_leaves_the_model_float(model, inplace, monkeypatch):
         scale = weight.abs().amax(1) / 3
         return (weight / scale[:, None]).round().to(torch.int8), scale
 
-    monkeypatch.setattr(towers, "quantize_weight", four_bits)
+    monkeypatch.setattr(build, "quantize_weight", four_bits)
     images = make_images(8)
     expected = model.encode_image(images)
     with pytest.raises(lraee.FidelityError, match="must be at least .* on the check images"):

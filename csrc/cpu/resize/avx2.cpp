@@ -1,14 +1,12 @@
 #if defined(__x86_64__)
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "cpu/resize/resize.h"
+#include "cpu/simd/avx2.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+LRAEE_BEGIN_AVX2
 
 namespace lraee::cpu {
 namespace {
@@ -106,6 +104,6 @@ void resize_vertical_avx2(const uint8_t* rows, int64_t stride, int64_t taps, con
 
 }  // namespace lraee::cpu
 
-#pragma GCC pop_options
+LRAEE_END_TARGET
 
 #endif  // __x86_64__

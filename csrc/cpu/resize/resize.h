@@ -33,14 +33,6 @@ struct ResizeWeights {
   int64_t stride;       // a multiple of kTapsAtOnce
 };
 
-// Weights that one output may have, padding included: the stride of ResizeWeights.
-int64_t resize_weight_stride(const ResizeAxis& axis);
-
-// Fills the weights of outputs first..first + count - 1; `real` has room for one stride.
-// False if a weight does not fit into two digits.
-bool resize_weights(const ResizeAxis& axis, int64_t first, int64_t count, double* real,
-                    int32_t* start, int32_t* taps, int16_t* low, int16_t* high);
-
 // A row may be read this many bytes past the last pixel that has a weight.
 inline constexpr int64_t kResizeReadSlack = 32;
 // Rows that resize_horizontal works on together.
