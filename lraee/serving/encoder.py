@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lraee.data.decoding import Mode
 from lraee.data.preprocess import from_transform
+from lraee.data.sources import DataError
 from lraee.exits.bundle import Exits
-from lraee.measurement.timing import image_size
 from lraee.model.accelerate import accelerate, acceleration_of
 from lraee.model.trace import has_exits, trace
 from lraee.serving.batching import Kind, Result
+from lraee.towers.families import image_size
 from lraee.towers.prompts import class_features
 from lraee.zoo.opening import ModelError, Opened, open_model
 
@@ -85,7 +86,10 @@ class ClipEncoder:
     ) -> None:
         """See the class."""
         self.name, self.opened = name, opened
-        self.preprocess = from_transform(opened.preprocess, mode=mode)
+        try:
+            self.preprocess = from_transform(opened.preprocess, mode=mode)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         self._model = model.eval()
         self._is_text_invariant = is_text_invariant
         self._has_exits = has_exits(model)
@@ -112,7 +116,7 @@ class ClipEncoder:
             tokens = self.opened.tokenizer(list(payloads)).to(self._device)
             encode_text = cast(Callable[..., Tensor], self._model.encode_text)
             rows = encode_text(tokens, normalize=True)
-            counts = tokens.count_nonzero(dim=1).tolist()  # padding is 0
+            counts = tokens.count_nonzero(dim=1).tolist()  # padding is 0 in CLIP's tokenizers
             pairs = zip(rows.float().cpu().numpy(), counts, strict=True)
             return [Result(row, tokens=count) for row, count in pairs]
         return [Result(row) for row in rows.float().cpu().numpy()]
