@@ -20,6 +20,8 @@ COMMANDS = (
     "report",
     "embed",
     "merge",
+    "serve",
+    "index",
 )
 """Modules of this package, in the order of `lraee --help`; each registers its command."""
 

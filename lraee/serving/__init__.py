@@ -1,1 +1,1 @@
-"""Embeddings for many: folders and archives of photos to Parquet."""
+"""Embeddings for many: bulk to Parquet, over HTTP to existing clients, and a page to search."""
