@@ -28,7 +28,7 @@ from lraee.model.acceleration import (
 )
 from lraee.model.fidelity import compare, require_fidelity
 from lraee.model.set_classes import ClassSetter
-from lraee.model.text import TextRecord, TextScheme, require_text_scheme
+from lraee.model.text import TextRecord, require_text_scheme
 from lraee.ops.backend import Backend, implementation, require_backend
 from lraee.towers import runner
 from lraee.towers import text as texts
@@ -56,7 +56,7 @@ def accelerate(
     scheme: str | Scheme = "int8",
     backend: Backend = "auto",
     exits: Exits | str | os.PathLike[str] | None = None,
-    text: TextScheme | None = None,
+    text: str | None = None,
     inplace: bool = False,
     check: Tensor | None = None,
 ) -> Model:
