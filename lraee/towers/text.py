@@ -214,9 +214,21 @@ class TextEncoder:
         return getattr(type(owner), self.spec.method)(owner, text, *args, **named)
 
     def _fits(self, text: Any) -> bool:
-        """Whether these are token ids of a whole context; the library says what else is wrong."""
+        """Whether these are token ids that the tower takes; the library says what else is wrong.
+
+        Raises: ValueError on texts shorter than the context of a causal tower in int8, whose blocks
+          look at no mask that the library would compare them with.
+        """
         is_ids = isinstance(text, Tensor) and text.dim() == 2 and not text.is_floating_point()
-        return is_ids and text.shape[0] > 0 and text.shape[1] == self.spec.tokens
+        if not is_ids or 0 in text.shape or text.shape[1] > self.spec.tokens:
+            return False
+        is_short = self.spec.mask == "causal" and text.shape[1] < self.spec.tokens
+        if is_short and self.backend is not None:
+            raise ValueError(
+                f"{self.spec.method}: text must have shape [B, {self.spec.tokens}], got"
+                f" {list(text.shape)}; pad it as the model's tokenizer does"
+            )
+        return not is_short
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TextEncoder":
         return TextEncoder(memo[id(self.owner())], self.spec, self.backend)
