@@ -155,16 +155,21 @@ def time_prompts(
     texts = opened.tokenizer(prompts(max(64, *batch)))
     with torch.no_grad():
         runs, reasons = build_all(opened.model, texts)
-        rows = [row for size in batch for row in rows_of(runs, texts, size, budget_s)]
-    for row in rows:
-        typer.echo(
-            f"b{row['batch']:<3} {row['variant']:22} {row['median_ms']:8.3f} ms a prompt"
-            f" ({row['p20_ms']:.3f}-{row['p80_ms']:.3f})  {row['ratio']:5.2f} times lraee int8"
-            f"  cosine at least {row['cosine_min']:.5f}"
-        )
+        rows = []
+        for size in batch:
+            rows += (measured := rows_of(runs, texts, size, budget_s))
+            typer.echo("\n".join(map(_line, measured)))
     if out is not None:
         found = {"schema": SCHEMA, **describe(), "model": model, "rows": rows}
         write_json({**found, "not_set_up": reasons}, out)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"b{row['batch']:<3} {row['variant']:22} {row['median_ms']:8.3f} ms a prompt"
+        f" ({row['p20_ms']:.3f}-{row['p80_ms']:.3f})  {row['ratio']:5.2f} times lraee int8"
+        f"  cosine at least {row['cosine_min']:.5f}"
+    )
 
 
 @app.command()

@@ -147,9 +147,13 @@ def test_save_and_load(tmp_path: Path, variant: dict[str, Any], scheme: Any) -> 
 
 
 def test_a_checkpoint_without_int8_text_is_that_of_before(tmp_path: Path) -> None:
-    lraee.save(lraee.accelerate(make_model()), tmp_path)
+    model, ids = make_model(), make_texts(4)
+    lraee.save(lraee.accelerate(model), tmp_path)
     config = json.loads((tmp_path / FORMAT.config_name).read_text())
     assert "text" not in config and config["format_version"] == 2
+    loaded = lraee.load(tmp_path, model)
+    assert_same(encode(loaded, ids), encode(lraee.accelerate(model), ids))
+    assert not isinstance(text_tower(loaded).blocks[0], Int8Block)
 
 
 def test_load_refuses_another_text_tower(tmp_path: Path) -> None:
