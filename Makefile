@@ -1,5 +1,5 @@
 # Every target does its own set-up in $(VENV): `make demo` or `make test` is all a fresh machine needs.
-# Needs Python 3.11+ and a C++ compiler; scripts/door.sh says in one line which of them is missing.
+# Needs Python 3.11+ and a C++ compiler; scripts/find_python.sh says in one line which of them is missing.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
-.PHONY: help setup demo doctor test test-slow test-gpu check format bench bench-tower regressions
+.PHONY: help setup demo doctor test test-slow test-gpu check format docs bench bench-tower regressions
 .PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
 
 help:  ## Lists the targets.
@@ -18,8 +18,8 @@ help:  ## Lists the targets.
 
 # Set-up, in four steps that each run again only when what they depend on changed
 
-$(VENV)/.python: scripts/door.sh
-	@python=$$(sh scripts/door.sh) && "$$python" -m venv $(VENV)
+$(VENV)/.python: scripts/find_python.sh
+	@python=$$(sh scripts/find_python.sh) && "$$python" -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.python
@@ -73,6 +73,9 @@ format: setup  ## Formats all code in place.
 	$(BIN)/ruff check --fix --select I
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FORMATTED)
+
+docs: setup  ## The documentation as a site in build/site; any broken link or reference is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Benchmarks: nothing else should run on the machine
 

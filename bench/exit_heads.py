@@ -1,4 +1,4 @@
-"""What makes a good exit head, and a good gate, for lraee-tiny: the tables of bench/NOTES.md.
+"""What makes a good exit head, and a good gate, for lraee-tiny: the tables of docs/notes/exits.md.
 
 Features of the int8 tower are collected once: centre crops, and `--views` random crops of every
 photo, each with the float tower's embedding of the same crop. Eight tenths train heads; one tenth

@@ -1,4 +1,4 @@
-"""Fit the tables of csrc/cpu/activation_tables.h; prints them.
+"""Fit the tables of csrc/cpu/numerics/gates.h; prints them.
 
 The root G(-t)^(1/2^s) of a gate gets the polynomial whose activation error is smallest at its worst
 point (Remez exchange, in float64, then rounded to float32). The bound of each table is the largest

@@ -7,7 +7,7 @@ INT8 products in Triton at 45 % of peak and cuBLAS FP16 at 70 % (published figur
 lie at 45-50 % and 65-80 %), less on tiles that are not full; memory at 75 %. Launches, and the
 bytes and products of each, are those that the launchers would make (bench/launches.py).
 Two launch costs are shown: 5 us each (eager) and 1.5 us (replayed from a CUDA graph). An H200 took
-1.8 to 3.4 times these times for INT8 and 1.0 to 3.7 times for FP16 (bench/NOTES.md, "a first GPU"):
+1.8 to 3.4 times these times for INT8 and 1.0 to 3.7 times for FP16 (docs/notes/gpu.md):
 they serve to compare designs, not to promise. All blocks count whole: what the last one leaves out
 is 3 to 6 % of the products.
 """

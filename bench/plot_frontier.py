@@ -1,6 +1,6 @@
 """Draws what bench.exit_frontier measured: accuracy and agreement against FLOPs saved.
 
-    python -m bench.plot_frontier results/exit_frontier.json docs/exit_frontier.png
+    python -m bench.plot_frontier results/exit_frontier.json docs/images/exit_frontier.png
 
 Needs matplotlib: pip install 'lraee[bench]'.
 """

@@ -1,6 +1,7 @@
 """Early exits and full depth in one process: fails when exits save no time, or cost too much.
 
-Margins are wide, for shared machines; what was measured on a quiet one is in bench/NOTES.md. The
+Margins are wide, for shared machines; what was measured on a quiet one is in
+docs/notes/exits.md. The
 statistic is the median over rounds of the ratio of one round.
 """
 

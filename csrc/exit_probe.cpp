@@ -1,7 +1,7 @@
 // z [B, L, D] -> embedding [B, E], top1, confidence, margin, variance and score [B] of leaving at
 // this depth.
 
-#include "cpu/exit_probe.h"
+#include "cpu/exit_probe/exit_probe.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "int8_linear.h"
+#include "levels.h"
 #include "rows.h"
 
 namespace lraee {
@@ -41,16 +42,16 @@ Pool pool_tokens(const at::Tensor& z, int64_t P) {
   Pool pool{at::empty({B, P}, z.options().dtype(at::kFloat)),
             at::empty({B}, z.options().dtype(at::kFloat))};
   at::Tensor spread = at::empty({B, D}, pool.row.options());
-  const cpu::PoolPatchesArgs args{rows.const_data_ptr(),
-                                  rows.stride(0),
-                                  rows.stride(1),
-                                  float_type(z.scalar_type(), "exit_probe", "z"),
-                                  z.size(1),
-                                  D,
-                                  P,
-                                  pool.row.mutable_data_ptr<float>(),
-                                  spread.mutable_data_ptr<float>(),
-                                  pool.variance.mutable_data_ptr<float>()};
+  const cpu::PoolPatchesArgs args{.z = rows.const_data_ptr(),
+                                  .stride_b = rows.stride(0),
+                                  .stride_l = rows.stride(1),
+                                  .type = float_type(z.scalar_type(), "exit_probe", "z"),
+                                  .L = z.size(1),
+                                  .D = D,
+                                  .P = P,
+                                  .pooled = pool.row.mutable_data_ptr<float>(),
+                                  .spread = spread.mutable_data_ptr<float>(),
+                                  .variance = pool.variance.mutable_data_ptr<float>()};
   const int64_t threads = at::get_num_threads();
   const int64_t parts =
       B == 0 ? 1 : std::min((threads + B - 1) / B, 1 + args.L * D / kPooledPerTask);
@@ -78,25 +79,28 @@ Scores gate_scores(const at::Tensor& embedding, const at::Tensor& classes, doubl
   const int64_t B = embedding.size(0), K = classes.size(0);
   const at::Tensor class_rows = classes.contiguous(), gate_row = gate.contiguous();
   at::Tensor length = at::empty_like(variance);
-  Scores scores{at::empty({B}, variance.options().dtype(at::kLong)), at::empty_like(variance),
-                at::empty_like(variance), at::empty_like(variance)};
+  Scores scores{.top1 = at::empty({B}, variance.options().dtype(at::kLong)),
+                .confidence = at::empty_like(variance),
+                .margin = at::empty_like(variance),
+                .score = at::empty_like(variance)};
   const int64_t chunks = (K + cpu::kClassChunk - 1) / cpu::kClassChunk;
   std::vector<cpu::ClassPart> parts(static_cast<size_t>(chunks * B));
-  const cpu::ClassScoresArgs args{embedding.const_data_ptr<float>(),
-                                  class_rows.const_data_ptr(),
-                                  float_type(classes.scalar_type(), "exit_probe", "classes"),
-                                  B,
-                                  classes.size(1),
-                                  K,
-                                  static_cast<float>(logit_scale),
-                                  gate_row.const_data_ptr<float>(),
-                                  variance.const_data_ptr<float>(),
-                                  length.mutable_data_ptr<float>(),
-                                  parts.data(),
-                                  scores.top1.mutable_data_ptr<int64_t>(),
-                                  scores.confidence.mutable_data_ptr<float>(),
-                                  scores.margin.mutable_data_ptr<float>(),
-                                  scores.score.mutable_data_ptr<float>()};
+  const cpu::ClassScoresArgs args{
+      .embedding = embedding.const_data_ptr<float>(),
+      .classes = class_rows.const_data_ptr(),
+      .class_type = float_type(classes.scalar_type(), "exit_probe", "classes"),
+      .B = B,
+      .E = classes.size(1),
+      .K = K,
+      .logit_scale = static_cast<float>(logit_scale),
+      .gate = gate_row.const_data_ptr<float>(),
+      .variance = variance.const_data_ptr<float>(),
+      .length = length.mutable_data_ptr<float>(),
+      .parts = parts.data(),
+      .top1 = scores.top1.mutable_data_ptr<int64_t>(),
+      .confidence = scores.confidence.mutable_data_ptr<float>(),
+      .margin = scores.margin.mutable_data_ptr<float>(),
+      .score = scores.score.mutable_data_ptr<float>()};
   auto* const length_of = by_level<cpu::EmbeddingLength>(LRAEE_THREE_LEVELS(cpu::embedding_length));
   auto* const score_chunk = by_level<cpu::ClassScores>(LRAEE_THREE_LEVELS(cpu::class_scores));
   auto* const gate_score = by_level<cpu::GateScore>(LRAEE_THREE_LEVELS(cpu::gate_score));

@@ -1,6 +1,7 @@
-// y = x @ w^T + bias in float32, each output summed in one fixed order; see cpu/float_linear.h.
+// y = x @ w^T + bias in float32, each output summed in one fixed order; see
+// cpu/float_linear/float_linear.h.
 
-#include "cpu/float_linear.h"
+#include "cpu/float_linear/float_linear.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -8,29 +9,15 @@
 
 #include <algorithm>
 
-#include "common.h"
+#include "levels.h"
 
 namespace lraee {
 namespace {
 
-cpu::FloatLinearKernel float_linear_kernel() {
-  switch (active_isa()) {
-    case cpu::Isa::kScalar:
-      return &cpu::float_linear_scalar;
-    case cpu::Isa::kAvx2:
-    case cpu::Isa::kAvxVnni:
-      return &cpu::float_linear_avx2;
-    case cpu::Isa::kAvx512Vnni:
-    case cpu::Isa::kAmx:
-      return &cpu::float_linear_avx512;
-  }
-  return nullptr;
-}
-
 // Splits the larger of rows and panels among the threads: rows share the weights, panels share the
 // rows.
 void run_blocks(const cpu::FloatLinear& whole) {
-  const cpu::FloatLinearKernel kernel = float_linear_kernel();
+  auto* const kernel = by_level<cpu::FloatLinearKernel>(LRAEE_THREE_LEVELS(cpu::float_linear));
   const int64_t panels = whole.last_panel;
   const int64_t threads = at::get_num_threads();
   // Rows first only where every thread gets at least eight full tiles of them.
@@ -69,9 +56,18 @@ at::Tensor float_linear(const at::Tensor& x, const at::Tensor& w,
   const at::Tensor bias_row = bias ? bias->contiguous() : at::Tensor();
   at::Tensor y = at::empty({M, N}, x.options());
   if (M == 0 || N == 0) return y;
-  run_blocks({rows.const_data_ptr<float>(), rows.stride(0), columns.const_data_ptr<float>(),
-              columns.stride(1), bias ? bias_row.const_data_ptr<float>() : nullptr,
-              y.mutable_data_ptr<float>(), N, M, N, K, 0, cpu::num_float_panels(N)});
+  run_blocks({.x = rows.const_data_ptr<float>(),
+              .x_stride = rows.stride(0),
+              .w = columns.const_data_ptr<float>(),
+              .w_stride = columns.stride(1),
+              .bias = bias ? bias_row.const_data_ptr<float>() : nullptr,
+              .y = y.mutable_data_ptr<float>(),
+              .y_stride = N,
+              .rows = M,
+              .N = N,
+              .K = K,
+              .first_panel = 0,
+              .last_panel = cpu::num_float_panels(N)});
   return y;
 }
 

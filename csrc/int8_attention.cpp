@@ -1,7 +1,7 @@
-// qkv [B, L, 3 D] -> softmax(Q K^T / sqrt(d)) V [B, L, D], Q and K in int8 with one step per token
-// and head.
+// qkv [B, L, 3 D] -> softmax(Q K^T / sqrt(d)) V [B, L, D], Q and K in int8 with one scale per
+// token and head.
 
-#include "cpu/int8_attention.h"
+#include "cpu/int8_attention/int8_attention.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -10,42 +10,40 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/int8_attention/scratch.h"
+#include "levels.h"
 #include "rows.h"
 
 namespace lraee {
 
 cpu::Int8Attention* int8_attention_kernel() {
 #if defined(__x86_64__)
-  switch (active_isa()) {
-    case cpu::Isa::kScalar:
-      break;
-    case cpu::Isa::kAvx2:
-      return &cpu::int8_attention_avx2;
-    case cpu::Isa::kAvxVnni:
-      return cpu::has_vex_vnni() ? &cpu::int8_attention_avx_vnni
-                                 : &cpu::int8_attention_avx512vl_vnni;
-    case cpu::Isa::kAvx512Vnni:
-    case cpu::Isa::kAmx:
-      return &cpu::int8_attention_avx512_vnni;
-  }
-#endif
+  return by_level<cpu::Int8Attention>({.scalar = &cpu::int8_attention_scalar,
+                                       .avx2 = &cpu::int8_attention_avx2,
+                                       .avx_vnni = cpu::has_vex_vnni()
+                                                       ? &cpu::int8_attention_avx_vnni
+                                                       : &cpu::int8_attention_avx512vl_vnni,
+                                       .avx512_vnni = &cpu::int8_attention_avx512_vnni,
+                                       .amx = &cpu::int8_attention_avx512_vnni});
+#else
   return &cpu::int8_attention_scalar;
+#endif
 }
 
 namespace {
 
 // Parts that the queries of one head are cut into. Each part prepares K and V anew, so heads are
 // cut only where whole heads would leave threads idle. No result depends on the cut.
-int64_t parts_per_head(int64_t heads, int64_t queries) {
+int64_t parts_per_head(int64_t heads, int64_t num_queries) {
   const int64_t threads = at::get_num_threads();
   constexpr int64_t kQueriesPerPart = 24;
   if (heads >= 4 * threads || heads % threads == 0) return 1;
   return std::clamp<int64_t>((4 * threads + heads - 1) / heads, 1,
-                             std::max<int64_t>(1, queries / kQueriesPerPart));
+                             std::max<int64_t>(1, num_queries / kQueriesPerPart));
 }
 
-void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t queries) {
-  const int64_t heads = B * args.H, parts = parts_per_head(heads, queries);
+void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t num_queries) {
+  const int64_t heads = B * args.H, parts = parts_per_head(heads, num_queries);
   const int64_t scratch_bytes = cpu::int8_attention_scratch_bytes(args.L, args.d);
   cpu::Int8Attention* const one_part = int8_attention_kernel();
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
@@ -53,7 +51,10 @@ void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t queries) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / parts, part = task % parts;
       one_part(args,
-               {head / args.H, head % args.H, queries * part / parts, queries * (part + 1) / parts},
+               {.b = head / args.H,
+                .h = head % args.H,
+                .i_begin = num_queries * part / parts,
+                .i_end = num_queries * (part + 1) / parts},
                scratch.mutable_data_ptr());
     }
   });
@@ -62,23 +63,24 @@ void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t queries) {
 }  // namespace
 
 at::Tensor int8_attention_of(const at::Tensor& qkv, int64_t num_heads, bool causal,
-                             int64_t queries) {
+                             int64_t num_queries) {
   const cpu::FloatType type = float_type(qkv.scalar_type(), "int8_attention", "qkv");
   const int64_t B = qkv.size(0), L = qkv.size(1), D = qkv.size(2) / 3, d = D / num_heads;
   const at::Tensor rows = with_contiguous_rows(qkv);
-  at::Tensor y = at::empty({B, queries, D}, qkv.options());
-  const cpu::Int8AttentionArgs args{rows.const_data_ptr(),
-                                    rows.stride(0),
-                                    rows.stride(1),
-                                    type,
-                                    L,
-                                    num_heads,
-                                    d,
-                                    causal,
-                                    static_cast<float>(1.0 / std::sqrt(static_cast<double>(d))),
-                                    y.mutable_data_ptr(),
-                                    queries * D};
-  run(args, B, queries);
+  at::Tensor y = at::empty({B, num_queries, D}, qkv.options());
+  const cpu::Int8AttentionArgs args{
+      .qkv = rows.const_data_ptr(),
+      .stride_b = rows.stride(0),
+      .stride_l = rows.stride(1),
+      .type = type,
+      .L = L,
+      .H = num_heads,
+      .d = d,
+      .is_causal = causal,
+      .root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d))),
+      .y = y.mutable_data_ptr(),
+      .y_stride = num_queries * D};
+  run(args, B, num_queries);
   return y;
 }
 

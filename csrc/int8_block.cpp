@@ -18,8 +18,10 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/int8_attention/scratch.h"
+#include "cpu/int8_linear/blocking.h"
+#include "cpu/pack_weight/pack_weight.h"
 #include "int8_linear.h"
-#include "cpu/pack_weight.h"
 #include "rows.h"
 
 namespace lraee {
@@ -27,7 +29,7 @@ namespace {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
-// What the operators of one block are given, by name.
+// The operands of one block, by operator.
 struct Linear {
   at::Tensor w, w_scale, w_sum;
   std::optional<at::Tensor> bias, layer_scale;
@@ -71,42 +73,43 @@ struct Block {
   cpu::Activation activation;
   bool first_only;
 
-  // Tokens of an image that are asked for.
-  int64_t asked(int64_t L) const { return first_only ? 1 : L; }
+  // Tokens of an image that are computed.
+  int64_t num_queries(int64_t L) const { return first_only ? 1 : L; }
 };
 
 // Threads share each operator.
 at::Tensor by_operator(const at::Tensor& x, const Block& block, std::string_view activation) {
   const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
   const auto type = x.scalar_type();
-  const int64_t asked = block.asked(L);
+  const int64_t num_queries = block.num_queries(L);
   const at::Tensor all = x.view({B * L, D}), rows = block.first_only ? x.select(1, 0) : all;
   const auto multiply = [&](const std::tuple<at::Tensor, at::Tensor, at::Tensor>& quantized,
                             const Linear& linear, const std::optional<at::Tensor>& residual,
-                            std::string_view then, const PackedWeight& after) {
+                            std::string_view then, const PackedWeight& next) {
     const auto& [x_q, x_scale, x_zero] = quantized;
     return int8_linear(x_q, x_scale, x_zero, linear.w, linear.w_scale, linear.w_sum, linear.bias,
-                       residual, linear.layer_scale, then, type, after);
+                       residual, linear.layer_scale, then, type, next);
   };
   const auto normed = [&](const at::Tensor& from, const Norm& norm, const Linear& linear) {
     return layer_norm_quantize(from, norm.gamma, norm.beta, norm.eps, linear.symmetric);
   };
   const at::Tensor qkv = multiply(normed(all, block.norm_1, block.in_proj), block.in_proj,
                                   std::nullopt, "none", block.out_proj.weight());
-  const at::Tensor seen =
-      int8_attention_of(qkv.view({B, L, 3 * D}), block.num_heads, block.causal, asked)
-          .view({B * asked, D});
-  const at::Tensor middle = multiply(quantize_rows(seen, block.out_proj.symmetric), block.out_proj,
-                                     rows, "none", block.c_fc.weight());
+  const at::Tensor attended =
+      int8_attention_of(qkv.view({B, L, 3 * D}), block.num_heads, block.causal, num_queries)
+          .view({B * num_queries, D});
+  const at::Tensor middle = multiply(quantize_rows(attended, block.out_proj.symmetric),
+                                     block.out_proj, rows, "none", block.c_fc.weight());
   const at::Tensor hidden = multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc,
                                      std::nullopt, activation, block.c_proj.weight());
   return multiply(quantize_rows(hidden, block.c_proj.symmetric), block.c_proj, middle, "none", {})
-      .view({B, asked, D});
+      .view({B, num_queries, D});
 }
 
 // Bytes that the largest intermediate of a chunk may take. A chunk reads all weights of the block,
-// so it should be large; what it makes should not go far. ViT-B/32 on AMX, 2 MiB of L2, one thread,
-// 32 images: 0.4, 0.6, 0.9, 1.3, 2, 3 and 5 times L2 take 279, 236, 220, 203, 186, 187 and 189 ms.
+// so it should be large; its intermediates should stay in L2. ViT-B/32 on AMX, 2 MiB of L2, one
+// thread, 32 images: 0.4, 0.6, 0.9, 1.3, 2, 3 and 5 times L2 take 279, 236, 220, 203, 186, 187 and
+// 189 ms.
 int64_t chunk_bytes() {
   constexpr int64_t kUnknown = 1 << 20;
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -125,14 +128,14 @@ class Images {
   Images(const at::Tensor& x, at::Tensor& y, const Block& block)
       : block_(block),
         L_(x.size(1)),
-        asked_(block.asked(L_)),
+        num_queries_(block.num_queries(L_)),
         D_(x.size(2)),
         hidden_(block.c_fc.N()),
         element_(static_cast<int64_t>(x.element_size())),
         type_(float_type(x.scalar_type(), "int8_block", "x")),
         x_(static_cast<const char*>(x.const_data_ptr())),
         y_(static_cast<char*>(y.mutable_data_ptr())),
-        isa_(active_isa()) {
+        int8_linear_(int8_linear_kernel()) {
     const int64_t fitting = chunk_bytes() / (std::max(3 * D_, hidden_) * element_);
     images_ = std::max<int64_t>(1, fitting / L_);
     rows_ = std::clamp<int64_t>(fitting / 32 * 32, 32, std::max<int64_t>(32, images_ * L_));
@@ -144,20 +147,21 @@ class Images {
     place(static_cast<char*>(memory.at_least(place(nullptr, kept))), kept);
     for (int64_t image = begin; image < end; image += images_) {
       const int64_t count = std::min(images_, end - image);
-      char* const seen = block_.first_only ? seen_ + (image - begin) * D_ * element_ : seen_;
-      attend(image, count, seen);
+      char* const attended =
+          block_.first_only ? attended_ + (image - begin) * D_ * element_ : attended_;
+      attend(image, count, attended);
       if (block_.first_only) continue;
-      project(image * L_, count * L_, seen_);
+      project(image * L_, count * L_, attended_);
       for (int64_t row = image * L_; row < (image + count) * L_; row += rows_) {
-        think(row, std::min(rows_, (image + count) * L_ - row));
+        mlp(row, std::min(rows_, (image + count) * L_ - row));
       }
     }
     if (!block_.first_only) return;
     // One row an image is left: all together, so that the weights are read once.
     for (int64_t row = begin; row < end; row += rows_) {
       const int64_t rows = std::min(rows_, end - row);
-      project(row, rows, seen_ + (row - begin) * D_ * element_);
-      think(row, rows);
+      project(row, rows, attended_ + (row - begin) * D_ * element_);
+      mlp(row, rows);
     }
   }
 
@@ -175,7 +179,7 @@ class Images {
       size += padded(bytes);
     };
     take(wide_, wide * element_);
-    take(seen_, kept * D_ * element_);
+    take(attended_, kept * D_ * element_);
     take(x_q_, std::max(rows * D_, rows_ * hidden_));
     take(x_scale_, rows * 4);
     take(x_zero_, rows * 4);
@@ -185,69 +189,98 @@ class Images {
   }
 
   void norm(const char* x, int64_t rows, const Norm& norm, bool symmetric) {
-    layer_norm_quantize_kernel()(
-        {x, D_, type_, D_, norm.gamma.const_data_ptr<float>(), norm.beta.const_data_ptr<float>(),
-         static_cast<float>(norm.eps), symmetric, x_q_, x_scale_, x_zero_},
-        0, rows, norm_);
+    layer_norm_quantize_kernel()({.x = x,
+                                  .stride = D_,
+                                  .type = type_,
+                                  .D = D_,
+                                  .gamma = norm.gamma.const_data_ptr<float>(),
+                                  .beta = norm.beta.const_data_ptr<float>(),
+                                  .eps = static_cast<float>(norm.eps),
+                                  .symmetric = symmetric,
+                                  .x_q = x_q_,
+                                  .x_scale = x_scale_,
+                                  .x_zero = x_zero_},
+                                 0, rows, norm_);
   }
 
   void quantize(const char* x, int64_t rows, int64_t K, bool symmetric) {
-    quantize_rows_kernel()({x, K, type_, K, symmetric, x_q_, x_scale_, x_zero_}, 0, rows);
+    quantize_rows_kernel()({.x = x,
+                            .stride = K,
+                            .type = type_,
+                            .K = K,
+                            .symmetric = symmetric,
+                            .x_q = x_q_,
+                            .x_scale = x_scale_,
+                            .x_zero = x_zero_},
+                           0, rows);
   }
 
   // y = the quantized rows times the weight; residual and y may be the same rows.
   void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual,
-                int64_t residual_stride, char* y, cpu::Activation activation, const Linear& after) {
+                int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
     const auto values = [](const std::optional<at::Tensor>& vector) {
       return vector.has_value() ? vector->const_data_ptr<float>() : nullptr;
     };
     const int64_t N = linear.N();
-    const cpu::Int8LinearArgs args{rows,
-                                   N,
-                                   K,
-                                   x_q_,
-                                   K,
-                                   x_scale_,
-                                   x_zero_,
-                                   linear.w.const_data_ptr<int8_t>(),
-                                   linear.w_scale.const_data_ptr<float>(),
-                                   linear.w_sum.const_data_ptr<int32_t>(),
-                                   values(linear.bias),
-                                   values(linear.layer_scale),
-                                   residual,
-                                   residual_stride,
-                                   y,
-                                   type_,
-                                   activation};
-    cpu::int8_linear(isa_, args, {0, rows, 0, N, after.weight().from(0)}, scratch_);
+    const cpu::Int8LinearArgs args{.M = rows,
+                                   .N = N,
+                                   .K = K,
+                                   .x_q = x_q_,
+                                   .x_stride = K,
+                                   .x_scale = x_scale_,
+                                   .x_zero = x_zero_,
+                                   .w = linear.w.const_data_ptr<int8_t>(),
+                                   .w_scale = linear.w_scale.const_data_ptr<float>(),
+                                   .w_sum = linear.w_sum.const_data_ptr<int32_t>(),
+                                   .bias = values(linear.bias),
+                                   .layer_scale = values(linear.layer_scale),
+                                   .residual = residual,
+                                   .residual_stride = residual_stride,
+                                   .y = y,
+                                   .out_type = type_,
+                                   .activation = activation};
+    int8_linear_(
+        args,
+        {.m_begin = 0, .m_end = rows, .n_begin = 0, .n_end = N, .next = next.weight().from(0)},
+        scratch_);
   }
 
-  // Attention of whole images: what the tokens that are asked for see.
-  void attend(int64_t image, int64_t count, char* seen) {
+  // Attention of whole images, of their first num_queries_ tokens.
+  void attend(int64_t image, int64_t count, char* attended) {
     const int64_t rows = count * L_, d = D_ / block_.num_heads;
     const char* const x = x_ + image * L_ * D_ * element_;
     norm(x, rows, block_.norm_1, block_.in_proj.symmetric);
     multiply(block_.in_proj, rows, D_, nullptr, 0, wide_, cpu::Activation::kNone, block_.out_proj);
     const auto root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d)));
-    const cpu::Int8AttentionArgs args{
-        wide_, L_ * 3 * D_,   3 * D_, type_, L_,         block_.num_heads,
-        d,     block_.causal, root,   seen,  asked_ * D_};
+    const cpu::Int8AttentionArgs args{.qkv = wide_,
+                                      .stride_b = L_ * 3 * D_,
+                                      .stride_l = 3 * D_,
+                                      .type = type_,
+                                      .L = L_,
+                                      .H = block_.num_heads,
+                                      .d = d,
+                                      .is_causal = block_.causal,
+                                      .root = root,
+                                      .y = attended,
+                                      .y_stride = num_queries_ * D_};
     cpu::Int8Attention* const one_head = int8_attention_kernel();
     for (int64_t b = 0; b < count; ++b) {
-      for (int64_t h = 0; h < block_.num_heads; ++h) one_head(args, {b, h, 0, asked_}, scratch_);
+      for (int64_t h = 0; h < block_.num_heads; ++h) {
+        one_head(args, {.b = b, .h = h, .i_begin = 0, .i_end = num_queries_}, scratch_);
+      }
     }
   }
 
-  // The projection of what rows of y have seen, added to their x.
-  void project(int64_t row, int64_t rows, const char* seen) {
+  // The projection of the attention of rows of y, added to their x.
+  void project(int64_t row, int64_t rows, const char* attended) {
     const int64_t stride = block_.first_only ? L_ * D_ : D_;
-    quantize(seen, rows, D_, block_.out_proj.symmetric);
+    quantize(attended, rows, D_, block_.out_proj.symmetric);
     multiply(block_.out_proj, rows, D_, x_ + row * stride * element_, stride,
              y_ + row * D_ * element_, cpu::Activation::kNone, block_.c_fc);
   }
 
   // The MLP of some rows of y, in place.
-  void think(int64_t row, int64_t rows) {
+  void mlp(int64_t row, int64_t rows) {
     char* const y = y_ + row * D_ * element_;
     norm(y, rows, block_.norm_2, block_.c_fc.symmetric);
     multiply(block_.c_fc, rows, D_, nullptr, 0, wide_, block_.activation, block_.c_proj);
@@ -256,13 +289,13 @@ class Images {
   }
 
   const Block& block_;
-  const int64_t L_, asked_, D_, hidden_, element_;
+  const int64_t L_, num_queries_, D_, hidden_, element_;
   const cpu::FloatType type_;
   const char* const x_;
   char* const y_;
-  const cpu::Isa isa_;
+  cpu::Int8Linear* const int8_linear_;
   int64_t images_, rows_;
-  char *wide_ = nullptr, *seen_ = nullptr, *scratch_ = nullptr;
+  char *wide_ = nullptr, *attended_ = nullptr, *scratch_ = nullptr;
   int8_t* x_q_ = nullptr;
   float *x_scale_ = nullptr, *norm_ = nullptr;
   int32_t* x_zero_ = nullptr;
@@ -317,21 +350,21 @@ at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const Optional
                       at::ArrayRef<double> eps, std::array<bool, 4> symmetric, int64_t num_heads,
                       bool causal, std::string_view activation, bool first_only) {
   TORCH_CHECK_VALUE(eps.size() == 2, "int8_block: eps must have two values, got ", eps.size());
-  const Block block{norm_of(norm_1, eps[0]),
-                    norm_of(norm_2, eps[1]),
-                    Linear(in_proj, symmetric[0]),
-                    Linear(out_proj, symmetric[1]),
-                    Linear(c_fc, symmetric[2]),
-                    Linear(c_proj, symmetric[3]),
-                    num_heads,
-                    causal,
-                    activation_from_name(activation),
-                    first_only};
+  const Block block{.norm_1 = norm_of(norm_1, eps[0]),
+                    .norm_2 = norm_of(norm_2, eps[1]),
+                    .in_proj = Linear(in_proj, symmetric[0]),
+                    .out_proj = Linear(out_proj, symmetric[1]),
+                    .c_fc = Linear(c_fc, symmetric[2]),
+                    .c_proj = Linear(c_proj, symmetric[3]),
+                    .num_heads = num_heads,
+                    .causal = causal,
+                    .activation = activation_from_name(activation),
+                    .first_only = first_only};
   check(x, block);
   const at::Tensor rows = x.contiguous();
   const int64_t B = x.size(0);
   if (!takes_images(x, block)) return by_operator(rows, block, activation);
-  at::Tensor y = at::empty({B, block.asked(x.size(1)), x.size(2)}, rows.options());
+  at::Tensor y = at::empty({B, block.num_queries(x.size(1)), x.size(2)}, rows.options());
   const int64_t threads = at::get_num_threads();
   at::parallel_for(0, B, (B + threads - 1) / threads,
                    [&](int64_t begin, int64_t end) { Images(rows, y, block).run(begin, end); });

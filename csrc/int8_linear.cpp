@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-#include "common.h"
-#include "cpu/int8_linear.h"
-#include "cpu/pack_weight.h"
+#include "cpu/int8_linear/blocking.h"
+#include "cpu/pack_weight/pack_weight.h"
+#include "levels.h"
 
 namespace lraee {
 namespace {
@@ -27,6 +27,24 @@ const T* vector_pointer(const char* name, const std::optional<at::Tensor>& opera
 }
 
 }  // namespace
+
+cpu::Int8Linear* int8_linear_kernel() {
+#if defined(__x86_64__)
+  return by_level<cpu::Int8Linear>({.scalar = &cpu::int8_linear_scalar,
+                                    .avx2 = &cpu::int8_linear_avx2,
+                                    .avx_vnni = cpu::has_vex_vnni()
+                                                    ? &cpu::int8_linear_avx_vnni
+                                                    : &cpu::int8_linear_avx512vl_vnni,
+                                    .avx512_vnni = &cpu::int8_linear_avx512_vnni,
+#if defined(__linux__)
+                                    .amx = &cpu::int8_linear_amx});
+#else
+                                    .amx = &cpu::int8_linear_avx512_vnni});
+#endif
+#else
+  return &cpu::int8_linear_scalar;
+#endif
+}
 
 cpu::Activation activation_from_name(std::string_view name) {
   if (name == "none") return cpu::Activation::kNone;
@@ -58,13 +76,13 @@ struct Grid {
 Grid best_grid(int64_t M, int64_t N, int64_t K) {
   constexpr int64_t kSerialProducts = 1 << 20, kSerialBytes = 1 << 18;
   constexpr int64_t kRows = 6, kProductsPerByte = 8;
-  Grid best{M, N, 1, 1};
+  Grid best{.M = M, .N = N, .m_parts = 1, .n_parts = 1};
   // A single row takes as long as its weights, which come from memory: 0.8 MB on one thread 41 us.
   if (M * N * K < kSerialProducts && N * K < kSerialBytes) return best;
   const int64_t num_threads = at::get_num_threads();
   int64_t least = INT64_MAX;
   for (int64_t m_parts = 1; m_parts <= num_threads; ++m_parts) {
-    const Grid grid{M, N, m_parts, num_threads / m_parts};
+    const Grid grid{.M = M, .N = N, .m_parts = m_parts, .n_parts = num_threads / m_parts};
     const int64_t rows = ceil_div(grid.row_step(), kRows) * kRows, columns = grid.column_step();
     const int64_t cost = rows * columns + kProductsPerByte * (rows + columns);
     if (cost < least) {
@@ -75,10 +93,10 @@ Grid best_grid(int64_t M, int64_t N, int64_t K) {
   return best;
 }
 
-void run_parallel(const cpu::Int8LinearArgs& a, const PackedWeight& after) {
+void run_parallel(const cpu::Int8LinearArgs& a, const PackedWeight& next) {
   if (a.M == 0 || a.N == 0) return;
-  const cpu::Isa isa = active_isa();
-  const Grid grid = best_grid(a.M, a.N, a.K), next = best_grid(a.M, after.N, after.K);
+  cpu::Int8Linear* const kernel = int8_linear_kernel();
+  const Grid grid = best_grid(a.M, a.N, a.K), next_grid = best_grid(a.M, next.N, next.K);
   const int64_t row_step = grid.row_step(), column_step = grid.column_step();
   at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
     static thread_local ThreadScratch memory;
@@ -86,17 +104,20 @@ void run_parallel(const cpu::Int8LinearArgs& a, const PackedWeight& after) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t m = grid.row_of(part), n = grid.column_of(part);
       if (m >= a.M || n >= a.N) continue;
-      cpu::int8_linear(isa, a,
-                       {m, std::min(a.M, m + row_step), n, std::min(a.N, n + column_step),
-                        after.from(next.column_of(part))},
-                       scratch);
+      kernel(a,
+             {.m_begin = m,
+              .m_end = std::min(a.M, m + row_step),
+              .n_begin = n,
+              .n_end = std::min(a.N, n + column_step),
+              .next = next.from(next_grid.column_of(part))},
+             scratch);
     }
   });
 }
 
 }  // namespace
 
-cpu::WeightAfter PackedWeight::from(int64_t n) const {
+cpu::NextWeight PackedWeight::from(int64_t n) const {
   // More would not come faster than the product reads it.
   constexpr int64_t kBytes = 64 * 1024;
   if (n >= N) return {};
@@ -112,7 +133,7 @@ at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
                        const std::optional<at::Tensor>& bias,
                        const std::optional<at::Tensor>& residual,
                        const std::optional<at::Tensor>& layer_scale, std::string_view activation,
-                       at::ScalarType out_dtype, const PackedWeight& after) {
+                       at::ScalarType out_dtype, const PackedWeight& next) {
   TORCH_CHECK_VALUE(x_q.dim() == 2 && (x_q.size(1) <= 1 || x_q.stride(1) == 1),
                     "int8_linear: x_q must have shape [M, K] and contiguous rows, got ",
                     x_q.sizes(), " with strides ", x_q.strides());
@@ -128,26 +149,28 @@ at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
       "int8_linear: residual must be ", out_dtype, " [", M, ", ", N, "]");
   at::Tensor y = at::empty({M, N}, x_q.options().dtype(out_dtype));
   at::Tensor keep[6], residual_rows;
-  cpu::Int8LinearArgs a{};
-  a.M = M, a.N = N, a.K = K;
-  a.x_q = x_q.const_data_ptr<int8_t>();
-  a.x_stride = x_q.stride(0);
-  a.x_scale = vector_pointer<float>("x_scale", x_scale, M, &keep[0]);
-  a.x_zero = vector_pointer<int32_t>("x_zero", x_zero, M, &keep[1]);
-  a.w = w.const_data_ptr<int8_t>();
-  a.w_scale = vector_pointer<float>("w_scale", w_scale, N, &keep[2]);
-  a.w_sum = vector_pointer<int32_t>("w_sum", w_sum, N, &keep[3]);
-  a.bias = vector_pointer<float>("bias", bias, N, &keep[4]);
-  a.layer_scale = vector_pointer<float>("layer_scale", layer_scale, N, &keep[5]);
   if (residual.has_value()) {
     residual_rows = N <= 1 || residual->stride(1) == 1 ? *residual : residual->contiguous();
-    a.residual = residual_rows.const_data_ptr();
-    a.residual_stride = residual_rows.stride(0);
   }
-  a.y = y.mutable_data_ptr();
-  a.out_type = float_type(out_dtype, "int8_linear", "out_dtype");
-  a.activation = activation_from_name(activation);
-  run_parallel(a, after);
+  const cpu::Int8LinearArgs args{
+      .M = M,
+      .N = N,
+      .K = K,
+      .x_q = x_q.const_data_ptr<int8_t>(),
+      .x_stride = x_q.stride(0),
+      .x_scale = vector_pointer<float>("x_scale", x_scale, M, &keep[0]),
+      .x_zero = vector_pointer<int32_t>("x_zero", x_zero, M, &keep[1]),
+      .w = w.const_data_ptr<int8_t>(),
+      .w_scale = vector_pointer<float>("w_scale", w_scale, N, &keep[2]),
+      .w_sum = vector_pointer<int32_t>("w_sum", w_sum, N, &keep[3]),
+      .bias = vector_pointer<float>("bias", bias, N, &keep[4]),
+      .layer_scale = vector_pointer<float>("layer_scale", layer_scale, N, &keep[5]),
+      .residual = residual.has_value() ? residual_rows.const_data_ptr() : nullptr,
+      .residual_stride = residual.has_value() ? residual_rows.stride(0) : 0,
+      .y = y.mutable_data_ptr(),
+      .out_type = float_type(out_dtype, "int8_linear", "out_dtype"),
+      .activation = activation_from_name(activation)};
+  run_parallel(args, next);
   return y;
 }
 

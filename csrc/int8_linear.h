@@ -5,7 +5,7 @@
 #include <optional>
 #include <string_view>
 
-#include "cpu/int8_linear.h"
+#include "cpu/int8_linear/int8_linear.h"
 
 namespace lraee {
 
@@ -18,16 +18,19 @@ struct PackedWeight {
   int64_t N = 0, K = 0;
 
   // What a thread reads of it first, from column n on.
-  cpu::WeightAfter from(int64_t n) const;
+  cpu::NextWeight from(int64_t n) const;
 };
 
-// after: the weight of the next operator, which is asked for while the last columns are at work.
+// The kernel of the active level.
+cpu::Int8Linear* int8_linear_kernel();
+
+// next: the weight of the next operator, prefetched while the last columns are at work.
 at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
                        const std::optional<at::Tensor>& x_zero, const at::Tensor& w,
                        const at::Tensor& w_scale, const at::Tensor& w_sum,
                        const std::optional<at::Tensor>& bias,
                        const std::optional<at::Tensor>& residual,
                        const std::optional<at::Tensor>& layer_scale, std::string_view activation,
-                       at::ScalarType out_dtype, const PackedWeight& after = {});
+                       at::ScalarType out_dtype, const PackedWeight& next = {});
 
 }  // namespace lraee

@@ -1,7 +1,7 @@
 // x [M, D] -> quantize_rows(LayerNorm(x) * gamma + beta): x_q int8 [M, D], x_scale float32 [M],
 // x_zero int32 [M].
 
-#include "cpu/layer_norm_quantize.h"
+#include "cpu/layer_norm_quantize/layer_norm_quantize.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "levels.h"
 #include "rows.h"
 
 namespace lraee {
@@ -44,17 +45,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_quantize(const at::Ten
   at::Tensor x_q = at::empty({M, D}, x.options().dtype(at::kChar));
   at::Tensor x_scale = at::empty({M}, x.options().dtype(at::kFloat));
   at::Tensor x_zero = at::empty({M}, x.options().dtype(at::kInt));
-  const cpu::LayerNormQuantizeArgs args{rows.const_data_ptr(),
-                                        rows.stride(0),
-                                        type,
-                                        D,
-                                        gamma_row.const_data_ptr<float>(),
-                                        beta_row.const_data_ptr<float>(),
-                                        static_cast<float>(eps),
-                                        symmetric,
-                                        x_q.mutable_data_ptr<int8_t>(),
-                                        x_scale.mutable_data_ptr<float>(),
-                                        x_zero.mutable_data_ptr<int32_t>()};
+  const cpu::LayerNormQuantizeArgs args{.x = rows.const_data_ptr(),
+                                        .stride = rows.stride(0),
+                                        .type = type,
+                                        .D = D,
+                                        .gamma = gamma_row.const_data_ptr<float>(),
+                                        .beta = beta_row.const_data_ptr<float>(),
+                                        .eps = static_cast<float>(eps),
+                                        .symmetric = symmetric,
+                                        .x_q = x_q.mutable_data_ptr<int8_t>(),
+                                        .x_scale = x_scale.mutable_data_ptr<float>(),
+                                        .x_zero = x_zero.mutable_data_ptr<int32_t>()};
   cpu::LayerNormQuantize* const run = layer_norm_quantize_kernel();
   at::parallel_for(0, M, rows_per_task(D), [&](int64_t begin, int64_t end) {
     std::vector<float> y(static_cast<size_t>(D));

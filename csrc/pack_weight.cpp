@@ -1,7 +1,7 @@
 // w_q int8 [N, K] <-> the CPU layout of int8_linear, int8 [ceil(N/16), ceil(K/4), 16, 4], and w_sum
 // int32 [N].
 
-#include "cpu/pack_weight.h"
+#include "cpu/pack_weight/pack_weight.h"
 
 #include <ATen/ATen.h>
 #include <torch/library.h>

@@ -1,6 +1,7 @@
-// x [M, K] -> x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M]: one step per row.
+// x [M, K] -> x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M]: one scale and zero point per
+// row.
 
-#include "cpu/quantize_rows.h"
+#include "cpu/quantize_rows/quantize_rows.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -8,6 +9,7 @@
 
 #include <tuple>
 
+#include "levels.h"
 #include "rows.h"
 
 namespace lraee {
@@ -24,14 +26,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x
   at::Tensor x_q = at::empty({M, K}, x.options().dtype(at::kChar));
   at::Tensor x_scale = at::empty({M}, x.options().dtype(at::kFloat));
   at::Tensor x_zero = at::empty({M}, x.options().dtype(at::kInt));
-  const cpu::QuantizeRowsArgs args{rows.const_data_ptr(),
-                                   rows.stride(0),
-                                   type,
-                                   K,
-                                   symmetric,
-                                   x_q.mutable_data_ptr<int8_t>(),
-                                   x_scale.mutable_data_ptr<float>(),
-                                   x_zero.mutable_data_ptr<int32_t>()};
+  const cpu::QuantizeRowsArgs args{.x = rows.const_data_ptr(),
+                                   .stride = rows.stride(0),
+                                   .type = type,
+                                   .K = K,
+                                   .symmetric = symmetric,
+                                   .x_q = x_q.mutable_data_ptr<int8_t>(),
+                                   .x_scale = x_scale.mutable_data_ptr<float>(),
+                                   .x_zero = x_zero.mutable_data_ptr<int32_t>()};
   cpu::QuantizeRows* const run = quantize_rows_kernel();
   at::parallel_for(0, M, rows_per_task(K),
                    [&](int64_t begin, int64_t end) { run(args, begin, end); });

@@ -6,34 +6,11 @@
 #include <tuple>
 
 #include "common.h"
-#include "cpu/int8_attention.h"
-#include "cpu/layer_norm_quantize.h"
-#include "cpu/quantize_rows.h"
+#include "cpu/int8_attention/int8_attention.h"
+#include "cpu/layer_norm_quantize/layer_norm_quantize.h"
+#include "cpu/quantize_rows/quantize_rows.h"
 
 namespace lraee {
-
-// The function of the active level. Without int8 products avx_vnni has nothing to add to avx2.
-template <class Kernel>
-Kernel* by_level(Kernel* scalar, Kernel* avx2, Kernel* avx512_vnni) {
-  switch (active_isa()) {
-    case cpu::Isa::kScalar:
-      return scalar;
-    case cpu::Isa::kAvx2:
-    case cpu::Isa::kAvxVnni:
-      return avx2;
-    case cpu::Isa::kAvx512Vnni:
-    case cpu::Isa::kAmx:
-      return avx512_vnni;
-  }
-  return scalar;
-}
-
-// Elsewhere than on x86-64 only the scalar level is compiled.
-#if defined(__x86_64__)
-#define LRAEE_THREE_LEVELS(name) &name##_scalar, &name##_avx2, &name##_avx512_vnni
-#else
-#define LRAEE_THREE_LEVELS(name) &name##_scalar, &name##_scalar, &name##_scalar
-#endif
 
 // x itself where the values of a row lie side by side, at any distance between rows; else a copy.
 inline at::Tensor with_contiguous_rows(const at::Tensor& x) {
@@ -55,8 +32,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_quantize(const at::Ten
                                                                    const at::Tensor& gamma,
                                                                    const at::Tensor& beta,
                                                                    double eps, bool symmetric);
-// Of the first `queries` tokens alone: [B, queries, D].
+// Queries are the first num_queries tokens alone: [B, num_queries, D].
 at::Tensor int8_attention_of(const at::Tensor& qkv, int64_t num_heads, bool causal,
-                             int64_t queries);
+                             int64_t num_queries);
 
 }  // namespace lraee

@@ -14,7 +14,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parents[1]
-DOOR = ROOT / "scripts" / "door.sh"
+FIND_PYTHON = ROOT / "scripts" / "find_python.sh"
 
 SMOKE = """
 import pathlib, sys
@@ -38,7 +38,7 @@ print("smoke ok")
 
 def _door(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["sh", str(DOOR)], env=os.environ | environment, capture_output=True, text=True
+        ["sh", str(FIND_PYTHON)], env=os.environ | environment, capture_output=True, text=True
     )
 
 

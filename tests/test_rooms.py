@@ -150,20 +150,36 @@ def test_only_kernels_speak_triton() -> None:
     assert speakers == {"kernels"}
 
 
-@pytest.mark.parametrize("path", _files(".cpp", ".h", ".inc"), ids=_name)
+CPU = ROOT / "csrc" / "cpu"
+CPU_FILES = sorted(path for path in CPU.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("path", CPU_FILES, ids=_name)
 def test_csrc_cpu_knows_no_tensors(path: Path) -> None:
     """csrc/cpu: raw pointers; the C++ standard library, immintrin and its own files only, and in
     isa.cpp the processor's and the system's word on what may run.
     """
-    if path.parent != ROOT / "csrc" / "cpu":
-        return
-    for header in re.findall(r'^\s*#\s*include\s+([<"].+[>"])', path.read_text(), re.MULTILINE):
-        is_own = header.startswith('"') and (path.parent / Path(header.strip('"')).name).exists()
+    assert path.suffix in (".cpp", ".h"), f"{_name(path)} must be C++"
+    own = {f'"{file.relative_to(ROOT / "csrc")}"' for file in CPU_FILES if file.suffix == ".h"}
+    for line in re.findall(r"^\s*#\s*include\b(.*)", path.read_text(), re.MULTILINE):
+        header = line.strip()
         is_standard = re.fullmatch(r"<[a-z_]+>", header) is not None
-        is_probe = path.name == "isa.cpp" and header in (
+        is_probe = path == CPU / "isa.cpp" and header in (
             "<cpuid.h>", "<sys/syscall.h>", "<unistd.h>",
         )  # fmt: skip
-        assert is_own or is_standard or is_probe or header == "<immintrin.h>", header
+        assert header in own or is_standard or is_probe or header == "<immintrin.h>", header
+
+
+def test_csrc_cpu_has_a_folder_for_each_operator() -> None:
+    """csrc/cpu/<operator>/<isa>.cpp computes what csrc/<operator>.cpp binds."""
+    simd = sorted((CPU / "simd").glob("*.h"))
+    isas = {p.stem for p in simd if f"LRAEE_BEGIN_{p.stem.upper()}" in p.read_text()} | {"scalar"}
+    assert isas >= {"avx2", "avx512_vnni", "amx"}
+    sources = [path for path in CPU_FILES if path.suffix == ".cpp" and path.name != "isa.cpp"]
+    assert len(sources) > 20
+    for path in sources:
+        assert path.stem in isas, f"{_name(path)} must be named after an instruction set"
+        assert (ROOT / "csrc" / f"{path.parent.name}.cpp").exists(), _name(path)
 
 
 @pytest.mark.parametrize("path", _files(".py", ".cpp", ".h", ".inc", ".sh"), ids=_name)

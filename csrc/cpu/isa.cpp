@@ -24,7 +24,7 @@ bool has_tiles() {
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBits) == kBits;
 }
 
-// Tile registers are large, so Linux saves them only for processes that have asked.
+// Tile registers are large, so Linux saves them only for processes with a permission.
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

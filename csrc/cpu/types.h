@@ -1,22 +1,18 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 namespace lraee::cpu {
 
 // Storage of one activation tensor. Arithmetic is always float32.
 enum class FloatType : int { kF32, kBf16, kF16 };
 
-// The same as types, to choose an overload by.
-struct F32 {
-  using Storage = float;
-};
+// Its elements where they are not float.
 struct Bf16 {
-  using Storage = uint16_t;
+  uint16_t bits;
 };
 struct F16 {
-  using Storage = uint16_t;
+  uint16_t bits;
 };
 
 }  // namespace lraee::cpu

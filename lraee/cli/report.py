@@ -5,7 +5,10 @@ from typing import Annotated
 
 import typer
 
+from lraee.cli.common import command
 
+
+@command
 def report(
     data: Annotated[
         Path | None,
@@ -62,15 +65,15 @@ def report(
     from dataclasses import replace
 
     from lraee.data.classes import read_classes
-    from lraee.study import command
+    from lraee.study import command as study_command
     from lraee.study.protocol import FAST, Protocol
     from lraee.zoo.opening import open_model
 
     known = read_classes(classes)
     protocol = replace(FAST if fast else Protocol(), seeds=tuple(range(seeds)))
-    found = command.study(
+    found = study_command.study(
         open_model(model, pretrained), known,
-        command.sides(data, report_data, known, limit=limit),
+        study_command.sides(data, report_data, known, limit=limit),
         work=out / "work", protocol=protocol, prompts=templates, progress=progress,
     )  # fmt: skip
     written = write_report(found, out)

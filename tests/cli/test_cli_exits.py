@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from lraee.calibration.pipeline import BEST
+from lraee.cli import common
 from lraee.cli import main as cli
 from lraee.exits.bundle import Exits
 from lraee.exits.gate import CLASS_FREE
@@ -52,7 +52,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A short training; and a terminal wide enough for seven forms side by side."""
     recipes = importlib.import_module("lraee.calibration.calibrate")._RECIPES
     monkeypatch.setitem(recipes, "best", QUICK)
-    monkeypatch.setattr(cli, "_out", Console(width=250, highlight=False))
+    monkeypatch.setattr(common.console, "_width", 250)
 
 
 def calibrate(data: tuple[Path, Path], out: Path, *options: object) -> Result:

@@ -78,7 +78,7 @@ void multiply(int sums, int a, int b) {
 #define _tile_dpbssd(sums, a, b) emulated::multiply(sums, a, b)
 #define _tile_release() static_cast<void>(0)
 
-#include "cpu/int8_linear_amx.cpp"
+#include "cpu/int8_linear/amx.cpp"
 
 using namespace lraee::cpu;
 
@@ -89,9 +89,9 @@ std::mt19937 source(1);
 template <class T>
 std::vector<T> numbers(int64_t count, int lowest, int highest, float step) {
   std::uniform_int_distribution<int> pick(lowest, highest);
-  std::vector<T> found(static_cast<size_t>(count));
-  for (T& value : found) value = static_cast<T>(static_cast<float>(pick(source)) * step);
-  return found;
+  std::vector<T> values(static_cast<size_t>(count));
+  for (T& value : values) value = static_cast<T>(static_cast<float>(pick(source)) * step);
+  return values;
 }
 
 // v: which operands are there, the activation and the type of y.
@@ -109,30 +109,37 @@ bool is_same(int64_t M, int64_t N, int64_t K, int v) {
   const auto as_floats = numbers<float>(M * stride, -500, 500, 1e-3f);
   const auto as_halves = numbers<uint16_t>(M * stride, 0x3000, 0x3FFF, 1);
 
-  Int8LinearArgs a{};
-  a.M = M, a.N = N, a.K = K;
-  a.x_q = x_q.data(), a.x_stride = K, a.x_scale = x_scale.data();
-  a.x_zero = (v & 1) != 0 ? x_zero.data() : nullptr;
-  a.w = w.data(), a.w_scale = w_scale.data(), a.w_sum = w_sum.data();
-  a.bias = (v & 2) != 0 ? bias.data() : nullptr;
-  a.layer_scale = (v & 4) != 0 ? layer_scale.data() : nullptr;
-  a.activation = static_cast<Activation>(v / 2 % 4);
   constexpr FloatType kTypes[] = {FloatType::kF32, FloatType::kBf16, FloatType::kF16};
-  a.out_type = kTypes[v % 3];
-  const bool is_wide = a.out_type == FloatType::kF32;
+  const bool is_wide = kTypes[v % 3] == FloatType::kF32;
   const void* residual = is_wide ? static_cast<const void*>(as_floats.data()) : as_halves.data();
-  a.residual = (v & 8) != 0 ? residual : nullptr;
-  a.residual_stride = stride;
+  Int8LinearArgs a{.M = M,
+                   .N = N,
+                   .K = K,
+                   .x_q = x_q.data(),
+                   .x_stride = K,
+                   .x_scale = x_scale.data(),
+                   .x_zero = (v & 1) != 0 ? x_zero.data() : nullptr,
+                   .w = w.data(),
+                   .w_scale = w_scale.data(),
+                   .w_sum = w_sum.data(),
+                   .bias = (v & 2) != 0 ? bias.data() : nullptr,
+                   .layer_scale = (v & 4) != 0 ? layer_scale.data() : nullptr,
+                   .residual = (v & 8) != 0 ? residual : nullptr,
+                   .residual_stride = stride,
+                   .y = nullptr,
+                   .out_type = kTypes[v % 3],
+                   .activation = static_cast<Activation>(v / 2 % 4)};
 
   const size_t bytes = static_cast<size_t>(M * N) * (is_wide ? 4 : 2);
-  std::vector<char> expected(bytes, 7), found(bytes, 9);
-  std::vector<char> memory(static_cast<size_t>(chunk_rows(K) * scratch_stride(K) * 2) + 64);
+  std::vector<char> expected(bytes, 7), actual(bytes, 9);
+  std::vector<char> memory(static_cast<size_t>(int8_linear_scratch_bytes(K)) + 64);
   void* const scratch = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   a.y = expected.data();
-  int8_linear_scalar(a, {0, M, 0, N}, scratch);
-  a.y = found.data();
-  int8_linear_amx(a, {0, M, 0, N}, scratch);
-  return expected == found;
+  const Int8LinearBlock whole{.m_begin = 0, .m_end = M, .n_begin = 0, .n_end = N};
+  int8_linear_scalar(a, whole, scratch);
+  a.y = actual.data();
+  int8_linear_amx(a, whole, scratch);
+  return expected == actual;
 }
 
 }  // namespace

@@ -25,12 +25,12 @@ def assert_same_everywhere(call: Callable[[], Sequence[Tensor]], **parameters: o
     """All levels give the bits of the best one, and so do 1 and 2 threads."""
     expected = call()
     for level in LEVELS:
-        for name, (actual, wanted) in enumerate(zip(at_level(level, call), expected, strict=True)):
-            assert_same(actual, wanted, level=level, output=name, **parameters)
+        for name, (actual, value) in enumerate(zip(at_level(level, call), expected, strict=True)):
+            assert_same(actual, value, level=level, output=name, **parameters)
     num_threads = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results = call()
         torch.set_num_threads(num_threads)
-        for name, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
-            assert_same(actual, wanted, threads=threads, output=name, **parameters)
+        for name, (actual, value) in enumerate(zip(results, expected, strict=True)):
+            assert_same(actual, value, threads=threads, output=name, **parameters)

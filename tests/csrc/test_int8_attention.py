@@ -33,7 +33,7 @@ def _exact(qkv: Tensor, H: int, causal: bool) -> tuple[Tensor, Tensor]:
     """The definition with int8 scores, softmax and P V in float64, and a bound on the error.
 
     A logit differs from the row's largest by x with |x| <= reach. Relative errors of p, counted in
-    float32 roundings: x itself moves exp by |x|; exp 2 of them (math_exp.h), in numerator and sum;
+    float32 roundings: x itself moves exp by |x|; exp 2 of them (exp.h), in numerator and sum;
     the sum 7 + L / 64; reciprocal and product 2. P V adds L more of sum p |v|. Then P and y take
     the type of qkv. Below e^-86 exp gives 0.
     """

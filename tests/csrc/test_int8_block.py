@@ -51,8 +51,8 @@ def test_bits_of_the_operators(
                     _by_operator(x, a, heads, causal, act)]  # fmt: skip
 
         for level in LEVELS:
-            found, expected = at_level(level, both)
-            assert_same(found, expected, level=level, causal=causal, dtype=dtype)
+            actual, expected = at_level(level, both)
+            assert_same(actual, expected, level=level, causal=causal, dtype=dtype)
         assert_same_everywhere(both, B=B, L=L, D=D)
 
 
@@ -67,12 +67,12 @@ def test_the_first_token_alone_has_its_bits(
 ) -> None:
     x = torch.randn(B, L, D, generator=generator(B)).to(dtype)
     for causal in (False, True):
-        given = _arguments(D, hidden, seed=L, has_scale=causal)
-        whole = ops.int8_block(x, *given, num_heads=heads, causal=causal)
+        arguments = _arguments(D, hidden, seed=L, has_scale=causal)
+        whole = ops.int8_block(x, *arguments, num_heads=heads, causal=causal)
 
-        def first(given: list[Any] = given, causal: bool = causal) -> list[Tensor]:
+        def first(arguments: list[Any] = arguments, causal: bool = causal) -> list[Tensor]:
             options = {"num_heads": heads, "causal": causal, "first_only": True}
-            return [ops.int8_block(x, *given, **options)]
+            return [ops.int8_block(x, *arguments, **options)]
 
         assert_same(first()[0], whole[:, :1], causal=causal)
         assert_same_everywhere(first, B=B, L=L, D=D)
@@ -80,20 +80,20 @@ def test_the_first_token_alone_has_its_bits(
 
 def test_first_tokens_of_more_images_than_a_chunk_of_rows_holds() -> None:
     x = torch.randn(700, 3, 16, generator=generator(9))
-    given = _arguments(16, 4096, seed=10)
+    arguments = _arguments(16, 4096, seed=10)
     x[417, 2, 3] = torch.nan
-    found = ops.int8_block(x, *given, num_heads=1, first_only=True)
-    assert_same(found, ops.int8_block(x, *given, num_heads=1)[:, :1])
-    assert found.isnan().flatten(1).any(1).nonzero()[:, 0].tolist() == [417]
-    assert ops.int8_block(x[:0], *given, num_heads=1, first_only=True).shape == (0, 1, 16)
+    actual = ops.int8_block(x, *arguments, num_heads=1, first_only=True)
+    assert_same(actual, ops.int8_block(x, *arguments, num_heads=1)[:, :1])
+    assert actual.isnan().flatten(1).any(1).nonzero()[:, 0].tolist() == [417]
+    assert ops.int8_block(x[:0], *arguments, num_heads=1, first_only=True).shape == (0, 1, 16)
 
 
 def test_long_sequences_are_cut_into_chunks_of_rows() -> None:
     """2,600 tokens are more than a chunk holds in the MLP."""
     x = torch.randn(2, 2600, 64, generator=generator(3))
     arguments = _arguments(64, 2048, seed=4)
-    found = ops.int8_block(x, *arguments, num_heads=1)
-    assert_same(found, _by_operator(x, arguments, 1, False, "gelu"))
+    actual = ops.int8_block(x, *arguments, num_heads=1)
+    assert_same(actual, _by_operator(x, arguments, 1, False, "gelu"))
 
 
 def test_an_image_has_the_same_bits_in_any_batch_and_nan_stays_at_home() -> None:
@@ -103,16 +103,16 @@ def test_an_image_has_the_same_bits_in_any_batch_and_nan_stays_at_home() -> None
     for B in range(1, 10):
         assert_same(ops.int8_block(x[:B], *arguments, num_heads=2), alone[:B], B=B)
     x[4, 3, 7] = torch.nan
-    found = ops.int8_block(x, *arguments, num_heads=2)
+    actual = ops.int8_block(x, *arguments, num_heads=2)
     others = [i for i in range(9) if i != 4]
-    assert_same(found[others], alone[others])
-    assert found[4].isnan().any()
+    assert_same(actual[others], alone[others])
+    assert actual[4].isnan().any()
 
 
 def test_strided_tokens() -> None:
     x = torch.randn(4, 6, 32, generator=generator(7)).transpose(0, 1)
     arguments = _arguments(32, 64, seed=8)
-    found = ops.int8_block(x, *arguments, num_heads=2)
-    assert found.is_contiguous()
-    assert_same(found, ops.int8_block(x.contiguous(), *arguments, num_heads=2))
+    actual = ops.int8_block(x, *arguments, num_heads=2)
+    assert actual.is_contiguous()
+    assert_same(actual, ops.int8_block(x.contiguous(), *arguments, num_heads=2))
     assert ops.int8_block(x[:0], *arguments, num_heads=2).shape == (0, 4, 32)

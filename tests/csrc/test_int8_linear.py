@@ -17,7 +17,7 @@ FIXED_M = [0, 1, 2, 5, 6, 7, 13, 17, 50, 197]
 FIXED_N = [1, 8, 15, 16, 17, 63, 65, 100]
 FIXED_K = [0, 1, 2, 3, 4, 7, 31, 64, 99]
 ACTIVATION_BOUND = {"gelu": 2.6e-07, "gelu_tanh": 3.9e-07, "quick_gelu": 1.6e-06}
-"""Absolute error of the part below zero, every rounding counted (csrc/cpu/activation_tables.h)."""
+"""Absolute error of the part below zero, every rounding counted (csrc/cpu/numerics/gates.h)."""
 
 
 @pytest.fixture(params=LEVELS)

@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels, where their speed hangs on it."""
+"""The machine code of the kernels, where their speed depends on it."""
 
 import platform
 import re
@@ -26,7 +26,7 @@ def functions() -> list[str]:
 
 
 @pytest.mark.parametrize("product", [r"vpdpbusd .*%zmm", r"vpdpbusd .*%ymm", r"tdpbssd "])
-def test_int8_linear_asks_for_its_weights_ahead(functions: list[str], product: str) -> None:
+def test_int8_linear_prefetches_its_weights(functions: list[str], product: str) -> None:
     """GCC drops calls of a function that only prefetches: a tenth of ViT-B/32 at batch 1, once."""
     products = [function for function in functions if re.search(product, function)]
     assert any("prefetcht1" in function for function in products), f"{len(products)} functions"

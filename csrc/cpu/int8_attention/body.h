@@ -1,0 +1,299 @@
+#pragma once
+
+#include "cpu/numerics/exp.h"
+#include "cpu/numerics/quantizer.h"
+
+// One head: K and V are brought into the scratch once, then blocks of queries go through scores,
+// softmax and P V.
+
+namespace lraee::cpu {
+namespace {
+
+constexpr int kPanelVectors = static_cast<int>(kKeysPerPanel) / kWidth;
+constexpr int kTileQueries = kWidth == 1 ? 1 : 6;
+constexpr int kTilePanels = kWidth == 16 ? 2 : 1;
+// 16 values of d are the unit of a tile of P V: at most 24 of 32 registers, or 12 of 16, hold sums.
+constexpr int kTileUnits = kWidth == 16 ? 4 : 1;
+constexpr int kMeanVectors = kWidth == 1 ? 1 : 4;  // sums side by side
+
+// The mean of K over tokens, added in the order of tokens.
+template <class T>
+LRAEE_INLINE void mean_of_keys(const Int8AttentionArgs& args, const T* k, AttentionScratch& s) {
+  for (int64_t c = 0; c < s.d_pad; ++c) s.k_mean[c] = 0.0f;
+  const Vf size = set1(static_cast<float>(args.L));
+  int64_t c = 0;
+  for (; c + kMeanVectors * kWidth <= args.d; c += kMeanVectors * kWidth) {
+    Vf sum[kMeanVectors];
+    for (Vf& lane : sum) lane = set1(0.0f);
+    for (int64_t l = 0; l < args.L; ++l) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kMeanVectors; ++v) {
+        sum[v] = sum[v] + load(k + l * args.stride_l + c + v * kWidth);
+      }
+    }
+    for (int v = 0; v < kMeanVectors; ++v) store(s.k_mean + c + v * kWidth, sum[v] / size);
+  }
+  for_vectors(args.d - c, [&](int64_t left, int n, int) LRAEE_INLINE_LAMBDA {
+    Vf sum = set1(0.0f);
+    for (int64_t l = 0; l < args.L; ++l) {
+      sum = sum + load_first(k + l * args.stride_l + c + left, n);
+    }
+    store_first(s.k_mean + c + left, sum / size, n);
+  });
+}
+
+// Key l, centred on the mean and quantized, goes to its place in the panels.
+template <class T>
+LRAEE_INLINE void pack_key(const Int8AttentionArgs& args, const T* k, int64_t l,
+                           AttentionScratch& s) {
+  for_vectors(args.d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+    store_first(s.row + c, load_first(k + c, n) - load(s.k_mean + c), n);
+  });
+  s.k_scale[l] = quantize_row<true>(s.row, args.d, s.row_q).scale;
+  int8_t* const panel = s.k_q + l / kKeysPerPanel * s.groups * kKeysPerPanel * 4;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    std::memcpy(panel + (g * kKeysPerPanel + l % kKeysPerPanel) * 4, s.row_q + g * 4, 4);
+  }
+}
+
+// kLeftOffset times the sum of each key, see [NOTE: u8s8 compensation]: the product with a query of
+// nothing but the offset.
+LRAEE_INLINE void offsets_of_keys(AttentionScratch& s) {
+  int8_t bytes[4];
+  std::memset(bytes, kLeftOffset, sizeof(bytes));
+  const Left offset = load_left(bytes);
+  for (int64_t panel = 0; panel < s.L_pad; panel += kKeysPerPanel) {
+    const int8_t* const lines = s.k_q + panel * s.groups * 4;
+#pragma GCC unroll 16
+    for (int v = 0; v < kPanelVectors; ++v) {
+      Vi sum = set1(0);
+      for (int64_t g = 0; g < s.groups; ++g) {
+        sum = dot4(sum, offset, load_right(lines + g * kKeysPerPanel * 4 + v * kWidth * 4));
+      }
+      store(s.k_offset + panel + v * kWidth, sum);
+    }
+  }
+}
+
+template <class T>
+void pack_keys_and_values(const Int8AttentionArgs& args, const T* k, const T* v,
+                          AttentionScratch& s) {
+  mean_of_keys(args, k, s);
+  std::memset(s.row_q, 0, static_cast<size_t>(s.d_pad));
+  const int64_t last_panel = s.L_pad - kKeysPerPanel;
+  std::memset(s.k_q + last_panel * s.groups * 4, 0,
+              static_cast<size_t>(kKeysPerPanel * s.groups * 4));
+  std::fill(s.k_scale + last_panel, s.k_scale + s.L_pad, 0.0f);
+  for (int64_t l = 0; l < args.L; ++l) {
+    pack_key(args, k + l * args.stride_l, l, s);
+    float* const row = s.v + l * s.d_pad;
+    for (int64_t c = args.d / 16 * 16; c < s.d_pad; ++c) row[c] = 0.0f;
+    for_vectors(args.d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+      store_first(row + c, load_first(v + l * args.stride_l + c, n), n);
+    });
+  }
+  offsets_of_keys(s);
+}
+
+template <class T>
+LRAEE_INLINE void pack_query(const Int8AttentionArgs& args, const T* q, int64_t i,
+                             AttentionScratch& s) {
+  int8_t* const q_q = s.q_q + i * s.groups * 4;
+  for (int64_t c = args.d; c < s.groups * 4; ++c) q_q[c] = 0;  // the keys are 0 there
+  const Quantization quantization = quantization_of_row<true>(q, args.d);
+  write_quantized<true>(q, args.d, quantization, q_q);
+  s.q_scale[i] = quantization.scale * args.root;
+}
+
+// Logits of kQueries queries from `query` on against kPanels panels from `panel` on.
+template <int kQueries, int kPanels>
+void score_tile(const AttentionScratch& s, int64_t query, int64_t panel) {
+  constexpr int kVectors = kPanels * kPanelVectors;
+  Vi acc[kQueries][kVectors];
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) acc[q][v] = set1(0);
+  }
+  const int64_t depth = s.groups * 4;
+  const int8_t* const q_q = s.q_q + query * depth;
+  const int8_t* const k_q = s.k_q + panel * kKeysPerPanel * depth;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    Right k[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t line = v / kPanelVectors * kKeysPerPanel * depth + g * kKeysPerPanel * 4;
+      k[v] = load_right(k_q + line + v % kPanelVectors * kWidth * 4);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) {
+      const Left four = load_left(q_q + q * depth + g * 4);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) acc[q][v] = dot4(acc[q][v], four, k[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t j = panel * kKeysPerPanel + v * kWidth;
+    const Vi offset = load(s.k_offset + j);
+    const Vf k_scale = load(s.k_scale + j);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) {
+      const Vf scale = set1(s.q_scale[query + q]) * k_scale;
+      store(s.score + (query + q) * s.L_pad + j, to_f32(acc[q][v] - offset) * scale);
+    }
+  }
+}
+
+// Calls fn.template operator()<n>(), 1 <= n <= kMost.
+template <int kMost, class Fn>
+LRAEE_INLINE void with_count(int64_t n, Fn fn) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_count<kMost - 1>(n, fn);
+  }
+  fn.template operator()<kMost>();
+}
+
+LRAEE_INLINE void score_block(const AttentionScratch& s, int64_t queries) {
+  const int64_t panels = s.L_pad / kKeysPerPanel;
+  for (int64_t query = 0; query < queries; query += kTileQueries) {
+    with_count<kTileQueries>(queries - query, [&]<int kQueries>() {
+      int64_t panel = 0;
+      for (; panel + kTilePanels <= panels; panel += kTilePanels) {
+        score_tile<kQueries, kTilePanels>(s, query, panel);
+      }
+      for (; panel < panels; ++panel) score_tile<kQueries, 1>(s, query, panel);
+    });
+  }
+}
+
+// p as the type of qkv holds it. No NaN with a payload comes here: those of Quantization and of
+// the processor are plain.
+LRAEE_INLINE Vf rounded_as(Vf p, const float*) { return p; }
+LRAEE_INLINE Vf rounded_as(Vf p, const Bf16*) {
+  const Vi odd = shift_right<16>(bits(p)) & set1(1);
+  return from_bits((bits(p) + odd + set1(0x7FFF)) & set1(static_cast<int32_t>(0xFFFF0000)));
+}
+LRAEE_INLINE Vf rounded_as(Vf p, const F16*) {
+  F16 half[kWidth];
+  store(half, p);
+  return load(half);
+}
+
+// row[j] = -inf for j >= visible, in whole vectors: what follows reads vectors, and would wait for
+// narrower stores.
+LRAEE_INLINE void hide_from(float* row, int64_t visible, int64_t L_pad) {
+  const Vf hidden = set1(-std::numeric_limits<float>::infinity());
+  int64_t j = visible / kWidth * kWidth;
+  if (j < visible) {
+    const Vf limit = set1(static_cast<float>(visible - j));
+    store(row + j, select_lt(first_lanes(), limit, load(row + j), hidden));
+    j += kWidth;
+  }
+  for (; j < L_pad; j += kWidth) store(row + j, hidden);
+}
+
+// Logits of a row -> P, of which the first `visible` are not 0.
+template <class T>
+LRAEE_INLINE void softmax_row(float* row, int64_t visible, int64_t L_pad) {
+  hide_from(row, visible, L_pad);
+  Vf best[4];
+  for (Vf& slot : best) slot = set1(-std::numeric_limits<float>::infinity());
+  for_vectors(L_pad, [&](int64_t j, int, int slot)
+                         LRAEE_INLINE_LAMBDA { best[slot] = max(best[slot], load(row + j)); });
+  const Vf most = set1(max_of(max(max(best[0], best[1]), max(best[2], best[3]))));
+  const float sum = lane_sum(L_pad, [&](int64_t j, int) LRAEE_INLINE_LAMBDA {
+    const Vf e = exp_nonpositive(load(row + j) - most);
+    store(row + j, e);
+    return e;
+  });
+  const Vf share = set1(1.0f / sum);
+  for_vectors(L_pad, [&](int64_t j, int, int) LRAEE_INLINE_LAMBDA {
+    store(row + j, rounded_as(load(row + j) * share, static_cast<const T*>(nullptr)));
+  });
+}
+
+// y[q, c..] = sum over j of P[q, j] V[j, c..], keys in order; kUnits * 16 values of d.
+template <int kQueries, int kUnits, class T>
+void value_tile(const Int8AttentionArgs& args, const AttentionScratch& s, int64_t query, int64_t c,
+                T* y) {
+  constexpr int kVectors = kUnits * kPanelVectors;
+  Vf acc[kQueries][kVectors];
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) acc[q][v] = set1(0.0f);
+  }
+  const float* p = s.score + query * s.L_pad;
+  const float* v_row = s.v + c;
+  for (int64_t j = 0; j < args.L; ++j, ++p, v_row += s.d_pad) {
+    Vf value[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) value[v] = load(v_row + v * kWidth);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) {
+      const Vf weight = set1(p[q * s.L_pad]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) acc[q][v] = fma(weight, value[v], acc[q][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) {
+    T* const row = y + q * args.H * args.d + c;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t left = args.d - c - v * kWidth;
+      if (left >= kWidth) {
+        store(row + v * kWidth, acc[q][v]);
+      } else if (left > 0) {
+        store_first(row + v * kWidth, acc[q][v], static_cast<int>(left));
+      }
+    }
+  }
+}
+
+// y: where query 0 of the block goes.
+template <class T>
+LRAEE_INLINE void value_block(const Int8AttentionArgs& args, const AttentionScratch& s,
+                              int64_t queries, T* y) {
+  for (int64_t query = 0; query < queries; query += kTileQueries) {
+    with_count<kTileQueries>(queries - query, [&]<int kQueries>() {
+      T* const rows = y + query * args.H * args.d;
+      for (int64_t c = 0; c < s.d_pad; c += kTileUnits * 16) {
+        with_count<kTileUnits>((s.d_pad - c) / 16, [&]<int kUnits>() {
+          value_tile<kQueries, kUnits>(args, s, query, c, rows);
+        });
+      }
+    });
+  }
+}
+
+template <class T>
+void int8_attention_of(const Int8AttentionArgs& args, const Int8AttentionPart& part,
+                       AttentionScratch& s) {
+  const int64_t D = args.H * args.d;
+  const T* const q = static_cast<const T*>(args.qkv) + part.b * args.stride_b + part.h * args.d;
+  T* const y = static_cast<T*>(args.y) + part.b * args.y_stride + part.h * args.d;
+  pack_keys_and_values(args, q + D, q + 2 * D, s);
+  // Blocks of nearly equal height: the last one is not left with a single query.
+  int64_t blocks = (part.i_end - part.i_begin + kQueryBlock - 1) / kQueryBlock;
+  for (int64_t i = part.i_begin; i < part.i_end; --blocks) {
+    const int64_t queries = (part.i_end - i + blocks - 1) / blocks;
+    for (int64_t n = 0; n < queries; ++n) pack_query(args, q + (i + n) * args.stride_l, n, s);
+    score_block(s, queries);
+    for (int64_t n = 0; n < queries; ++n) {
+      softmax_row<T>(s.score + n * s.L_pad, args.is_causal ? i + n + 1 : args.L, s.L_pad);
+    }
+    value_block(args, s, queries, y + i * D);
+    i += queries;
+  }
+}
+
+inline void int8_attention_at_level(const Int8AttentionArgs& args, const Int8AttentionPart& part,
+                                    void* scratch) {
+  AttentionScratch s(scratch, args.L, args.d);
+  with_type(args.type, [&]<class T>(const T*) { int8_attention_of<T>(args, part, s); });
+}
+
+}  // namespace
+}  // namespace lraee::cpu

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/types.h"
+
+namespace lraee::cpu {
+
+struct Int8AttentionArgs {
+  const void* qkv;  // [B, L, 3 H d], the values of a token side by side
+  int64_t stride_b, stride_l;
+  FloatType type;
+  int64_t L, H, d;
+  bool is_causal;
+  float root;  // d^-1/2
+  void* y;     // [B, i_end, H d], the tokens of an image side by side
+  int64_t y_stride;
+};
+
+// Queries i_begin..i_end - 1 of one head of one image.
+struct Int8AttentionPart {
+  int64_t b, h, i_begin, i_end;
+};
+
+using Int8Attention = void(const Int8AttentionArgs& args, const Int8AttentionPart& part,
+                           void* scratch);
+// avx_vnni has two encodings: avx512vl_vnni is the one for machines with AVX512VL but without
+// AVX-VNNI.
+Int8Attention int8_attention_scalar, int8_attention_avx2, int8_attention_avx_vnni,
+    int8_attention_avx512vl_vnni, int8_attention_avx512_vnni;
+
+}  // namespace lraee::cpu

@@ -1,0 +1,27 @@
+// int8_linear on 256-bit vpdpbusd in its VEX encoding.
+
+#if defined(__x86_64__)
+
+#include "cpu/int8_linear/blocking.h"
+#include "cpu/int8_linear/int8_linear.h"
+#include "cpu/int8_linear/prefetch.h"
+#include "cpu/numerics/gates.h"
+#include "cpu/pack_weight/pack_weight.h"
+#include "cpu/simd/avx_vnni.h"
+
+LRAEE_BEGIN_AVX_VNNI
+
+#include "cpu/int8_linear/vnni_tile.h"
+#include "cpu/int8_linear/body.h"
+
+namespace lraee::cpu {
+
+void int8_linear_avx_vnni(const Int8LinearArgs& args, const Int8LinearBlock& block, void* scratch) {
+  int8_linear_at_level(args, block, scratch);
+}
+
+}  // namespace lraee::cpu
+
+LRAEE_END_TARGET
+
+#endif  // __x86_64__

@@ -1,0 +1,87 @@
+"""The command `lraee calibrate`: learns early exits from photos."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lraee.calibration.head_training import Training
+from lraee.cli import tables
+from lraee.cli.common import ClassFile, Data, Limit, Model, Pretrained, Show, command, console, line
+from lraee.exits.gate import GateKind
+
+
+@command
+def calibrate(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the exits; a run cut off goes on there.")],
+    classes: ClassFile = None,
+    model: Model = "lraee-tiny",
+    pretrained: Pretrained = None,
+    scheme: Annotated[
+        str, typer.Option(help="int8, int8-patches or paper: how the tower is quantized.")
+    ] = "int8",
+    recipe: Annotated[str, typer.Option(help="best, or paper: LRA-EE as published.")] = "best",
+    gate: Annotated[
+        GateKind | None,
+        typer.Option(help="What decides; agreement and static need no classes. [default: learned]"),
+    ] = None,
+    class_free: Annotated[
+        bool, typer.Option("--class-free", help="For retrieval: gates see no class texts.")
+    ] = False,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Gates and thresholds count what the folders say.")
+    ] = False,
+    training: Annotated[
+        Training | None,
+        typer.Option(help="Of the heads; labels and both need --labels. [default: the recipe's]"),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Mean FLOPs over full depth's, at most. [default: 0.8]")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Instead of --budget: loss against full depth, at most.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="How often --epsilon may fail.")] = 0.05,
+    limit: Limit = None,
+    batch: Annotated[int, typer.Option(min=1, help="Photos per call.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of splits, crops and heads.")] = 0,
+    timed: Annotated[
+        bool, typer.Option(help="Measure here how many probes are worth their time.")
+    ] = True,
+    progress: Show = True,
+) -> None:
+    """Learn early exits from photos: heads, gates and thresholds, for `accelerate(exits=…)`.
+
+    Example: `lraee calibrate --data train.zip --classes classes.json --out exits`
+    """
+    from lraee.calibration.calibrate import calibrate
+    from lraee.data.batches import PhotoImages
+    from lraee.data.classes import class_features, read_classes
+    from lraee.data.photos import Photos
+    from lraee.model.accelerate import accelerate
+    from lraee.zoo.opening import open_model
+
+    known = read_classes(classes) if classes else None
+    if labels and known is None:
+        raise typer.BadParameter("--labels needs --classes, which names the folders")
+    photos = Photos(data, classes=known, limit=limit)
+    opened = open_model(model, pretrained)
+    images = PhotoImages(photos, opened.with_margin, batch=batch, progress=progress)
+    names = known.names if known else opened.class_names
+    texts = None
+    if not class_free:
+        texts = class_features(opened.model, opened.tokenizer, names, progress=progress)
+    exits = calibrate(
+        accelerate(opened.model, scheme=scheme), images, classes=texts,
+        labels=images.labels if labels else None, gate=gate, recipe=recipe,
+        training=training, budget=budget, epsilon=epsilon, delta=delta, seed=seed, is_timed=timed,
+        folder=out / "unfinished", progress=progress,
+    )  # fmt: skip
+    exits.save(out)
+    line("model", f"{opened.title}, {scheme}, {'no' if texts is None else len(texts)} classes")
+    line("photos", f"{len(images.names)}; {photos.report()}")
+    for key, text in tables.card_lines(exits.card):
+        line(key, text)
+    console.print(tables.of_plans(exits))
+    line("written", str(out))

@@ -1,0 +1,102 @@
+"""The command `lraee evaluate`: what quantization and early exits cost on photos."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lraee.cli import tables
+from lraee.cli.common import (
+    ClassFile,
+    Data,
+    Limit,
+    Model,
+    Pretrained,
+    Show,
+    command,
+    console,
+    errors,
+    line,
+)
+
+
+@command
+def evaluate(
+    data: Data,
+    classes: ClassFile = None,
+    model: Model = "lraee-tiny",
+    pretrained: Pretrained = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(help="int8, int8-patches or paper; again for more. Default: int8, paper."),
+    ] = None,
+    exits: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="From `lraee calibrate`: adds its gate and the rivals."),
+    ] = None,
+    retrieval: Annotated[
+        bool, typer.Option("--retrieval", help="Recall of image search at mixed depths.")
+    ] = False,
+    limit: Limit = None,
+    batch: Annotated[int, typer.Option(min=1, help="Photos per call.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    progress: Show = True,
+) -> None:
+    """Measure what quantization and early exits cost on photos, beside the float model.
+
+    Example: `lraee evaluate --data val.zip --classes classes.json --exits exits --retrieval`
+    """
+    from lraee.data.classes import TEMPLATES, class_features, read_classes
+    from lraee.data.photos import Photos
+    from lraee.evaluation import evaluate
+    from lraee.evaluation.retrieval import search_all
+    from lraee.exits.bundle import Exits
+    from lraee.layers.scheme import find_scheme
+    from lraee.model.accelerate import accelerate
+    from lraee.zoo.opening import open_model
+
+    schemes = scheme or ["int8", "paper"]
+    try:
+        for name in schemes:
+            find_scheme(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    known = read_classes(classes) if classes else None
+    photos = Photos(data, classes=known, limit=limit)
+    opened = open_model(model, pretrained)
+    models = {evaluate.FLOAT: opened.model}
+    models |= {name: accelerate(opened.model, scheme=name) for name in schemes}
+    learned = None if exits is None else Exits.load(exits)
+    if learned is not None:
+        models |= {
+            f"exits {gate}": accelerate(
+                opened.model, scheme=learned.scheme, exits=learned.using(gate)
+            )
+            for gate in learned.names
+        }
+    names = known.names if known else opened.class_names
+    embedded = evaluate.embed(models, photos, opened.preprocess, batch=batch, progress=progress)
+    class_rows = class_features(opened.model, opened.tokenizer, names, progress=progress).cpu()
+    if known and all(label is None for label in embedded.labels):
+        errors.print(
+            "lraee: no folder is named by a wnid of the classes: top-1 and top-5 are left out"
+        )
+    rows = evaluate.compare(embedded, models, class_rows)
+    settings = {"batch": batch, "limit": limit, "classes": len(names), "templates": len(TEMPLATES)}
+    title = opened.title
+    found = evaluate.report(rows, photos, embedded, model=title, data=data.name, **settings)
+    if learned is not None:
+        found["card"] = dict(learned.card)
+    if retrieval:
+        found["retrieval"] = [asdict(row) for row in search_all(embedded)]
+    if out is not None:
+        evaluate.write_json(found, out)
+    line("model", f"{title}, {len(names)} class names, {len(TEMPLATES)} templates")
+    line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
+    line("photos", f"{found['photos']}, {found['labelled']} labelled; {photos.report()}")
+    console.print(tables.of_forms(found["rows"]))
+    if retrieval:
+        console.print(tables.of_retrieval(found["retrieval"]))
+    if out is not None:
+        line("written", str(out))

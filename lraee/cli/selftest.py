@@ -1,0 +1,39 @@
+"""The command `lraee selftest`: compares every Triton kernel with its definition."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lraee.cli import tables
+from lraee.cli.common import Show, command, console, line
+from lraee.diagnostics import interpreter
+
+
+@command
+def selftest(
+    device: Annotated[
+        interpreter.Device, typer.Option(help="The interpreter takes tiny shapes, and no times.")
+    ] = "cuda",
+    json_out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes, shorter timings.")] = False,
+    progress: Show = True,
+) -> None:
+    """Compare every Triton kernel with its definition on this GPU, then time it beside torch.
+
+    Example: `lraee selftest --device cuda --json-out selftest.json`
+    """
+    from lraee.diagnostics import selftest
+    from lraee.evaluation import evaluate
+
+    found = selftest.examine(device, quick=quick, progress=progress)
+    for key in ("gpu", "capability", "driver", "versions"):
+        if key in found:
+            line(key, found[key])
+    for table in tables.of_selftest(found):
+        console.print(table)
+    if json_out is not None:
+        evaluate.write_json(found, json_out)
+        line("written", str(json_out))
+    if not found["is_ok"]:
+        raise typer.Exit(1)
