@@ -284,7 +284,7 @@ def require_no_tokens(tower: nn.Module) -> None:
         )
     if _are_parents_hooked(tower, spec):
         raise NotImplementedError(
-            f"exits: {family_of(tower).paths[0]}.{spec.block_parents[0]} must have no hooks, got"
+            f"exits: {family_of(tower).name_of(spec.block_parents[0])} must have no hooks, got"
             " some: images pass its blocks at different depths; hook the blocks, or use"
             " lraee.full_depth"
         )
