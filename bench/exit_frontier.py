@@ -25,7 +25,7 @@ from lraee.calibration.plans import Goal
 from lraee.calibration.scoring import Found, run_plan
 from lraee.calibration.targets import judge
 from lraee.data.batches import PhotoImages
-from lraee.data.classes import class_features, read_classes
+from lraee.data.classes import read_classes
 from lraee.data.photos import Photos
 from lraee.exits.head import HeadWeights
 from lraee.measurement import machine
@@ -33,6 +33,7 @@ from lraee.model.acceleration import acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
 from lraee.study.looks import KeptPair
+from lraee.towers.prompts import class_features
 from lraee.zoo.opening import open_model
 
 EPSILONS = (0.01, 0.02, 0.05)

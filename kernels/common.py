@@ -2,8 +2,8 @@
 
 [NOTE: a row as chunks] A row of length D is held in registers as a tuple of ceil(D / 64) tiles
 [ROWS, 64], the missing part zero. Lane j of every tile then belongs to lane j of
-lraee.reference.lane_sum, so adding tiles in order and folding the last one in half gives that sum
-bit for bit, on any GPU and in the interpreter, whatever the layout of the tiles.
+lraee.ops.reference.lane_sum, so adding tiles in order and folding the last one in half gives that
+sum bit for bit, on any GPU and in the interpreter, whatever the layout of the tiles.
 
 Kernels are launched with enable_fp_fusion=False: a fused multiply-add would round once where the
 definition rounds twice.
@@ -59,7 +59,7 @@ def sum_16(x):
 
 @triton.jit
 def lane_sum(row):
-    """Sum of a row held as chunks, in the order of lraee.reference.lane_sum: [ROWS]."""
+    """Sum of a row held as chunks, in the order of lraee.ops.reference.lane_sum: [ROWS]."""
     lanes = row[0] + 0.0
     for c in tl.static_range(1, len(row)):
         lanes += row[c]

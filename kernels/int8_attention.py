@@ -30,8 +30,8 @@ from lraee.kernels.configs import (
     attention_config,
     piece_config,
 )
-from lraee.kernels.meeting import arrive, draw, leave, wait_for
 from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
+from lraee.kernels.tickets import arrive, draw, leave, wait_for
 from lraee.kernels.workspace import Workspace
 
 BLOCK_J = tl.constexpr(64)
@@ -40,7 +40,7 @@ BLOCK_J = tl.constexpr(64)
 
 @triton.jit
 def _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
-    """Mean of the keys of one head over tokens, summed in token order, UNROLL asked for at once."""
+    """Mean of the keys of one head over tokens, summed in token order, UNROLL loads in flight."""
     total = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, L, UNROLL):
         for u in tl.static_range(UNROLL):
@@ -66,10 +66,10 @@ def _logits(q_q, q_step, k_q, k_scale, offs_i, offs_j, L, IS_CAUSAL: tl.constexp
     """float32 scores of a tile, -inf where a query does not see a key."""
     score = tl.dot(q_q, tl.trans(k_q), out_dtype=tl.int32)
     logit = score.to(tl.float32) * (q_step[:, None] * k_scale[None, :])
-    is_seen = (offs_j < L)[None, :]
+    is_visible = (offs_j < L)[None, :]
     if IS_CAUSAL:
-        is_seen = is_seen & (offs_j[None, :] <= offs_i[:, None])
-    return tl.where(is_seen, logit, -INFINITY)
+        is_visible = is_visible & (offs_j[None, :] <= offs_i[:, None])
+    return tl.where(is_visible, logit, -INFINITY)
 
 
 @triton.jit
@@ -109,49 +109,49 @@ def _attend(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d,
 
 @triton.jit
 def _quantize_piece(
-    y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, piece, asked, H, d,
+    y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, piece, num_queries, H, d,
     SYMMETRIC: tl.constexpr, BLOCK_I: tl.constexpr, PIECE_ROWS: tl.constexpr,
     PIECE_K: tl.constexpr, IS_ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Quantizes PIECE_ROWS rows of one tile of queries when all of its heads are stored."""
     PIECES: tl.constexpr = BLOCK_I // PIECE_ROWS
-    of_image = tl.cdiv(asked, PIECE_ROWS)
+    of_image = tl.cdiv(num_queries, PIECE_ROWS)
     image = piece // of_image
     tile = piece % of_image // PIECES
-    ticket_ptr += image * tl.cdiv(asked, BLOCK_I) + tile
+    ticket_ptr += image * tl.cdiv(num_queries, BLOCK_I) + tile
     offs_i = piece % of_image * PIECE_ROWS + tl.arange(0, PIECE_ROWS)
     wait_for(ticket_ptr, H)
     quantize_block(
-        y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, image * asked + offs_i, offs_i < asked, H * d,
-        H * d, SYMMETRIC, IS_ONE_TILE, PIECE_K, ".cg",
+        y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, image * num_queries + offs_i,
+        offs_i < num_queries, H * d, H * d, SYMMETRIC, IS_ONE_TILE, PIECE_K, ".cg",
     )  # fmt: skip
     leave(ticket_ptr, H + tl.minimum(of_image - tile * PIECES, PIECES))
 
 
-@triton.jit(do_not_specialize=["B", "L", "asked"])
+@triton.jit(do_not_specialize=["B", "L", "num_queries"])
 def _int8_attention_kernel(
-    qkv_ptr, y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, B, L, asked, H, d,
+    qkv_ptr, y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, B, L, num_queries, H, d,
     stride_b, stride_l, root,
     IS_CAUSAL: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr, QUANTIZES: tl.constexpr, SYMMETRIC: tl.constexpr,
     PIECE_ROWS: tl.constexpr, PIECE_K: tl.constexpr, IS_ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I of the queries i < asked of one head.
+    """y[b, i, h] = softmax(logit[i]) @ v for BLOCK_I of the queries i < num_queries of one head.
 
     k is centred on its mean over tokens; logit_ij = s_ij * ((q_scale_i * root) * k_scale_j) with
     s the int8 product and root = d^-1/2.
     QUANTIZES: more programs, after those of the heads, quantize PIECE_ROWS rows of y each, once all
-    heads of these queries are done (see meeting).
+    heads of these queries are done (see tickets).
     """
     item = tl.program_id(0)
-    tiles = tl.cdiv(asked, BLOCK_I)
+    tiles = tl.cdiv(num_queries, BLOCK_I)
     if QUANTIZES:
         item = draw(ticket_ptr, tl.num_programs(0))
         ticket_ptr += 1
         if item >= B * H * tiles:
             _quantize_piece(
-                y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, item - B * H * tiles, asked,
-                H, d, SYMMETRIC, BLOCK_I, PIECE_ROWS, PIECE_K, IS_ONE_TILE,
+                y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, item - B * H * tiles,
+                num_queries, H, d, SYMMETRIC, BLOCK_I, PIECE_ROWS, PIECE_K, IS_ONE_TILE,
             )  # fmt: skip
             return
     head = (item // tiles) % H
@@ -161,13 +161,13 @@ def _int8_attention_kernel(
     q_ptr = qkv_ptr + image * stride_b + head * d
     k_ptr = q_ptr + H * d
     v_ptr = k_ptr + H * d
-    nothing = tl.zeros((BLOCK_D,), tl.float32)
-    q_q, q_scale = _quantize_heads(q_ptr, nothing, offs_i, L, stride_l, offs_d, d)
+    no_mean = tl.zeros((BLOCK_D,), tl.float32)
+    q_q, q_scale = _quantize_heads(q_ptr, no_mean, offs_i, L, stride_l, offs_d, d)
     q_step = q_scale * root
     k_mean = _mean_key(k_ptr, L, stride_l, offs_d, d, BLOCK_D, UNROLL)
     y = _attend(q_q, q_step, k_ptr, v_ptr, k_mean, offs_i, L, stride_l, offs_d, d, IS_CAUSAL)
-    y_rows = y_ptr + (image * asked + offs_i)[:, None] * (H * d) + head * d
-    mask = (offs_i < asked)[:, None] & (offs_d < d)[None, :]
+    y_rows = y_ptr + (image * num_queries + offs_i)[:, None] * (H * d) + head * d
+    mask = (offs_i < num_queries)[:, None] & (offs_d < d)[None, :]
     tl.store(y_rows + offs_d[None, :], convert(y, y_ptr.dtype.element_ty), mask=mask)
     if QUANTIZES:
         arrive(ticket_ptr + image * tiles + item % tiles)
@@ -177,21 +177,21 @@ def _launch(
     qkv: Tensor,
     num_heads: int,
     causal: bool,
-    asked: int | None,
+    num_queries: int | None,
     config: AttentionConfig | None,
     quantized: Quantized | None = None,
     symmetric: bool = False,
     space: Workspace | None = None,
 ) -> Tensor:
-    """The launch that both doors share; without quantized its pointers are y and never read."""
+    """The launch that both launchers share; without quantized its pointers are y and never read."""
     B, L, D3 = qkv.shape
     D = D3 // 3
     d = D // num_heads
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
     config = config or attention_config(L, d, causal)
-    asked = L if asked is None else asked
-    y = torch.empty((B, asked, D), dtype=qkv.dtype, device=qkv.device)
-    tiles = triton.cdiv(asked, config.block_i)
+    num_queries = L if num_queries is None else num_queries
+    y = torch.empty((B, num_queries, D), dtype=qkv.dtype, device=qkv.device)
+    tiles = triton.cdiv(num_queries, config.block_i)
     programs = B * num_heads * tiles
     if not programs:
         return y
@@ -199,14 +199,14 @@ def _launch(
     if quantized is not None:
         space = space or workspace.of_current_stream(qkv.device)
         assert B * tiles < WORKSPACE_TICKETS, f"int8_attention: too many images to quantize: {B}"
-        piece = piece_config(B * asked, D, config.num_warps, min(asked, config.block_i))
-        programs += B * triton.cdiv(asked, piece.rows)
+        piece = piece_config(B * num_queries, D, config.num_warps, min(num_queries, config.block_i))
+        programs += B * triton.cdiv(num_queries, piece.rows)
     launch.start(
         _int8_attention_kernel,
         (programs,),
         qkv, y, *((y, y, y) if quantized is None else quantized),
         y if space is None else space.tickets,
-        B, L, asked, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
+        B, L, num_queries, num_heads, d, qkv.stride(0), qkv.stride(1), 1.0 / math.sqrt(d),
         IS_CAUSAL=causal,
         BLOCK_I=config.block_i, BLOCK_D=max(32, triton.next_power_of_2(d)),
         UNROLL=config.unroll, QUANTIZES=quantized is not None, SYMMETRIC=symmetric,
@@ -221,20 +221,20 @@ def int8_attention(
     num_heads: int,
     causal: bool = False,
     *,
-    asked: int | None = None,
+    num_queries: int | None = None,
     config: AttentionConfig | None = None,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V with Q and K in int8; see lraee.reference.
+    """softmax(Q K^T / sqrt(d)) V with Q and K in int8; see lraee.ops.reference.
 
     Args:
       qkv: float32, bfloat16 or float16 [B, L, 3 D], read in place.
       num_heads: H, a divisor of D.
       causal: token i sees tokens 0..i only.
-      asked: how many of the tokens, from the first on, are queries; all L when None.
+      num_queries: how many of the tokens, from the first on, are queries; all L when None.
       config: queries and warps of a program; chosen by shape when None.
-    Returns: [B, asked, D] in the type of qkv.
+    Returns: [B, num_queries, D] in the type of qkv.
     """
-    return _launch(qkv, num_heads, causal, asked, config)
+    return _launch(qkv, num_heads, causal, num_queries, config)
 
 
 def int8_attention_quantized(
@@ -243,7 +243,7 @@ def int8_attention_quantized(
     causal: bool = False,
     *,
     symmetric: bool,
-    asked: int | None = None,
+    num_queries: int | None = None,
     config: AttentionConfig | None = None,
     space: Workspace | None = None,
 ) -> Quantized:
@@ -251,11 +251,13 @@ def int8_attention_quantized(
 
     Args:
       symmetric: as in quantize_rows.
-      space: where its programs meet; that of the current stream when None.
+      space: partial sums and tickets of the launch; that of the current stream when None.
       others: as in int8_attention.
-    Returns: int8 [B asked, D], its scale float32 [B asked] and zero point int32 [B asked].
+    Returns: int8 [M, D] with M = B * num_queries, its scale float32 [M] and zero point int32 [M].
     """
     B, L, D3 = qkv.shape
-    quantized = empty_quantized(B * (L if asked is None else asked), D3 // 3, qkv.device)
-    _launch(qkv, num_heads, causal, asked, config, quantized, symmetric, space)
+    quantized = empty_quantized(
+        B * (L if num_queries is None else num_queries), D3 // 3, qkv.device
+    )
+    _launch(qkv, num_heads, causal, num_queries, config, quantized, symmetric, space)
     return quantized

@@ -51,7 +51,7 @@ def layer_norm_quantize(
     *,
     config: RowConfig | None = None,
 ) -> Quantized:
-    """quantize_rows(LayerNorm(x) * gamma + beta); see lraee.reference.
+    """quantize_rows(LayerNorm(x) * gamma + beta); see lraee.ops.reference.
 
     Args:
       x: float32, bfloat16 or float16 [M, D].

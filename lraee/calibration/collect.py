@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,13 @@ from lraee.calibration.noise import BlockNoise, NoiseMeter
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
-from lraee.towers.families import blocks_of, find_tower
+from lraee.towers.families import (
+    block_specs,
+    blocks_of,
+    encode_image,
+    find_tower,
+    tower_spec,
+)
 
 Images = Tensor | Iterable[Tensor]
 """Preprocessed images [n, 3, H, W], or their batches: any iterable that starts anew each time and
@@ -40,7 +46,7 @@ class Pair:
     ) -> None:
         """See the class."""
         self.teacher, self.fast = teacher, fast
-        self.size = cast(tuple[int, int], find_tower(fast).image_size)
+        self.size = tower_spec(find_tower(fast)).image_size
         self._images, self._batch, self.progress = images, batch, progress
         self._first: Tensor | None = None
         if not isinstance(images, Iterable) or isinstance(images, Iterator):
@@ -177,14 +183,21 @@ def tapped(tower: nn.Module) -> Iterator[list[Tensor]]:
     """The tokens [B, L, D] of the tower's last call: before the first block, then after each."""
     blocks = blocks_of(tower)
     z: list[Tensor] = [torch.empty(0)] * (len(blocks) + 1)
-    is_batch_first = bool(tower.get_submodule("transformer").batch_first)
+    calls = [spec.call for spec in block_specs(tower)]
 
     def put(place: int, tokens: Tensor) -> None:
-        z[place] = tokens if is_batch_first else tokens.transpose(0, 1)
+        z[place] = tokens
 
-    handles = [blocks[0].register_forward_pre_hook(lambda _, args: put(0, args[0]))]
-    for place, block in enumerate(blocks, 1):
-        handles.append(block.register_forward_hook(lambda _, args, y, place=place: put(place, y)))
+    def put_first(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        put(0, calls[0].tokens(args, named))
+
+    handles = [blocks[0].register_forward_pre_hook(put_first, with_kwargs=True)]
+    for place, (block, call) in enumerate(zip(blocks, calls, strict=True), 1):
+        handles.append(
+            block.register_forward_hook(
+                lambda _, args, y, place=place, call=call: put(place, call.unwrap(y))
+            )
+        )
     try:
         yield z
     finally:
@@ -217,5 +230,4 @@ def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
 def encode(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings float32 [B, E] on the CPU."""
     like = next(model.parameters())
-    encode = getattr(model, "encode_image", model)
-    return cast(Tensor, encode(images.to(like.device, like.dtype))).float().cpu()
+    return encode_image(model, images.to(like.device, like.dtype)).float().cpu()

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lraee.exits.head import HeadWeights, Int8Head, contrasts
 from lraee.exits.router import Router
 from lraee.measurement.timing import interleaved
 from lraee.model.trace import full_depth
-from lraee.towers.families import blocks_of, find_tower
+from lraee.towers.families import block_specs, blocks_of, find_tower, tower_spec
 
 BATCHES = (1, 32)
 OVERHEAD = 0.02
@@ -79,18 +79,16 @@ def measure(
     contrast = contrasts(classes).to(like.device)
     run_block = blocks_of(tower)[block - 1]
     probed = _with_exit(tower, block, head, classes, logit_scale)
-    is_batch_first = bool(tower.get_submodule("transformer").batch_first)
-    size = cast(tuple[int, int], tower.image_size)
+    spec, call = tower_spec(tower), block_specs(tower)[block - 1].call
     rows: dict[str, list[float]] = {"tower": [], "block": [], "probe": [], "copy": []}
 
     def decide(z: Tensor) -> list[bool]:
         return [s >= 0.5 for s in probe(z, contrast, logit_scale)[5].tolist()]
 
     for B in BATCHES:
-        images = torch.randn(B, 3, *size, generator=torch.Generator().manual_seed(0)).to(like)
-        L, D = cast(Tensor, tower.positional_embedding).shape
-        z = torch.randn(B, L, D, generator=torch.Generator().manual_seed(1)).to(like)
-        z_block = z if is_batch_first else z.transpose(0, 1).contiguous()
+        images = _normal(0, B, 3, *spec.image_size).to(like)
+        z = _normal(1, B, spec.tokens, spec.width).to(like)
+        z_block = call.by_image(z).contiguous()
         half = torch.arange(0, B, 2, device=like.device)
         calls: dict[str, Any] = {
             "tower": lambda images=images: tower(images),
@@ -111,6 +109,10 @@ def measure(
     copied = len(range(0, last, 2))
     copy_share = (rows["copy"][-1] / copied) / (rows["block"][-1] / last)
     return ProbeTime(tuple(rows["tower"]), tuple(rows["block"]), tuple(rows["probe"]), copy_share)
+
+
+def _normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _with_exit(

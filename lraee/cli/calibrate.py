@@ -57,9 +57,10 @@ def calibrate(
     """
     from lraee.calibration.calibrate import calibrate
     from lraee.data.batches import PhotoImages
-    from lraee.data.classes import class_features, read_classes
+    from lraee.data.classes import read_classes
     from lraee.data.photos import Photos
     from lraee.model.accelerate import accelerate
+    from lraee.towers.prompts import class_features
     from lraee.zoo.opening import open_model
 
     known = read_classes(classes) if classes else None

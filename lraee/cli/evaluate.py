@@ -47,13 +47,15 @@ def evaluate(
 
     Example: `lraee evaluate --data val.zip --classes classes.json --exits exits --retrieval`
     """
-    from lraee.data.classes import TEMPLATES, class_features, read_classes
+    from lraee.data.classes import read_classes
     from lraee.data.photos import Photos
     from lraee.evaluation import evaluate
     from lraee.evaluation.retrieval import search_all
     from lraee.exits.bundle import Exits
     from lraee.layers.scheme import find_scheme
     from lraee.model.accelerate import accelerate
+    from lraee.storage.json import write_json
+    from lraee.towers.prompts import TEMPLATES, class_features
     from lraee.zoo.opening import open_model
 
     schemes = scheme or ["int8", "paper"]
@@ -91,7 +93,7 @@ def evaluate(
     if retrieval:
         found["retrieval"] = [asdict(row) for row in search_all(embedded)]
     if out is not None:
-        evaluate.write_json(found, out)
+        write_json(found, out)
     line("model", f"{title}, {len(names)} class names, {len(TEMPLATES)} templates")
     line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
     line("photos", f"{found['photos']}, {found['labelled']} labelled; {photos.report()}")

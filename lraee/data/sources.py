@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
+# What may be a photo; what it is, its content says.
+_SUFFIXES = frozenset(
+    (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+        ".avif", ".heic", ".heif",
+    )
+)  # fmt: skip
 # What reading one file may raise; Photos makes each a reported skip.
 READ_ERRORS = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, zlib.error)
 
@@ -20,13 +26,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a file may be before it is refused unread."""
+    """How large a file or a whole source may be before it is refused unread."""
 
     file_size_bytes: int = 64 << 20
     total_size_bytes: int = 256 << 30
     count: int = 5_000_000
-    pixels: int = 64_000_000
-    aspect: float = 50.0
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from lraee.kernels import (
 )
 from lraee.kernels.configs import Config, Shape
 from lraee.kernels.measured import MEASURED
-from lraee.ops import block, reference
 from lraee.ops import error_bounds as bounds
+from lraee.ops import reference
+from lraee.ops.backend import operators
 from lraee.ops.checked import Activation
 
 ACTIVATIONS = get_args(Activation)
@@ -123,7 +124,7 @@ def weight_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         def find(N: int = N, K: int = K, seed: int = seed) -> str | None:
             # Not registered for CUDA alone: the definition runs there, and in the interpreter
             ops = torch.ops.lraee if target.device.type == "cuda" else reference
-            w_q = selftest_inputs.linear(1, N, K, seed)["w"]
+            w_q = selftest_inputs.linear(1, N, K, seed)["linear"].w
             w, w_sum = ops.pack_weight(w_q.to(target.device))
             back = ops.unpack_weight(w, N, K)
             expected = (w_q, w_q, w_q.long().sum(1).to(torch.int32))
@@ -157,7 +158,6 @@ def _linear_difference(
         expected = reference.int8_linear(**given, activation=activation)
         device = target.device
         guarded = poisoned_all(given, ROW_PADS[seed % 3], device)
-        guarded["w"] = poisoned(given["w"], device=device)
         space = _space(M, N, config, device)
         with guarded_outputs():
             actual = int8_linear.int8_linear(
@@ -170,45 +170,32 @@ def _linear_difference(
 
 
 def quantizing_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
-    """int8_linear with rows quantized in its launch: the bits of quantize_rows before or after."""
+    """int8_linear with its rows quantized in its launch: the bits of quantize_rows after it."""
     seeds = itertools.count(1)
     for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
         for row in configs.TABLE[target.arch.capability][configs.bucket(M)]:
             if configs.legal(row, Shape(M, N, K), target.arch):
                 seed = next(seeds)
-                given = selftest_inputs.linear(1, 1, 1, seed) | {"x_zero": None}
+                given = selftest_inputs.linear(1, 1, 1, seed)
                 symmetric = "symmetric" if seed % 2 == 0 else "asymmetric"
                 shape = f"M={M} N={N} K={K} {symmetric} {_epilogue(given, 'none')}"
-                for kernel in ("int8_linear_from_float", "int8_linear_quantized"):
-                    find = _quantizing_difference(target, M, N, K, seed, row, kernel)
-                    yield Case(kernel, _label(row), shape, find)
+                find = _quantizing_difference(target, M, N, K, seed, row)
+                yield Case("int8_linear_quantized", _label(row), shape, find)
 
 
 def _quantizing_difference(
-    target: Target, M: int, N: int, K: int, seed: int, config: Config, kernel: str
+    target: Target, M: int, N: int, K: int, seed: int, config: Config
 ) -> Difference:
     def find() -> str | None:
         symmetric = seed % 2 == 0
         given = selftest_inputs.linear(M, N, K, seed)
-        is_input = kernel == "int8_linear_from_float"
-        if is_input:
-            x = selftest_inputs.float_rows(M, K, seed)
-            given |= dict(zip(QUANTIZED, reference.quantize_rows(x, symmetric), strict=True))
-        y = reference.int8_linear(**given)
+        expected = reference.quantize_rows(reference.int8_linear(**given), symmetric)
         guarded = poisoned_all(given, ROW_PADS[seed % 3], target.device)
-        guarded["w"] = poisoned(given["w"], device=target.device)
-        if is_input:
-            guarded["x"] = poisoned(x, ROW_PADS[seed % 3], target.device)
-            for name in QUANTIZED:
-                del guarded[name]
         space = _space(M, N, config, target.device, quantizes=True)
         with guarded_outputs():
-            actual = getattr(int8_linear, kernel)(
+            actual = int8_linear.int8_linear_quantized(
                 **guarded, symmetric=symmetric, config=config, space=space
             )
-        if is_input:
-            return _exact(("y",), (actual,), (y,)) or _space_difference(space)
-        expected = reference.quantize_rows(y, symmetric)
         return _exact(QUANTIZED, actual, expected) or _space_difference(space)
 
     return find
@@ -284,9 +271,9 @@ def _block_difference(
     target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool
 ) -> Difference:
     def find() -> str | None:
-        given = [*selftest_inputs.block(*shape, seed, target.device), first_only]
-        ops = torch.ops.lraee if target.device.type == "cuda" else launchers()
-        expected = block.int8_block(*given, operators=ops)
+        given = (*selftest_inputs.block(*shape, seed, target.device), first_only)
+        ops = operators("auto") if target.device.type == "cuda" else launchers()
+        expected = reference.int8_block(*given, operators=ops)
         with guarded_outputs():
             actual = int8_block.int8_block(*given)
         return _exact(("y",), (actual,), (expected.cpu(),))
@@ -350,21 +337,21 @@ def _probe_difference(
     has_class_token: bool, config: Any,
 ) -> Difference:  # fmt: skip
     def find() -> str | None:
-        given = selftest_inputs.probe(*shape, seed, has_class_token)
-        wanted = reference.exit_probe(*given)
+        z, head = selftest_inputs.probe(*shape, seed, has_class_token)
+        wanted = reference.exit_probe(z, head)
         device = target.device
         space = workspace.of_current_stream(device)
         with guarded_outputs():
             embedding, top1, confidence, margin, variance, score = exit_probe.exit_probe(
-                poisoned(given[0], ROW_PADS[seed % 3], device),
-                *poisoned_all(given[1:], device=device), config=config, space=space,
+                poisoned(z, ROW_PADS[seed % 3], device),
+                *poisoned_all([head], device=device), config=config, space=space,
             )  # fmt: skip
         found = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
-        decided = bounds.decision(embedding.cpu(), variance.cpu(), given)
+        decided = bounds.decision(embedding.cpu(), variance.cpu(), head)
         limits = bounds.of_decision(shape[-1])
         first = _first([
             ("variance", variance, wanted[4], 0.0),
-            ("embedding", embedding, wanted[0], bounds.of_embedding(given)),
+            ("embedding", embedding, wanted[0], bounds.of_embedding(z, head)),
             *((name, found[name], decided[name], limits[name]) for name in found),
         ])  # fmt: skip
         if first is None and space.tickets.any():
@@ -385,6 +372,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _epilogue(given: dict[str, Any], activation: str) -> str:
     """What of the epilogue is there, and the type of the result."""
+    operands = given | given["linear"]._asdict()
     names = ("x_zero", "bias", "layer_scale", "residual")
-    there = [name for name in names if given.get(name) is not None]
+    there = [name for name in names if operands[name] is not None]
     return " ".join([*there, activation, _short(given["out_dtype"])])

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lraee.calibration.calibrate import calibrate
 from lraee.calibration.pipeline import BEST
-from lraee.data.classes import class_features
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError, Skipped
 from lraee.evaluation import evaluate
 from lraee.exits.bundle import Exits
 from lraee.measurement import machine
 from lraee.model.accelerate import accelerate
+from lraee.towers.prompts import class_features
 from lraee.zoo.opening import Opened
 
 SCHEMA = "lraee.demo/2"

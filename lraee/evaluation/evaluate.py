@@ -1,13 +1,10 @@
 """What quantization costs on real photos: labels, ranking, direction, time, beside float."""
 
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +16,6 @@ from lraee.data.sources import DataError
 from lraee.measurement import machine
 from lraee.measurement.timing import ImageEncoder
 from lraee.model.trace import ExitStats, Trace, has_exits, trace
-from lraee.storage.files import replace_file
 
 SCHEMA = "lraee.evaluate/2"
 FLOAT = "float"
@@ -199,14 +195,6 @@ def report(
         "rows": [asdict(row) for row in rows],
         "exits": {name: asdict(stats) for name, stats in embedded.exits.items()},
     }
-
-
-def write_json(value: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a report whole or not at all; its folder is made when missing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    replace_file(path, text.encode())
 
 
 def _encode(model: nn.Module, images: Tensor) -> Tensor:

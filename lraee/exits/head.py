@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lraee.kernels.operands import Norm, ProbeHead
 from lraee.layers.int8_linear import Int8Linear, uncast
 from lraee.layers.scheme import INT8, quantize_weight
 from lraee.ops.backend import Backend, operators
@@ -140,13 +141,12 @@ class Int8Head(TypedBuffers):
         Args:
           classes: what `contrasts` makes of class embeddings.
         """
-        first, second, held = self.first, self.second, self._buffers
-        last = (None,) * 4 if second is None else second.parts
-        arguments = (
-            z, held["gamma"], held["beta"], EPS, *first.parts, *last, classes, logit_scale,
-            held["gate"],
+        second, held = self.second, cast(dict[str, Tensor], self._buffers)
+        head = ProbeHead(
+            Norm(held["gamma"], held["beta"], EPS), self.first.packed,
+            None if second is None else second.packed, classes, logit_scale, held["gate"],
         )  # fmt: skip
-        return cast(Probe, operators(self.backend).exit_probe(*arguments))
+        return cast(Probe, operators(self.backend).exit_probe(z, head))
 
 
 def contrasts(classes: Tensor) -> Tensor:

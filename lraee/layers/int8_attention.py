@@ -104,7 +104,7 @@ class Int8Attention(nn.Module):
 class Int8MultiheadAttention(Int8Attention):
     """The same, called as torch's nn.MultiheadAttention is: self-attention without weights."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor | None = None,

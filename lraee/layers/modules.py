@@ -3,7 +3,6 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from torch import nn
@@ -44,12 +43,17 @@ class Adapter(nn.Module):
         return self.__dict__
 
 
-@cache
+_subclasses: dict[tuple[type, type], type[Adapter]] = {}
+
+
 def subclass(adapter: type[Adapter], base: type[nn.Module]) -> type[Adapter]:
     """The class whose methods are the adapter's, then the base's; the same one at every call."""
-    name = f"{adapter.adapter_prefix}{base.__name__}"
-    namespace = {"__module__": adapter.__module__, "_classes": (adapter, base)}
-    return type(name, (adapter, base), namespace)
+    if (adapter, base) not in _subclasses:
+        name = f"{adapter.adapter_prefix}{base.__name__}"
+        namespace = {"__module__": adapter.__module__, "_classes": (adapter, base)}
+        # setdefault: of two threads that come here at once, both get one class
+        _subclasses.setdefault((adapter, base), type(name, (adapter, base), namespace))
+    return _subclasses[adapter, base]
 
 
 def adopt(module: nn.Module, adapter: type[Adapter]) -> Adapter:
@@ -65,8 +69,8 @@ def release(module: nn.Module) -> None:
 
 
 def _blank(adapter: type[Adapter], base: type[nn.Module]) -> Adapter:
-    made_class = subclass(adapter, base)
-    return made_class.__new__(made_class)
+    kind = subclass(adapter, base)
+    return kind.__new__(kind)
 
 
 def shell(

@@ -84,8 +84,9 @@ def tensor_at(block: nn.Module, name: str) -> Tensor:
     """
     parent, _, leaf = name.rpartition(".")
     module = block.get_submodule(parent)
-    tensor = module._parameters.get(leaf)
-    tensor = module._buffers.get(leaf) if tensor is None else tensor
+    tensor: Tensor | None = module._parameters.get(leaf)
+    if tensor is None:
+        tensor = module._buffers.get(leaf)
     if tensor is None:
         raise AttributeError(f"{type(block).__name__} has no tensor {name}")
     return tensor
@@ -152,11 +153,16 @@ class Call:
         rope = given.pop(self.rope, None) if self.rope else None
         for name, value in given.items():
             if value is not None and value is not False and name not in self.ignored:
+                got = value if isinstance(value, bool | int | str) else type(value).__name__
                 raise NotImplementedError(
-                    f"{owner}: {name} must be None, got {type(value).__name__}; INT8 has no kernel"
-                    " for it, use the float model (lraee.restore)"
+                    f"{owner}: {name} must be None, got {got}; INT8 has no kernel for it, use the"
+                    " float model (lraee.restore)"
                 )
         return tokens, mask, rope
+
+    def tokens(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+        """Tokens [B, L, D] among the arguments of a call that the module accepts."""
+        return self.by_image(args[0] if args else named[self.parameters[0]])
 
     def wrap(self, tokens: Tensor) -> Any:
         """What the module returns."""

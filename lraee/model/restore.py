@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) -> Model:
-    """The float model again: the image tower as accelerate found it, bit for bit.
+    """The float model again: the image tower as it was before accelerate, bit for bit.
 
     The fast model holds no float weights. They come from the original model, if it is still alive
     and was not changed, or from `base`. All that accelerate copied (text tower, logit scale) is

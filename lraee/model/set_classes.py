@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.router import Router
-from lraee.towers.families import find_tower
+from lraee.towers.families import can_encode_text, encode_text, find_tower
 from lraee.towers.runner import exits_of
 
 
@@ -80,12 +80,11 @@ def _encode_texts(
         raise TypeError("set_classes: classes must be a float tensor [K, E] or a list of texts")
     if not texts:
         raise ValueError("set_classes: classes must be one text at least, got none")
-    if tokenizer is None or not hasattr(model, "encode_text"):
+    if tokenizer is None or not can_encode_text(model):
         raise ValueError(
             "set_classes: tokenizer must be given with texts, and the model have encode_text; or"
             " give text features [K, E]"
         )
     tokens = tokenizer(list(texts)).to(next(model.parameters()).device)
     with torch.no_grad():
-        encoded: Tensor = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
-    return encoded
+        return encode_text(model, tokens)

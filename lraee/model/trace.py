@@ -15,8 +15,10 @@ from lraee.towers.runner import exits_of
 
 def has_exits(model: nn.Module) -> bool:
     """Whether images may leave this model's tower early; False where it cannot have exits."""
-    tower = getattr(model, "visual", model)
-    return isinstance(tower, nn.Module) and exits_of(tower) is not None
+    try:
+        return exits_of(find_tower(model)) is not None
+    except (TypeError, NotImplementedError):
+        return False
 
 
 @contextmanager

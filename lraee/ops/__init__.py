@@ -1,5 +1,6 @@
 """The operators `torch.ops.lraee.*`, their arguments checked: see lraee.ops.checked."""
 
+from lraee.kernels.operands import BlockOperands, Norm, PackedLinear, ProbeHead
 from lraee.ops.checked import (
     Activation,
     exit_probe,
@@ -14,6 +15,7 @@ from lraee.ops.checked import (
 )
 
 __all__ = [
-    "Activation", "exit_probe", "float_linear", "int8_attention", "int8_block", "int8_linear",
-    "layer_norm_quantize", "pack_weight", "quantize_rows", "unpack_weight",
+    "Activation", "BlockOperands", "Norm", "PackedLinear", "ProbeHead", "exit_probe",
+    "float_linear", "int8_attention", "int8_block", "int8_linear", "layer_norm_quantize",
+    "pack_weight", "quantize_rows", "unpack_weight",
 ]  # fmt: skip

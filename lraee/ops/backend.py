@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from lraee.kernels import register
+from lraee.kernels.operands import to_schema
 from lraee.ops import registry
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
@@ -23,12 +24,16 @@ _REGISTERED = frozenset(
 _DEFINITIONS = SimpleNamespace(**registry.DEFINITIONS)
 # .default spares each call the search for an overload
 _DISPATCHED = SimpleNamespace(
-    **{name: getattr(torch.ops.lraee, name).default for name in registry.OPERATORS}
+    **{name: to_schema(name, getattr(torch.ops.lraee, name).default) for name in registry.OPERATORS}
 )
 
 
 def operators(backend: Backend) -> Any:
-    """The operators by name: the plain-torch definitions, or what PyTorch's dispatcher chooses."""
+    """The operators by name: the plain-torch definitions, or what PyTorch's dispatcher chooses.
+
+    Either way they take records (lraee.kernels.operands) and check nothing: a module's operands are
+    checked where it is built.
+    """
     return _DEFINITIONS if backend == "reference" else _DISPATCHED
 
 

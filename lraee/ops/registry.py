@@ -1,12 +1,12 @@
 """Schema, definition, fake and FLOP formula of each operator `torch.ops.lraee.*`.
 
 PyTorch's dispatcher is the registry of implementations: C++ for CPU tensors (lraee._C), Triton for
-CUDA tensors (lraee.kernels), and the plain-torch definition (lraee.reference) wherever neither is
-there. Callers go through the door in lraee.ops.
+CUDA tensors (lraee.kernels), and the plain-torch definition (lraee.ops.reference) wherever neither
+is there. Schemas are flat; all below them takes records (lraee.kernels.operands).
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,8 @@ from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from lraee.kernels import register
-from lraee.ops import block, reference
+from lraee.kernels.operands import BlockOperands, PackedLinear, ProbeHead, from_schema
+from lraee.ops import reference
 from lraee.ops.reference import Probe, Quantized
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -56,13 +57,12 @@ SCHEMAS = {
 OPERATORS = tuple(SCHEMAS)
 
 _library = Library("lraee", "DEF")  # type: ignore[no-untyped-call]
-DEFINITIONS: dict[str, Callable[..., Any]] = {
-    name: getattr(block if name == "int8_block" else reference, name) for name in SCHEMAS
-}
+DEFINITIONS: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in SCHEMAS}
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
-    _library.impl(_name, DEFINITIONS[_name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _impl = from_schema(_name, DEFINITIONS[_name])
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 TRITON_ERROR: str | None = register.register(_library, DEFINITIONS)
 """Why no Triton kernel is registered for CUDA tensors, or None."""
@@ -79,7 +79,11 @@ def packed_shape(N: int, K: int, device: torch.device) -> list[int]:
 
 
 def _fake(name: str) -> Callable[[F], F]:
-    return register_fake(f"lraee::{name}", lib=_library)  # type: ignore[no-any-return]
+    def register(fake: F) -> F:
+        register_fake(f"lraee::{name}", from_schema(name, fake), lib=_library)
+        return fake
+
+    return register
 
 
 @_fake("quantize_rows")
@@ -117,20 +121,10 @@ def _float_linear_fake(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tens
 
 @_fake("int8_linear")
 def _int8_linear_fake(
-    x_q: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    return x_q.new_empty((x_q.shape[0], w_scale.shape[0]), dtype=out_dtype)
+    x_q: Tensor, x_scale: Tensor, x_zero: Tensor | None, linear: PackedLinear, *,
+    out_dtype: torch.dtype = torch.float32, **others: object,
+) -> Tensor:  # fmt: skip
+    return x_q.new_empty((x_q.shape[0], linear.N), dtype=out_dtype)
 
 
 @_fake("int8_attention")
@@ -140,68 +134,62 @@ def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> T
 
 
 @_fake("int8_block")
-def _int8_block_fake(
-    x: Tensor, norm_1: object, in_proj: object, out_proj: object, norm_2: object, c_fc: object,
-    c_proj: object, eps: object, symmetric: object, num_heads: int, causal: bool, activation: str,
-    first_only: bool = False,
-) -> Tensor:  # fmt: skip
+def _int8_block_fake(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:
     B, L, D = x.shape
     return x.new_empty((B, 1 if first_only else L, D))
 
 
 @_fake("exit_probe")
-def _exit_probe_fake(z: Tensor, *arguments: object) -> Probe:
-    classes = arguments[11]
-    assert isinstance(classes, Tensor)
-    B, E = z.shape[0], classes.shape[1]
-    score = z.new_empty(B, dtype=torch.float32)
-    others = tuple(torch.empty_like(score) for _ in range(3))
+def _exit_probe_fake(z: Tensor, head: ProbeHead) -> Probe:
+    B, E = z.shape[0], head.classes.shape[1]
+    confidence, margin, variance, score = (z.new_empty(B, dtype=torch.float32) for _ in range(4))
     embedding = z.new_empty((B, E), dtype=torch.float32)
-    return embedding, z.new_empty(B, dtype=torch.int64), *others, score  # type: ignore[return-value]
+    return embedding, z.new_empty(B, dtype=torch.int64), confidence, margin, variance, score
 
 
-# FLOPs, two for each multiply-add as torch counts them
+# FLOPs, two for each multiply-add as torch counts them. A formula is given shapes for tensors.
 
 
-@register_flop_formula(torch.ops.lraee.int8_linear)
+def _flops(name: str) -> Callable[[F], F]:
+    def register(formula: F) -> F:
+        register_flop_formula(getattr(torch.ops.lraee, name))(from_schema(name, formula))
+        return formula
+
+    return register
+
+
+@_flops("int8_linear")
 def _int8_linear_flops(
-    x_q: torch.Size, x_scale: object, x_zero: object, w: object, w_scale: torch.Size,
-    *rest: object, **options: object,
-) -> int:  # fmt: skip
+    x_q: torch.Size, x_scale: object, x_zero: object, linear: PackedLinear, **options: object
+) -> int:
     M, K = x_q
-    return 2 * M * int(w_scale[0]) * K
+    return 2 * M * int(linear.w_scale[0]) * K
 
 
-@register_flop_formula(torch.ops.lraee.float_linear)
+@_flops("float_linear")
 def _float_linear_flops(x: torch.Size, w: torch.Size, *rest: object, **options: object) -> int:
     M, K = x
     return 2 * M * int(w[0]) * K
 
 
-@register_flop_formula(torch.ops.lraee.int8_attention)
+@_flops("int8_attention")
 def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
     B, L, D3 = qkv
     return 4 * B * L * L * (D3 // 3)
 
 
-@register_flop_formula(torch.ops.lraee.int8_block)
+@_flops("int8_block")
 def _int8_block_flops(
-    x: torch.Size, norm_1: object, in_proj: object, out_proj: object, norm_2: object,
-    c_fc: Sequence[torch.Size], c_proj: object, eps: object, symmetric: object, num_heads: int,
-    causal: bool, activation: str, first_only: bool = False, **options: object,
-) -> int:  # fmt: skip
+    x: torch.Size, block: BlockOperands, first_only: bool = False, **options: object
+) -> int:
     B, L, D = x
-    hidden, queries = int(c_fc[1][0]), 1 if first_only else L
+    hidden, queries = int(block.c_fc.w_scale[0]), 1 if first_only else L
     return 2 * B * D * (L * 3 * D + queries * (D + 2 * hidden)) + 4 * B * queries * L * D
 
 
-@register_flop_formula(torch.ops.lraee.exit_probe)
-def _exit_probe_flops(
-    z: torch.Size, gamma: torch.Size, beta: object, eps: object, w1: object, w1_scale: torch.Size,
-    w1_sum: object, b1: object, w2: object, w2_scale: torch.Size | None, w2_sum: object, b2: object,
-    classes: torch.Size, *rest: object, **options: object,
-) -> int:  # fmt: skip
-    B, P, H = z[0], int(gamma[0]), int(w1_scale[0])
-    K, E = classes
-    head = P * H + (0 if w2_scale is None else H * E)
-    return 2 * B * (head + K * E)
+@_flops("exit_probe")
+def _exit_probe_flops(z: torch.Size, head: ProbeHead, **options: object) -> int:
+    B, P, H = z[0], int(head.norm.gamma[0]), int(head.first.w_scale[0])
+    K, E = head.classes  # a shape
+    layers = P * H + (0 if head.second is None else H * E)
+    return int(2 * B * (layers + K * E))

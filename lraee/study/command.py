@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lraee.calibration.pipeline import digest
 from lraee.data.batches import PhotoImages
-from lraee.data.classes import Classes, class_features, templates
+from lraee.data.classes import Classes
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.model.set_classes import unit_classes
@@ -15,6 +15,7 @@ from lraee.study.backbones import Model
 from lraee.study.protocol import Protocol
 from lraee.study.schema import Report
 from lraee.study.study import Pictures, Study
+from lraee.towers.prompts import class_features, templates
 from lraee.towers.state import tower_hash
 from lraee.zoo.opening import Opened
 

@@ -82,6 +82,6 @@ def _last_head(backbone: Backbone, options: HeadOptions, seed: int) -> HeadWeigh
 
 
 def _saved_by_last_head(backbone: Backbone, macs: int) -> float:
-    """The head and the classes in place of ln_post and proj; mostly below 0."""
+    """The head and the classes in place of the final norm and projection; mostly below 0."""
     parts = backbone.parts
     return 1.0 - parts.when_leaving([len(parts.blocks)], [2 * macs])[0] / parts.total

@@ -19,7 +19,7 @@ SEES = ("class token", "mean", "both")
 
 
 def lens(backbone: Backbone, *, steps: int, seeds: Sequence[int], progress: bool) -> list[Lens]:
-    """Top-1 after each block by three heads, and by ln_post and proj applied early.
+    """Top-1 after each block by three heads, and by the final projection early.
 
     The heads differ in what they see: the class token, the mean of the patches, or both. All distil
     the float embedding without labels, with as many steps, and answer in float.
@@ -51,8 +51,9 @@ def lens(backbone: Backbone, *, steps: int, seeds: Sequence[int], progress: bool
 
 
 def early_projections(backbone: Backbone) -> list[Tensor]:
-    """ln_post and proj of the class token after each block, float32 [n, E]; the last is the model's
-    own embedding.
+    """The class token after each block, normed and projected, float32 [n, E].
+
+    The last is the model's own embedding.
     """
     tokens = backbone.report.class_tokens()
     early = [projected(backbone.model.tower, each) for each in tokens.unbind(1)[:-1]]

@@ -46,7 +46,7 @@ class Noise(TypedDict):
 
 
 class Lens(TypedDict):
-    """Top-1 that one block's tokens give: by trained heads, and by the tower's own ln_post+proj."""
+    """Top-1 that one block's tokens give: by trained heads, and by its own projection."""
 
     block: int
     class_token_head: Spread
@@ -188,7 +188,7 @@ class Example(TypedDict):
 
 
 class Drift(TypedDict):
-    """Angle in degrees between float and quantized class-token embeddings (ln_post+proj).
+    """Angle in degrees between float and quantized class-token embeddings (final norm, projection).
 
     Margin: cosine with the nearest class - with the next, in float; correlation: Spearman's of
     angle / margin with "top-1 flips"; by_margin: ten equal parts of the images, smallest margins

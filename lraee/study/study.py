@@ -16,7 +16,6 @@ from lraee.calibration.pipeline import NOISE_IMAGES, PAPER
 from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
 from lraee.measurement import machine
-from lraee.measurement.timing import image_size
 from lraee.storage.stages import Stages
 from lraee.study import schema, smooth
 from lraee.study.backbones import Model, backbone, paper_candidates
@@ -32,6 +31,7 @@ from lraee.study.rivals import Policies, smoothed_rows, spread_rows
 from lraee.study.schema import Noise, Report
 from lraee.study.seconds import BATCH, time_saved
 from lraee.study.trials import Backbone
+from lraee.towers.families import image_size
 
 QUANTIZED = ("int8", "paper")
 SMOOTHED = "smoothed"

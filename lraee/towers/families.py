@@ -6,7 +6,8 @@ code speaks to a tower through the functions here and the specs that they return
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +27,8 @@ class UnsupportedBlockError(NotImplementedError):
     """A block without int8 kernels; the message goes on after the block's name."""
 
 
-def _encode_image(model: nn.Module, images: Tensor) -> Tensor:
-    """What `encode_image` of the model returns, or the tower itself."""
-    encode = getattr(model, "encode_image", model)
-    result = encode(images)
-    return cast(Tensor, result[0] if isinstance(result, tuple) else result)
-
-
-def _encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit text embeddings of token ids."""
-    return cast(Tensor, model.encode_text(tokens, normalize=True))  # type: ignore[operator]
+Encode = Callable[[nn.Module, Tensor], Tensor]
+"""Model and images [B, 3, H, W] or token ids -> embeddings [B, …]."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +45,8 @@ class Family:
       embed: tower, float or accelerated, and images [B, 3, H, W] -> tokens [B, L, D] before the
         first block.
       adapter: what runs an accelerated tower; its class becomes one of this and float_class.
-      encode_image: model and images [B, 3, H, W] -> embeddings [B, …].
-      encode_text: model and token ids -> unit text embeddings [n, E].
+      encode_image: of a model without the method encode_image(images), tower excluded.
+      encode_text: to unit rows, of a model without encode_text(tokens, normalize=True).
       refusal: for a tower that this family knows by sight and cannot run: the reason, else None.
     """
 
@@ -64,8 +57,8 @@ class Family:
     read_block: Callable[[nn.Module], BlockSpec]
     embed: Callable[[nn.Module, Tensor], Tensor]
     adapter: "type[RowwiseTower]"
-    encode_image: Callable[[nn.Module, Tensor], Tensor] = _encode_image
-    encode_text: Callable[[nn.Module, Tensor], Tensor] = _encode_text
+    encode_image: Encode | None = None
+    encode_text: Encode | None = None
     refusal: Callable[[nn.Module], str | None] = lambda tower: None
 
     def name_of(self, path: str) -> str:
@@ -82,8 +75,13 @@ def register(family: Family) -> None:
     FAMILIES.append(family)
 
 
+def family_names() -> tuple[str, ...]:
+    """Every known family, in the order in which they are tried."""
+    return tuple(family.name for family in FAMILIES)
+
+
 def _names() -> str:
-    return ", ".join(family.name for family in FAMILIES)
+    return ", ".join(family_names())
 
 
 def _paths() -> tuple[str, ...]:
@@ -113,18 +111,18 @@ def find_tower(model: nn.Module) -> nn.Module:
     for tower in inner:
         if _family(tower) is not None:
             return tower
-    reasons = ((t, family.refusal(t)) for t in (*inner, model) for family in FAMILIES)
-    tower, reason = next((each for each in reasons if each[1]), (None, None))
-    if tower is None and not inner:
+    refused = [(t, family.refusal(t)) for t in (*inner, model) for family in FAMILIES]
+    refused = [(t, reason) for t, reason in refused if reason is not None]
+    if not refused and not inner:
         where = " or ".join(f"`.{path}`" for path in _paths())
         raise TypeError(
             f"accelerate: model must have an image tower at {where}, got {type(model).__name__};"
             f" known are {_names()}"
         )
+    tower, reason = refused[0] if refused else (inner[0], "INT8 has no kernels for it")
     raise NotImplementedError(
-        f"accelerate: the image tower must be one of {_names()}, got {_kind(tower or inner[0])}:"
-        f" {reason or 'INT8 has no kernels for it'}; use a supported model, or serve this one in"
-        " float"
+        f"accelerate: the image tower must be one of {_names()}, got {_kind(tower)}: {reason}; use"
+        " a supported model, or serve this one in float"
     )
 
 
@@ -170,14 +168,39 @@ def block_specs(tower: nn.Module) -> list[BlockSpec]:
     ]
 
 
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of the images that the model's image tower takes."""
+    return tower_spec(find_tower(model)).image_size
+
+
+def embed_tokens(tower: nn.Module, images: Tensor) -> Tensor:
+    """Tokens [B, L, D] before the first block of a tower, float or accelerated."""
+    return family_of(tower).embed(tower, images)
+
+
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
-    """Embeddings [B, …] of preprocessed images [B, 3, H, W]."""
-    return family_of(find_tower(model)).encode_image(model, images)
+    """Embeddings [B, …] of preprocessed images [B, 3, H, W], by the model or a bare tower."""
+    encode = getattr(model, "encode_image", None)
+    if encode is None:
+        tower = find_tower(model)
+        own = family_of(tower).encode_image
+        encode = model if own is None or tower is model else partial(own, model)
+    result = encode(images)
+    return cast(Tensor, result[0] if isinstance(result, tuple) else result)
+
+
+def can_encode_text(model: nn.Module) -> bool:
+    """Whether encode_text may be called."""
+    return hasattr(model, "encode_text") or family_of(find_tower(model)).encode_text is not None
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit text embeddings [n, E] of token ids."""
-    return family_of(find_tower(model)).encode_text(model, tokens)
+    """Unit text embeddings [n, E] of token ids, by a model that can."""
+    if hasattr(model, "encode_text"):
+        return cast(Any, model).encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
+    encode = family_of(find_tower(model)).encode_text
+    assert encode is not None  # see can_encode_text
+    return encode(model, tokens)
 
 
 # What the scheme quantizes

@@ -6,7 +6,7 @@ attention classes, and nn.MultiheadAttention and a raw `in_proj_weight` hold the
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from open_clip.transformer import VisionTransformer
@@ -151,6 +151,7 @@ def read_tower(tower: nn.Module) -> TowerSpec:
     is_own = type(tower) is VisionTransformer or isinstance(tower, RowwiseTower)
     gives_one = is_own and projection is not None and getattr(tower, "pool_type", "") != "none"
     patch = cast(tuple[int, int], tuple(embedding.kernel_size))
+    size = cast(int | tuple[int, int], tower.image_size)
     return TowerSpec(
         family=NAME,
         float_class=VisionTransformer,
@@ -162,7 +163,7 @@ def read_tower(tower: nn.Module) -> TowerSpec:
         ),
         pooling=pooling,
         projection=projection,
-        image_size=cast(tuple[int, int], tower.image_size),
+        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         tokens=tokens,
         width=width,
         prefix_tokens=1,
@@ -207,6 +208,10 @@ def _pooler_macs(pooler: nn.Module, L: int) -> int:
 class OpenClipTower(RowwiseTower):
     """Runs an accelerated VisionTransformer."""
 
+    transformer: nn.Module
+    ln_post: nn.Module
+    _pool: Callable[[Tensor], tuple[Tensor, Tensor]]
+
     def forward(self, x: Tensor) -> Any:
         """Images [B, 3, H, W] -> pooled [B, E], or (pooled, tokens) with `output_tokens`."""
         if not self.output_tokens:
@@ -221,6 +226,9 @@ class OpenClipTower(RowwiseTower):
     def _ends_with_class_token(self) -> bool:
         is_alone = self.pool_type == "tok" and self.attn_pool is None
         return is_alone and not is_hooked(self.get_submodule("ln_post"))
+
+    def _extra_output(self) -> str | None:
+        return "output_tokens" if self.output_tokens else None
 
     def _finish(self, z: Tensor) -> Tensor:
         if self._ends_with_class_token():

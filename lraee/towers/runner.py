@@ -16,7 +16,7 @@ from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.towers import cuda_graphs as graphs
 from lraee.towers.families import blocks_of, family_of, tower_spec
-from lraee.towers.spec import Projection, TowerSpec
+from lraee.towers.spec import TowerSpec
 
 
 class RowwiseTower(Adapter):
@@ -61,6 +61,10 @@ class RowwiseTower(Adapter):
         norm = None if spec.final_norm is None else self.get_submodule(spec.final_norm)
         return spec.pooling.kind == "class" and (norm is None or not is_hooked(norm))
 
+    def _extra_output(self) -> str | None:
+        """The option by which calls return more than embeddings now, or None."""
+        return self.tower_spec.extra_output
+
     # What is the same for all
 
     def _embeds(self, x: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class RowwiseTower(Adapter):
         """The exits of this call, if it has some."""
         router = exits_of(self)
         if router is not None and router.is_off:
-            router.note_full_depth(x.shape[0], len(blocks_of(self)))
+            router.note_full_depth(x.shape[0], len(self._block_list()))
             return None
         if router is not None:
             require_no_tokens(self)
@@ -124,7 +128,7 @@ class RowwiseTower(Adapter):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowwiseTower":
         """Moved or cast, its numbers lie elsewhere: graphs of where they were are dropped."""
         graphs.drop(self)
-        return cast(RowwiseTower, super()._apply(fn, recurse))
+        return cast(RowwiseTower, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def _blocks(self, rope: Any) -> list[Block]:
         """The blocks on [B, L, D], in whichever order the tower calls them."""
@@ -135,16 +139,21 @@ class RowwiseTower(Adapter):
         return [*blocks[:-1], first]
 
     def _blocks_by_image(self, rope: Any) -> list[Block]:
-        blocks = self.get_submodule(self.tower_spec.blocks).children()
-        return [_by_image(block, rope) for block in blocks]
+        return [_by_image(block, rope) for block in self._block_list()]
+
+    def _block_list(self) -> list[nn.Module]:
+        # not families.blocks_of, which reads the whole spec anew: 30 us a call
+        return list(self.get_submodule(self.tower_spec.blocks).children())
 
     def _project(self, pooled: Tensor) -> Tensor:
         """The projection of the spec, if there is one: [..., K] -> [..., N]."""
-        projection = tower_spec(self).projection
-        return pooled if projection is None else self._multiply(pooled, projection)
-
-    def _multiply(self, pooled: Tensor, projection: Projection) -> Tensor:
-        weight = self.get_parameter(projection.weight)
+        projection = self.tower_spec.projection
+        if projection is None:
+            return pooled
+        parent, _, leaf = projection.weight.rpartition(".")
+        weight = self.get_submodule(parent)._parameters[leaf]
+        if weight is None:  # taken off since
+            return pooled
         bias = None if projection.bias is None else self.get_parameter(projection.bias)
         w = weight.t() if projection.is_transposed else weight
         return rowwise_linear(pooled, w, bias, self.rowwise_backend)
@@ -171,7 +180,7 @@ images: 6,970, 6,860, 6,785 and 6,928 ms; ViT-B/16 at 32 and ViT-B/32 at 128 are
 """
 
 
-def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def _parts(tower: RowwiseTower, x: Tensor) -> tuple[Tensor, ...]:
     """The images, or parts of a batch too large for the caches of a CPU: the same bits.
 
     Parts are even, and whole rounds of images for all threads. A batch stays whole where a hook
@@ -182,12 +191,12 @@ def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     threads = torch.get_num_threads()
     if len(x) <= threads:
         return (x,)
-    spec = cast(RowwiseTower, tower).tower_spec
+    spec = tower.tower_spec
     bytes_of_one = spec.tokens * spec.width * x.element_size()
     most = threads * max(1, _BYTES_PER_THREAD // bytes_of_one)
     if len(x) <= most or any(is_hooked(m) for m in tower.modules() if m is not tower):
         return (x,)
-    is_by_row = all(isinstance(b, Int8Block) and b.is_by_row for b in blocks_of(tower))
+    is_by_row = all(isinstance(b, Int8Block) and b.is_by_row for b in tower._block_list())
     rounds = math.ceil(len(x) / math.ceil(len(x) / most) / threads)
     return torch.split(x, rounds * threads) if is_by_row else (x,)
 
@@ -195,7 +204,7 @@ def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 def _last_for_class_token(tower: RowwiseTower) -> Int8Block | None:
     """The last block, where it can give the class token alone and no more is read of it."""
     spec = tower.tower_spec
-    last = list(tower.get_submodule(spec.blocks).children())[-1]
+    last = tower._block_list()[-1]
     is_enough = tower._ends_with_class_token() and not _are_parents_hooked(tower, spec)
     return last if is_enough and isinstance(last, Int8Block) and last.gives_first_alone() else None
 
@@ -207,7 +216,7 @@ def _are_parents_hooked(tower: nn.Module, spec: TowerSpec) -> bool:
 
 def ends_with_class_token(tower: nn.Module) -> bool:
     """Whether the last block computes the class token alone, hooks and options as they are."""
-    if not isinstance(tower, RowwiseTower) or tower_spec(tower).extra_output is not None:
+    if not isinstance(tower, RowwiseTower) or tower._extra_output() is not None:
         return False
     return _last_for_class_token(tower) is not None
 
@@ -276,10 +285,14 @@ def detach_exits(tower: nn.Module) -> None:
 
 def require_no_tokens(tower: nn.Module) -> None:
     """Raises NotImplementedError where images that leave early could not give what is returned."""
-    spec = tower_spec(tower)
-    if spec.extra_output is not None:
+    if isinstance(tower, RowwiseTower):
+        spec, extra = tower.tower_spec, tower._extra_output()
+    else:
+        spec = tower_spec(tower)
+        extra = spec.extra_output
+    if extra is not None:
         raise NotImplementedError(
-            f"exits: {spec.extra_output} must be False, got True: an image that leaves early has no"
+            f"exits: {extra} must be False, got True: an image that leaves early has no"
             " tokens of the last block; use lraee.full_depth"
         )
     if _are_parents_hooked(tower, spec):

@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def tower_hash(state: Mapping[str, Tensor]) -> str:
-    """sha256 over name, type, shape and bytes of each tensor of a tower, in order of names."""
+    """sha256 over name, type, shape and bytes of each tensor of a tower, in order of names.
+
+    torch.compile puts `_orig_mod.` into names; a compiled tower has the hash of its original.
+    """
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach()

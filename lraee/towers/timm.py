@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 from open_clip.timm_model import TimmModel
-from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -200,7 +201,7 @@ class OneByOne(Adapter):
         """Images [B, 3, H, W] -> patches [B, N, D]."""
         if len(x) < 2:
             return cast(Tensor, super().forward(x))
-        return torch.cat([super(OneByOne, self).forward(one) for one in x.split(1)])
+        return torch.cat([super(OneByOne, self).forward(one) for one in torch.split(x, 1)])
 
 
 class TimmMap(RowwiseMap):

@@ -5,7 +5,7 @@ Blocks are read by the names of what they hold. A part that no reader names is r
 
 from typing import Any, Literal, cast
 
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn

@@ -14,6 +14,7 @@ from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.evaluation import evaluate
 from lraee.evaluation.evaluate import Embedded, compare, embed, nearest, tower_bytes
+from lraee.storage.json import write_json
 from tests.clip_models import make_model
 from tests.exits.made_exits import make_exits
 from tests.image_files import folder
@@ -155,7 +156,7 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
     rows = compare(result, made, None)
     found = evaluate.report(rows, photos, result, model="m", data="p", batch=32)
     path = tmp_path / "new" / "report.json"
-    evaluate.write_json(found, path)
+    write_json(found, path)
     read = json.loads(path.read_text())
     assert read["schema"] == "lraee.evaluate/2" and read["settings"] == {"batch": 32}
     assert (read["photos"], read["labelled"], read["skipped"]) == (6, 0, 1)
@@ -163,7 +164,7 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
     assert [row["scheme"] for row in read["rows"]] == ["float", "int8"]
     assert {"machine", "versions", "threads", "operators", "command"} <= read.keys()
     with pytest.raises(ValueError):
-        evaluate.write_json({"x": float("nan")}, path)
+        write_json({"x": float("nan")}, path)
     assert json.loads(path.read_text()) == read
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
 

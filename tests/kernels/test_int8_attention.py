@@ -58,10 +58,10 @@ def test_several_tiles_of_keys(causal: bool) -> None:
 def test_the_first_tokens_alone_have_the_same_bits(causal: bool) -> None:
     qkv = attention(3, 50, 2, 8, seed=1)
     whole = int8_attention(qkv, 2, causal)
-    for asked in (1, 16, 17, 50):
+    for num_queries in (1, 16, 17, 50):
         with guarded_outputs():
-            first = int8_attention(qkv, 2, causal, asked=asked)
-        assert_same(first, whole[:, :asked], asked=asked)
+            first = int8_attention(qkv, 2, causal, num_queries=num_queries)
+        assert_same(first, whole[:, :num_queries], num_queries=num_queries)
 
 
 def test_a_later_tile_with_larger_scores() -> None:
@@ -97,18 +97,24 @@ def test_config_is_chosen() -> None:
     assert_within(int8_attention(qkv, 2), expected, bounds.of_attention(qkv, expected, 2))
 
 
-def check_quantized(B: int, L: int, H: int, d: int, seed: int, asked: int | None = None) -> None:
+def check_quantized(
+    B: int, L: int, H: int, d: int, seed: int, num_queries: int | None = None
+) -> None:
     """The same bits as int8_attention followed by quantize_rows, NaN of one image in its rows."""
     qkv, symmetric = attention(B, L, H, d, seed), seed % 2 == 0
     qkv[B // 2, 0, 0] = torch.nan
-    y = int8_attention(qkv, H, seed % 3 == 0, asked=asked)
+    y = int8_attention(qkv, H, seed % 3 == 0, num_queries=num_queries)
     expected = reference.quantize_rows(y.reshape(-1, H * d), symmetric)
     with guarded_outputs():
         actual = int8_attention_quantized(
-            poisoned(qkv, row_pad=seed % 3), H, seed % 3 == 0, symmetric=symmetric, asked=asked
+            poisoned(qkv, row_pad=seed % 3),
+            H,
+            seed % 3 == 0,
+            symmetric=symmetric,
+            num_queries=num_queries,
         )
     for one, other in zip(actual, expected, strict=True):
-        assert_same(one, other, B=B, L=L, H=H, d=d, seed=seed, asked=asked)
+        assert_same(one, other, B=B, L=L, H=H, d=d, seed=seed, num_queries=num_queries)
     assert not workspace.of_current_stream(torch.device("cpu")).tickets.any()
 
 
@@ -118,8 +124,8 @@ def test_quantized() -> None:
 
 
 def test_the_first_tokens_quantized() -> None:
-    for seed, asked in enumerate((1, 16, 17, 63, 64, 65)):
-        check_quantized(2, 70, 2, 9, seed, asked)
+    for seed, num_queries in enumerate((1, 16, 17, 63, 64, 65)):
+        check_quantized(2, 70, 2, 9, seed, num_queries)
 
 
 def test_many_rows_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +133,7 @@ def test_many_rows_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "MOST_SPREAD_ROWS", 0)
     check_quantized(3, 21, 1, 8, seed=1)
     check_quantized(3, 70, 2, 8, seed=2)
-    check_quantized(5, 2, 1, 8, seed=3, asked=1)
+    check_quantized(5, 2, 1, 8, seed=3, num_queries=1)
 
 
 @pytest.mark.slow

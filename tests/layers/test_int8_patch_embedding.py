@@ -14,7 +14,7 @@ import lraee
 from lraee.layers.int8_patch_embedding import Int8PatchEmbedding
 from lraee.model.acceleration import acceleration_of
 from lraee.model.checkpoint import FORMAT
-from lraee.ops import reference
+from lraee.ops import PackedLinear, reference
 from lraee.towers import flops
 from lraee.towers.families import find_tower
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
@@ -73,7 +73,7 @@ def test_is_the_reference_of_its_rows_bit_for_bit() -> None:
     rows = nn.functional.unfold(images, (height, width), stride=(height, width)).transpose(1, 2)
     quantized = reference.quantize_rows(rows.reshape(-1, rows.shape[2]), False)
     w, w_sum = reference.pack_weight(embedding.w_q)
-    y = reference.int8_linear(*quantized, w, embedding.w_scale, w_sum, embedding.bias)
+    y = reference.int8_linear(*quantized, PackedLinear(w, embedding.w_scale, w_sum, embedding.bias))
     with torch.no_grad():
         found = embedding(images)
     assert_same(found.flatten(2).transpose(1, 2).reshape(y.shape).contiguous(), y)

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from lraee.model.checkpoint import FORMAT
 from lraee.towers.families import blocks_of, linear_shapes
 from lraee.towers.state import tower_hash
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
-from tests.sealed_files import cuts
 from tests.support import assert_same
 
 CONFIG_NAME = FORMAT.config_name
@@ -154,9 +152,6 @@ def test_save_refuses_what_load_would(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Atomic writes
-
-
 def test_saving_again_replaces_the_old_and_leaves_other_files(tmp_path: Path) -> None:
     model = make_model()
     (tmp_path / "README.md").write_text("mine")
@@ -167,31 +162,18 @@ def test_saving_again_replaces_the_old_and_leaves_other_files(tmp_path: Path) ->
         assert_same_model(lraee.load(tmp_path, model), fast)
 
 
-def test_save_cut_off_anywhere_leaves_the_old_one_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_models_share_checkpoints_with_plain_ones(tmp_path: Path) -> None:
+    """torch.compile renames every parameter, here without compiling anything."""
     model = make_model(vision={"layers": 1})
-    old, new = lraee.accelerate(model), lraee.accelerate(model, scheme="paper")
-    lraee.save(old, tmp_path)
-    before = (tmp_path / CONFIG_NAME).read_bytes()
-    outcomes = []
-    for _ in cuts(monkeypatch, lambda: lraee.save(new, tmp_path)):
-        is_old = (tmp_path / CONFIG_NAME).read_bytes() == before
-        assert_same_model(lraee.load(tmp_path, model), old if is_old else new)
-        outcomes.append(is_old)
-        lraee.save(old, tmp_path)
-    assert outcomes[:4] == [True] * 4 and False in outcomes, outcomes
-
-
-def test_half_written_file_is_never_under_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model(vision={"layers": 1})
-
-    def no_space(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        lraee.save(lraee.accelerate(model), tmp_path)
-    assert not list(tmp_path.iterdir())
+    fast = lraee.accelerate(model)
+    lraee.save(torch.compile(fast), tmp_path)
+    assert_same_model(lraee.load(tmp_path, model), fast)
+    lraee.save(fast, tmp_path)
+    whole = copy.deepcopy(model)
+    whole.visual = torch.compile(whole.visual)
+    for compiled in (torch.compile(model), whole):
+        state = lraee.load(tmp_path, compiled).state_dict()
+        found = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+        assert found.keys() == fast.state_dict().keys()
+        for name, tensor in fast.state_dict().items():
+            assert_same(found[name], tensor, name=name)

@@ -12,7 +12,7 @@ from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import INT8, Scheme
 from lraee.towers import flops
-from lraee.towers.families import find_tower, linear_shapes
+from lraee.towers.families import find_tower, image_size, linear_shapes
 from lraee.towers.open_clip import read_block
 from lraee.towers.state import tower_hash
 from tests.clip_models import VISION, make_images, make_model
@@ -50,12 +50,11 @@ def test_resnet_is_refused():
         lraee.accelerate(model)
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "test_vit"])
-def test_timm_is_refused(name):
-    visual = open_clip.timm_model.TimmModel(name, embed_dim=8, pretrained=False)
+def test_convolutions_are_refused():
+    visual = open_clip.timm_model.TimmModel("convnext_atto", embed_dim=8, pretrained=False)
     model = make_model()
     model.visual = visual.eval()
-    with pytest.raises(NotImplementedError, match=r"got TimmModel \(timm (ConvNeXt|VisionTransf)"):
+    with pytest.raises(NotImplementedError, match=r"got TimmModel \(timm ConvNeXt.*convolutional"):
         lraee.accelerate(model)
 
 
@@ -169,6 +168,13 @@ def test_child_names_are_kept():
             if n.rpartition(".")[2] in ("ln_q", "ln_k", "ln_inner", "attn_drop", "out_drop")
         }
         assert found == (names - gone) | added
+
+
+@pytest.mark.parametrize("size", [32, (32, 24), [32, 24]])
+def test_image_size(size):
+    model = make_model()
+    model.visual.image_size = size
+    assert image_size(model) == ((32, 32) if isinstance(size, int) else (32, 24))
 
 
 # Layers kept float

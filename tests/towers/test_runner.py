@@ -186,7 +186,9 @@ def test_a_model_in_place_is_as_it_was_where_exits_are_refused(model: nn.Module)
 @pytest.mark.parametrize("variant", ["pool_none", "parallel_pool"])
 def test_towers_that_give_more_than_one_vector(variant: str) -> None:
     tower = find_tower(lraee.accelerate(make_model(**VARIANTS[variant])))
-    with pytest.raises(NotImplementedError, match="^exits: the tower must be open_clip's own"):
+    with pytest.raises(
+        NotImplementedError, match="^exits: the tower must be open_clip's own VisionTransformer"
+    ):
         vision.embedding_size(tower)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lraee.evaluation.evaluate import write_json
+from lraee.storage.json import write_json
 from lraee.study.page import pictures
 from lraee.study.page.page import write_page
 from lraee.study.schema import Report

@@ -1,7 +1,7 @@
 """Programs that wait for each other: run by real processes at once, with real atomics.
 
-The interpreter runs one program after another, so that nobody ever waits in it. Here each process
-runs some programs of one launch on shared memory.
+The interpreter runs one program after another, so that no program ever waits in it. Here each
+process runs some programs of one launch on shared memory.
 """
 
 import inspect
@@ -16,13 +16,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from bench.launches import Launch, recorded
-from lraee.diagnostics.selftest_inputs import attention, float_rows, linear, probe
+from lraee.diagnostics.selftest_inputs import attention, linear, probe
 from lraee.kernels.configs import Config, ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import (
     int8_linear,
-    int8_linear_from_float,
     int8_linear_quantized,
 )
 from lraee.kernels.workspace import Workspace
@@ -112,18 +111,6 @@ configurations = pytest.mark.parametrize("config", [PLAIN, SPLIT, WIDE], ids=["p
 
 
 @configurations
-def test_rows_are_quantized_before_their_tiles(config: Config) -> None:
-    for seed, (M, N, K) in enumerate(SHAPES):
-        given, symmetric = linear(M, N, K, seed), seed % 2 == 0
-        for name in ("x_q", "x_scale", "x_zero"):
-            del given[name]
-        x = float_rows(M, K, seed)
-        expected = reference.int8_linear(*reference.quantize_rows(x, symmetric), **given)
-        rows = {"x": x, "symmetric": symmetric, "config": config}
-        check(int8_linear_from_float, given | rows, expected, seed)
-
-
-@configurations
 def test_rows_are_quantized_after_their_tiles(config: Config) -> None:
     for seed, (M, N, K) in enumerate(SHAPES):
         given, symmetric = linear(M, N, K, seed), seed % 2 == 0
@@ -133,10 +120,10 @@ def test_rows_are_quantized_after_their_tiles(config: Config) -> None:
 
 
 def test_rows_of_attention_are_quantized_after_their_heads() -> None:
-    for seed, (B, L, H, d, asked) in enumerate([(2, 20, 3, 8, 20), (1, 70, 2, 8, 66), (9, 5, 2, 8, 1)]):  # fmt: skip  # noqa: E501
+    for seed, (B, L, H, d, num_queries) in enumerate([(2, 20, 3, 8, 20), (1, 70, 2, 8, 66), (9, 5, 2, 8, 1)]):  # fmt: skip  # noqa: E501
         qkv = attention(B, L, H, d, seed)
-        y = int8_attention(qkv, H, asked=asked)
-        given = {"qkv": qkv, "num_heads": H, "symmetric": True, "asked": asked}
+        y = int8_attention(qkv, H, num_queries=num_queries)
+        given = {"qkv": qkv, "num_heads": H, "symmetric": True, "num_queries": num_queries}
         expected = reference.quantize_rows(y.view(-1, H * d), True)
         check(int8_attention_quantized, given, expected, seed)
 
@@ -149,23 +136,18 @@ def test_the_items_of_a_probe(H: int | None, B: int) -> None:
     check(lambda space: exit_probe(*given, config=config, space=space), {}, expected, seed=B)
 
 
-def test_parts_of_a_split_tile_meet() -> None:
+def test_parts_of_a_split_tile_are_summed_by_the_last() -> None:
     for seed, (M, N, K) in enumerate([(50, 48, 97), (17, 80, 200)]):
         given = linear(M, N, K, seed)
         check(int8_linear, given | {"config": SPLIT}, reference.int8_linear(**given), seed)
 
 
-@pytest.mark.parametrize("launcher", [int8_linear_from_float, int8_linear_quantized])
-def test_what_is_not_done_is_waited_for(launcher: Callable[..., Any]) -> None:
-    """Else the tests above could pass by luck: with an item that nobody brings, nobody goes on."""
+def test_a_program_waits_for_an_item_that_is_not_done() -> None:
+    """Else the tests above could pass by luck: an item drawn and never stored blocks all."""
     given = linear(1, 16, 32, 0) | {"symmetric": True, "config": PLAIN, "space": workspace()}
-    if launcher is int8_linear_from_float:
-        for name in ("x_q", "x_scale", "x_zero"):
-            del given[name]
-        given["x"] = float_rows(1, 32, 0)
     with recorded() as launches:
-        launcher(**given)
-    given["space"].tickets[0] = 1  # drawn by a program that never was
+        int8_linear_quantized(**given)
+    given["space"].tickets[0] = 1  # drawn by a program that does not exist
     (process,) = processes(launches[0], [[0]])
     process.join(2)
     try:

@@ -1,9 +1,9 @@
-"""Programs of one launch that wait for each other, without one that could wait for ever.
+"""Inter-CTA synchronisation of one launch by tickets, free of deadlock.
 
 A launch is cut into items, numbered so that each depends on earlier ones alone, and each program
-draws the next. Whoever waits for an item thus waits for a program that runs already and waits for
-earlier items alone: all get on, however few programs the GPU runs at a time and in whatever order
-it starts them. Run one after another, as in the interpreter, nobody ever waits.
+draws the next. A program that waits for an item thus waits for one that already runs and itself
+waits for earlier items alone: all make progress, however few programs the GPU runs at a time and in
+whatever order it starts them. In the interpreter, one after another, no program ever waits.
 
 Tickets are zero before and after each launch (see workspace). L1 is not coherent: the acquire of
 wait_for and last_to_arrive empties it (CCTL.IVALL in the machine code), and what is read once is
@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def draw(ticket_ptr, COUNT):
-    """The next of COUNT items; whoever draws the last one resets the ticket to 0."""
+    """The next of COUNT items; the program that draws the last one resets the ticket to 0."""
     item = tl.atomic_add(ticket_ptr, 1, sem="relaxed", scope="gpu")
     if item == COUNT - 1:
         tl.atomic_xchg(ticket_ptr, 0, sem="relaxed", scope="gpu")
@@ -25,9 +25,9 @@ def draw(ticket_ptr, COUNT):
 
 @triton.jit
 def arrive(ticket_ptr):
-    """Says that this program stored its item.
+    """Publishes that this program stored its item.
 
-    The barrier orders the stores of all threads before the one that says so.
+    The barrier orders the stores of all threads before the ticket.
     """
     tl.debug_barrier()
     tl.atomic_add(ticket_ptr, 1, sem="release", scope="gpu")
