@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lraee.calibration.head_training import augmented, centred
 from lraee.calibration.noise import BlockNoise, NoiseMeter
-from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool, probe_tokens
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.towers.families import (
@@ -46,7 +46,8 @@ class Pair:
     ) -> None:
         """See the class."""
         self.teacher, self.fast = teacher, fast
-        self.size = tower_spec(find_tower(fast)).image_size
+        spec = tower_spec(find_tower(fast))
+        self.size, self.prefix_tokens = spec.image_size, spec.prefix_tokens
         self._images, self._batch, self.progress = images, batch, progress
         self._first: Tensor | None = None
         if not isinstance(images, Iterable) or isinstance(images, Iterator):
@@ -121,8 +122,9 @@ class Pair:
           blocks: depths to look at.
           rows: bool [n].
           view_seed: of the random crops; None takes centre crops.
-        Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token; `teacher`
-          float32 [images, E].
+        Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token, or the mean
+          [images, len(blocks), D] where the tower has no class token; `teacher` float32
+          [images, E].
         """
         source = None if view_seed is None else torch.Generator().manual_seed(view_seed)
         pooled, teacher = [], []
@@ -134,7 +136,7 @@ class Pair:
                     x = augmented(images, size=self.size, generator=source)
                 teacher.append(encode(self.teacher, x))
                 encode(self.fast, x)
-                seen = [pool(z[block], has_class_token=True) for block in blocks]
+                seen = [self._pool(z[block]) for block in blocks]
                 pooled.append(torch.stack(seen, dim=1).half().cpu())
         return {"pooled": torch.cat(pooled), "teacher": torch.cat(teacher)}
 
@@ -161,9 +163,16 @@ class Pair:
             def batches() -> Iterator[list[Probe]]:
                 for images in self._marked(rows, "probes"):
                     encode(self.fast, centred(images, self.size))
-                    yield [head(z[block], classes, logit_scale) for block, head in modules.items()]
+                    yield [
+                        head(probe_tokens(z[block], self.prefix_tokens), classes, logit_scale)
+                        for block, head in modules.items()
+                    ]
 
             return joined(batches())
+
+    def _pool(self, z: Tensor) -> Tensor:
+        tokens = probe_tokens(z, self.prefix_tokens)
+        return pool(tokens, has_class_token=self.prefix_tokens > 0)
 
     def _marked(self, rows: Tensor, description: str) -> Iterator[Tensor]:
         start = 0

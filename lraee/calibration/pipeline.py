@@ -193,9 +193,10 @@ class Calibration:
         labels = self._task.labels
         if labels is not None:
             labels = labels[self.splits["heads"]].repeat(len(views))
-        options, heads = self._task.recipe.head, {}
+        options, heads = self._head_options, {}
+        has_both = self._task.recipe.head.has_class_token or not self._pair.prefix_tokens
         for place, block in enumerate(self.candidates):
-            P = views[0]["pooled"].shape[2] // (1 if options.has_class_token else 2)
+            P = views[0]["pooled"].shape[2] // (1 if has_both else 2)
 
             def train(place: int = place, P: int = P) -> dict[str, Tensor]:
                 pooled = torch.cat([view["pooled"][:, place, :P] for view in views])
@@ -207,6 +208,12 @@ class Calibration:
 
             heads[block] = HeadWeights.of(self._stages.get(f"head {block}", train))
         return heads
+
+    @property
+    def _head_options(self) -> HeadOptions:
+        """The recipe's; without a class token where the tower has none."""
+        options = self._task.recipe.head
+        return options if self._pair.prefix_tokens else replace(options, has_class_token=False)
 
     def _views(self) -> list[dict[str, Tensor]]:
         """The centre crop, then random crops, of the images that heads learn from."""

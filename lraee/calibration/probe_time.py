@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.gate import Gate
-from lraee.exits.head import HeadWeights, Int8Head, contrasts
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, probe_tokens
 from lraee.exits.router import Router
 from lraee.measurement.timing import interleaved
 from lraee.model.trace import full_depth
@@ -83,7 +83,8 @@ def measure(
     rows: dict[str, list[float]] = {"tower": [], "block": [], "probe": [], "copy": []}
 
     def decide(z: Tensor) -> list[bool]:
-        return [s >= 0.5 for s in probe(z, contrast, logit_scale)[5].tolist()]
+        tokens = probe_tokens(z, spec.prefix_tokens)
+        return [s >= 0.5 for s in probe(tokens, contrast, logit_scale)[5].tolist()]
 
     for B in BATCHES:
         images = _normal(0, B, 3, *spec.image_size).to(like)
@@ -121,6 +122,7 @@ def _with_exit(
     """The tower, all its parts shared, with an exit after this block that nobody takes."""
     gate = Gate("learned", ((0.0,) * 4,), (math.inf,))
     router = Router((block,), [head], gate, classes=classes, logit_scale=logit_scale)
+    router.prefix_tokens = tower_spec(tower).prefix_tokens
     probed = copy.copy(tower)
     probed._modules = {**tower._modules, "exits": router.to(next(tower.parameters()).device)}
     return probed

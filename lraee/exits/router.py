@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.gate import Gate, Memory, score
-from lraee.exits.head import HeadWeights, Int8Head, TypedBuffers, contrasts
+from lraee.exits.head import HeadWeights, Int8Head, TypedBuffers, contrasts, probe_tokens
 from lraee.layers.batch_invariant import output_dtype
 from lraee.ops.backend import Backend
 from lraee.ops.reference import Probe
@@ -200,6 +200,8 @@ class Router(TypedBuffers):
 
     classes: Tensor
     contrasts: Tensor
+    prefix_tokens: int = 1
+    """Of the tower that it is attached to."""
 
     def __init__(
         self,
@@ -289,7 +291,8 @@ class Router(TypedBuffers):
 
         def segment(z: Tensor) -> tuple[Tensor, ...]:
             (z,) = steps_to(z)
-            return (z, *self.heads[e](z, self.contrasts, self.logit_scale))
+            tokens = probe_tokens(z, self.prefix_tokens)
+            return (z, *self.heads[e](tokens, self.contrasts, self.logit_scale))
 
         return segment
 

@@ -69,7 +69,8 @@ class Composed(Watch):
         """softmax(Q K^T / sqrt(d)) V: [B, L, D] -> [B, L, H d]."""
         in_proj = self._modules[self._spec.attention.in_proj.path]
         quantized = self._quantize(x.flatten(0, 1), self._before(self._spec.norm_1), in_proj)
-        qkv = in_proj.multiply(quantized, out_dtype=x.dtype).view(*x.shape[:2], -1)
+        rows = in_proj.multiply(quantized, out_dtype=x.dtype)
+        qkv = rows.view(*x.shape[:2], in_proj.out_features)
         return self._attention.attend(self._attention.placed(qkv, rope), is_causal=causal)
 
     def _before(self, norm: Norm) -> str | None:

@@ -274,6 +274,7 @@ def attach_exits(tower: nn.Module, router: Router) -> None:
     """
     require_exits_fit(tower, router)
     graphs.drop(tower)
+    router.prefix_tokens = tower_spec(tower).prefix_tokens
     tower.exits = router
 
 
@@ -324,7 +325,8 @@ def require_exits_fit(tower: nn.Module, router: Router) -> None:
     Raises: NotImplementedError on the tower, ValueError on heads outside it or of other widths.
     """
     require_no_tokens(tower)
-    D, E = tower_spec(tower).width, embedding_size(tower)
+    spec, E = tower_spec(tower), embedding_size(tower)
+    widths = (spec.width, 2 * spec.width) if spec.prefix_tokens else (spec.width,)
     L = len(blocks_of(tower))
     if router.blocks and router.blocks[-1] >= L:
         raise ValueError(
@@ -333,8 +335,8 @@ def require_exits_fit(tower: nn.Module, router: Router) -> None:
     for block, module in zip(router.blocks, router.heads, strict=True):
         head = cast(Int8Head, module)
         shape = head.gamma.shape[0], head.embedding_size
-        if shape not in ((D, E), (2 * D, E)):
+        if shape[0] not in widths or shape[1] != E:
             raise ValueError(
-                f"accelerate: exits must have heads [{D} or {2 * D}] -> [{E}], got"
+                f"accelerate: exits must have heads [{' or '.join(map(str, widths))}] -> [{E}], got"
                 f" [{shape[0]}] -> [{shape[1]}] after block {block}"
             )

@@ -45,7 +45,7 @@ def test_non_clip_objects_are_refused():
 def test_resnet_is_refused():
     model = make_model(vision={"layers": [1, 1, 1, 1], "width": 16, "patch_size": None})
     with pytest.raises(
-        NotImplementedError, match=r"VisionTransformer.*, got ModifiedResNet: INT8 has no kernels"
+        NotImplementedError, match=r"VisionTransformer.*, got ModifiedResNet: it is convolutional"
     ):
         lraee.accelerate(model)
 
