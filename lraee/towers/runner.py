@@ -2,21 +2,33 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lraee.exits.head import Int8Head
-from lraee.exits.router import EAGER, Block, Router, Runner
+from lraee.exits.record import is_switched_off
+from lraee.exits.router import Router
 from lraee.layers.batch_invariant import RowwiseConv2d, RowwiseLinear, rowwise_linear
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.modules import Adapter, adopt, is_hooked, release
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
+from lraee.ops.reference import Probe
 from lraee.towers import cuda_graphs as graphs
+from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
+from lraee.towers.segments import Segments, TowerParts
 from lraee.towers.spec import TowerSpec
+
+Block = Callable[[Tensor], Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Keeps torch.compile out: where images exit depends on their numbers."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class RowwiseTower(Adapter):
@@ -30,6 +42,7 @@ class RowwiseTower(Adapter):
     adapter_prefix: ClassVar[str] = "Rowwise"
     tower_spec: TowerSpec
     rowwise_backend: Backend
+    segments: Segments
     cuda_graphs: bool = True
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs."""
 
@@ -47,8 +60,8 @@ class RowwiseTower(Adapter):
             z = block(z)
         return z
 
-    def _rope(self, x: Tensor) -> Any:
-        """Rotary positions that every block is called with for these images, or None."""
+    def _rope(self) -> Any:
+        """Rotary positions that every block is called with in this call, or None."""
         return None
 
     def _is_rope_lasting(self) -> bool:
@@ -79,40 +92,61 @@ class RowwiseTower(Adapter):
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
         router = self._active_router(x)
         if self._is_for_graphs(x):
-            with graphs.of(self, x.device) as run:
-                if router is not None:
-                    return self._route(router, x, run)
-                (pooled,) = run("tower", lambda x: (self._finish(self._tokens(x)),), x)
-                return run.own(pooled)
-        parts = _parts(self, x)
-        if router is not None:
-            results = [self._route(router, part, EAGER) for part in parts]
-        else:
-            results = [self._finish(self._tokens(part)) for part in parts]
+            with graphs.of(self, x.device) as held:
+                scale = None if router is None else router.logit_scale
+                return self._run(router, x, GraphExecutor(self, held, scale))
+        executor = EagerExecutor(self)
+        results = [self._run(router, part, executor) for part in _parts(self, x)]
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _run(self, router: Router | None, x: Tensor, executor: Executor) -> Tensor:
+        """Images -> embeddings, with the exits of this router or at full depth."""
+        if router is not None:
+            return route(self, self.segments, router, x, executor)
+        (y,) = executor.run(self.segments.whole, x)
+        return y.clone() if executor.is_static else y
 
     def _active_router(self, x: Tensor) -> Router | None:
         """The exits of this call, if it has some."""
         router = exits_of(self)
-        if router is not None and router.is_off:
+        if router is not None and is_switched_off(router):
             router.note_full_depth(x.shape[0], len(self._block_list()))
             return None
         if router is not None:
             require_no_tokens(self)
         return router
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """Images -> tokens after the last block, or the class token alone where it is enough."""
-        z, rope, last = self._embeds(x), self._rope(x), _last_for_class_token(self)
-        if last is None:
-            return self._runs_blocks(z, rope)
-        for block in self._blocks_by_image(rope)[:-1]:
-            z = block(z)
-        return last.first_token(z, rope)
+    # Parts of segments
 
-    def _route(self, router: Router, x: Tensor, run: Runner) -> Tensor:
-        blocks = self._blocks(self._rope(x))
-        return cast(Tensor, router(blocks, x, self._finish, embed=self._embeds, run=run))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, L, D] before the first block."""
+        return self._embeds(images)
+
+    def run_blocks(self, z: Tensor, first: int, last: int) -> Tensor:
+        """Tokens [B, L, D] after blocks first to last - 1, in whichever order the tower calls them;
+        after the last block the class token alone, [B, 1, D], where it is enough.
+        """
+        rope = self._rope()
+        blocks = self._blocks_by_image(rope)
+        alone = _last_for_class_token(self) if last == len(blocks) else None
+        if alone is None and last - first == len(blocks):
+            return self._runs_blocks(z, rope)
+        for block in blocks[first : last if alone is None else last - 1]:
+            z = block(z)
+        return z if alone is None else alone.first_token(z, rope)
+
+    def probe(self, e: int, z: Tensor) -> Probe:
+        """What exit e measures on tokens [B, L, D]."""
+        return cast(Router, exits_of(self)).probe(e, z)
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Tokens after the last block -> embeddings [B, E]."""
+        return self._finish(z)
+
+    def may_overwrite(self, last: int) -> bool:
+        """Whether the tokens after block last - 1 are held by no hook."""
+        block = self._blocks_by_image()[last - 1]
+        return isinstance(block, nn.Module) and not block._forward_hooks
 
     def _is_for_graphs(self, x: Tensor) -> bool:
         """Whether graphs may be made of this call; a tower that was refused runs without them."""
@@ -130,15 +164,7 @@ class RowwiseTower(Adapter):
         graphs.drop(self)
         return cast(RowwiseTower, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _blocks(self, rope: Any) -> list[Block]:
-        """The blocks on [B, L, D], in whichever order the tower calls them."""
-        blocks, last = self._blocks_by_image(rope), _last_for_class_token(self)
-        if last is None:
-            return blocks
-        first = last.first_token if rope is None else lambda z: last.first_token(z, rope)
-        return [*blocks[:-1], first]
-
-    def _blocks_by_image(self, rope: Any) -> list[Block]:
+    def _blocks_by_image(self, rope: Any = None) -> list[Block]:
         return [_by_image(block, rope) for block in self._block_list()]
 
     def _block_list(self) -> list[nn.Module]:
@@ -233,6 +259,7 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     if type(tower) is spec.float_class:
         rowwise = cast(RowwiseTower, adopt(tower, adapter))
         rowwise.rowwise_backend, rowwise.tower_spec = backend, spec
+        rowwise.segments = Segments.of(len(rowwise._block_list()))
 
 
 def unmake_rowwise(tower: nn.Module) -> None:
@@ -249,7 +276,7 @@ def unmake_rowwise(tower: nn.Module) -> None:
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
         release(tower)
-        for name in ("rowwise_backend", "tower_spec", "cuda_graphs"):
+        for name in ("rowwise_backend", "tower_spec", "segments", "cuda_graphs"):
             tower.__dict__.pop(name, None)
 
 
@@ -262,13 +289,34 @@ def _projection(tower: nn.Module, spec: TowerSpec) -> nn.Module:
 # Exits
 
 
+@_eager
+def route(
+    tower: TowerParts, segments: Segments, router: Router, x: Tensor, executor: Executor
+) -> Tensor:
+    """Images [B, …] -> embeddings [B, E], segment by segment; in between the router decides which
+    images exit, and compacts the others.
+    """
+    z = x
+    routing = router.start(len(x), segments.whole.last, is_static=executor.is_static)
+    for e, segment in enumerate(segments.to_exits):
+        z, *probe = executor.run(segment, z)
+        if not routing.decide(e, cast(Probe, probe), z):
+            continue
+        if routing.is_done:
+            return cast(Tensor, routing.result)
+        z = routing.compact(z, is_own=tower.may_overwrite(segment.last))
+    (z,) = executor.run(segments.end, z)
+    (y,) = executor.run(segments.finish, routing.compact_all(z))
+    return routing.merge(y)
+
+
 def exits_of(tower: nn.Module) -> Router | None:
     """The router of a tower with early exits, or None."""
     return cast(Router | None, tower._modules.get("exits"))
 
 
 def attach_exits(tower: nn.Module, router: Router) -> None:
-    """Lets images leave the accelerated tower where the router says; it joins its state_dict.
+    """Lets images exit the accelerated tower where the router says; it joins its state_dict.
 
     Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
     """
@@ -276,16 +324,19 @@ def attach_exits(tower: nn.Module, router: Router) -> None:
     graphs.drop(tower)
     router.prefix_tokens = tower_spec(tower).prefix_tokens
     tower.exits = router
+    cast(RowwiseTower, tower).segments = Segments.of(len(blocks_of(tower)), router.blocks)
 
 
 def detach_exits(tower: nn.Module) -> None:
     """The way back from attach_exits; nothing where there are none."""
     graphs.drop(tower)
     tower._modules.pop("exits", None)
+    if isinstance(tower, RowwiseTower):
+        tower.segments = Segments.of(len(tower._block_list()))
 
 
 def require_no_tokens(tower: nn.Module) -> None:
-    """Raises NotImplementedError where images that leave early could not give what is returned."""
+    """Raises NotImplementedError where images that exit early cannot give what is returned."""
     if isinstance(tower, RowwiseTower):
         spec, extra = tower.tower_spec, tower._extra_output()
     else:
@@ -293,7 +344,7 @@ def require_no_tokens(tower: nn.Module) -> None:
         extra = spec.extra_output
     if extra is not None:
         raise NotImplementedError(
-            f"exits: {extra} must be False, got True: an image that leaves early has no"
+            f"exits: {extra} must be False, got True: an image that exits early has no"
             " tokens of the last block; use lraee.full_depth"
         )
     if _are_parents_hooked(tower, spec):
@@ -320,7 +371,7 @@ def embedding_size(tower: nn.Module) -> int:
 
 
 def require_exits_fit(tower: nn.Module, router: Router) -> None:
-    """Raises unless images can leave this tower, float or accelerated, where the router says.
+    """Raises unless images can exit this tower, float or accelerated, where the router says.
 
     Raises: NotImplementedError on the tower, ValueError on heads outside it or of other widths.
     """

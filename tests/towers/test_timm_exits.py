@@ -15,7 +15,7 @@ from lraee.calibration.pipeline import Recipe
 from lraee.calibration.plans import Rules
 from lraee.exits.head import pool, probe_tokens
 from lraee.towers.runner import attach_exits
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.support import assert_same
 from tests.towers.timm_models import D, as_timm_model, images, make_trunk
 
