@@ -199,15 +199,19 @@ def block_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     for seed, (B, L, H, d) in enumerate(sizes.attention[:2]):
         for images, first_only in ((B, False), (2 * B + 1, False), (B, True)):
             shape = f"B={images} L={L} D={H * d} H={H}{' first token' if first_only else ''}"
-            difference = _block_difference(target, (images, L, H, d), seed, first_only=first_only)
-            yield Case("int8_block", "", shape, difference)
+            find = _block_difference(target, (images, L, H, d), seed, first_only=first_only)
+            yield Case("int8_block", "", shape, find)
+        if d % 2 == 0:
+            find = _block_difference(target, (B, L, H, d), seed, first_only=False, gated=True)
+            yield Case("int8_block", "", f"B={B} L={L} D={H * d} H={H} gated", find)
 
 
 def _block_difference(
-    target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool
-) -> Difference:
+    target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool,
+    gated: bool = False,
+) -> Difference:  # fmt: skip
     def find() -> str | None:
-        given = (*selftest_inputs.block(*shape, seed, target.device), first_only)
+        given = (*selftest_inputs.block(*shape, seed, target.device, gated=gated), first_only)
         ops = operators("auto") if target.device.type == "cuda" else launchers()
         expected = reference.int8_block(*given, operators=ops)
         with guarded_outputs():

@@ -19,7 +19,8 @@ from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.int8_patch_embedding import Int8PatchEmbedding, require_by_patch
 from lraee.layers.scheme import SITES, Scheme, Site, quantize_weight
 from lraee.ops.backend import Backend
-from lraee.ops.checked import FLOAT_TYPES, Activation
+from lraee.ops.checked import Activation
+from lraee.ops.rules import FLOAT_TYPES
 
 T = TypeVar("T")
 
