@@ -2,8 +2,10 @@
 libraries.
 """
 
-from lraee.towers import open_clip, open_clip_text, text
+from lraee.towers import open_clip, open_clip_text, text, timm
 from lraee.towers.families import register
 
 register(open_clip.FAMILY)
+register(timm.TIMM_MODEL)
+register(timm.TRUNK)
 text.register(open_clip_text.FAMILY)

@@ -98,8 +98,10 @@ def test_texts(model: nn.Module, fast: nn.Module) -> None:
     texts = ["a photo of a dog", "a cat", "zebra"]
     fast.set_classes(texts, tokenizer)
     with torch.no_grad():
-        expected = model.encode_text(tokenizer(texts), normalize=True)
+        whole = model.encode_text(tokenizer(texts), normalize=True)
+        expected = fast.encode_text(tokenizer(texts), normalize=True)
     assert_same(classes_now(fast), unit_classes("x", expected, E))
+    assert_within(expected, whole, TEXT_BOUND)
     fast.set_classes(("one",), tokenizer)
     assert classes_now(fast).shape == (1, E)
 
