@@ -98,6 +98,7 @@ def serve(
     library = None
     if photos is not None:
         library = Library(read_embeddings(photos), photos_from)
+        library.require_photos()
     mode: Mode = "exact" if exact else "fast"
     choices = [ModelChoice(each, pretrained, scheme, exits, text, mode) for each in names]
     encoders = [choice.open() for choice in choices]

@@ -61,6 +61,14 @@ def test_photos_of_another_kind_are_one_line(tmp_path: Path) -> None:
     assert "must be what `lraee embed` wrote" in one_line(run("index", "--check", path))
 
 
+def test_photos_that_are_elsewhere_are_one_line(tmp_path: Path) -> None:
+    rows = np.eye(2, 256, dtype=np.float32)
+    path = embeddings.write(tmp_path / "e.parquet", ["a.jpg", "b.jpg"], rows, model="lraee-tiny")
+    line = one_line(run("serve", "--photos", path))
+    assert "a.jpg cannot be read" in line or "b.jpg cannot be read" in line
+    assert line.endswith("give --photos-from FOLDER")
+
+
 def test_index_prints_recall(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
     path = embeddings.write(tmp_path / "e.parquet", [f"{i}.jpg" for i in range(300)], rows)
