@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import lraee
 from lraee import zoo
+from lraee.calibration.gate_fitting import fit_logistic
 from lraee.calibration.head_training import (
     BEST_HEAD,
     PAPER_HEAD,
@@ -37,7 +38,6 @@ from lraee.calibration.head_training import (
 from lraee.calibration.thresholds import ScoreTable, evaluate, quantile_grid, search
 from lraee.data.classes import read_classes
 from lraee.data.photos import Photos
-from lraee.exits.gate import fit_logistic
 from lraee.exits.head import HeadWeights, pool
 from lraee.measurement import machine
 from lraee.towers.families import blocks_of, find_tower

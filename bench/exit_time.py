@@ -29,9 +29,10 @@ from bench.environment import describe
 from lraee.calibration.probe_time import measure
 from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
 from lraee.model.acceleration import acceleration_of

@@ -15,6 +15,7 @@ from lraee.data.names import reason_counts
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.measurement import machine
+from lraee.measurement.neighbours import other_neighbours
 from lraee.measurement.timing import ImageEncoder
 from lraee.model.trace import ExitStats, Trace, has_exits, trace
 
@@ -123,7 +124,7 @@ def compare(
     """
     base = embedded.embeddings[FLOAT]
     base_top = None if class_rows is None else (base @ class_rows.T).argmax(dim=1)
-    base_near = nearest(base)
+    base_near = other_neighbours(base, 1) if len(base) >= 3 else None
     known = [i for i, label in enumerate(embedded.labels) if label is not None]
     labels = torch.tensor([embedded.labels[i] for i in known], dtype=torch.int64)
     rows = []
@@ -139,7 +140,8 @@ def compare(
                 right = (ranked[known] == labels[:, None]) & finite[known, None]
                 top1, top5 = _percent(right[:, 0]), _percent(right.any(dim=1))
         if base_near is not None:
-            neighbours = _percent((cast(Tensor, nearest(y)) == base_near) & finite)
+            near = other_neighbours(y, 1) == base_near
+            neighbours = _percent(near[:, 0] & finite)
         cosine = (y * base).sum(dim=1)
         rows.append(
             Row(
@@ -157,19 +159,6 @@ def compare(
             )
         )
     return rows
-
-
-def nearest(rows: Tensor, chunk: int = 1024) -> Tensor | None:
-    """Index of the nearest other row by dot product, int64 [n]; None below 3 rows."""
-    if len(rows) < 3:
-        return None
-    found = []
-    for start in range(0, len(rows), chunk):
-        scores = rows[start : start + chunk] @ rows.T
-        i = torch.arange(len(scores))
-        scores[i, start + i] = -torch.inf
-        found.append(scores.argmax(dim=1))
-    return torch.cat(found)
 
 
 def tower_bytes(model: nn.Module) -> int:

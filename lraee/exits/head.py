@@ -80,7 +80,7 @@ class HeadWeights:
 
 
 def pool(z: Tensor, *, has_class_token: bool) -> Tensor:
-    """What a head sees of the tokens z [B, L, D], class token first: float32 [B, P].
+    """The input of a head from the tokens z [B, L, D], class token first: float32 [B, P].
 
     The mean over the patch tokens, and behind it the class token where `has_class_token`.
     """
@@ -150,7 +150,7 @@ class Int8Head(TypedBuffers):
 
 
 def contrasts(classes: Tensor) -> Tensor:
-    """What tells classes apart: the unit rows float32 [K, E] less their mean, in float16.
+    """The differences of classes: the unit rows float32 [K, E] less their mean, in float16.
 
     All logits lose the same number, which top-1, confidence and margin do not see, and with it go
     the few channels in which all texts of a CLIP are large. So half the bytes, of which a probe

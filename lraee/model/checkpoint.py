@@ -179,7 +179,7 @@ def _exits(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Exits | None:
         for name, tensor in tensors.items()
         if name.startswith(_EXITS)
     }
-    exits = serialization.from_parts(fields["exits"], own)
+    exits = serialization.from_parts(fields["exits"], own, Exits)
     is_own = exits.base_hash == fields["base_sha256"]
     require(is_own, "exits.base_hash must be base_sha256", exits.base_hash)
     require(exits.scheme == fields["scheme"], "exits.scheme must be scheme", exits.scheme)

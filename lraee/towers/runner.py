@@ -2,21 +2,33 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lraee.exits.head import Int8Head
-from lraee.exits.router import EAGER, Block, Router, Runner
+from lraee.exits.record import is_switched_off
+from lraee.exits.router import Router
 from lraee.layers.batch_invariant import RowwiseConv2d, rowwise_linear
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.modules import Adapter, is_hooked, subclass
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
+from lraee.ops.reference import Probe
 from lraee.towers import cuda_graphs as graphs
+from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
+from lraee.towers.segments import Segments, TowerParts
 from lraee.towers.spec import TowerSpec
+
+Block = Callable[[Tensor], Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Keeps torch.compile out: where images exit depends on their numbers."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class RowwiseTower(Adapter):
@@ -30,6 +42,7 @@ class RowwiseTower(Adapter):
     adapter_prefix: ClassVar[str] = "Rowwise"
     tower_spec: TowerSpec
     rowwise_backend: Backend
+    segments: Segments
     cuda_graphs: bool = True
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs."""
 
@@ -71,39 +84,60 @@ class RowwiseTower(Adapter):
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
         router = self._active_router(x)
         if self._is_for_graphs(x):
-            with graphs.of(self, x.device) as run:
-                if router is not None:
-                    return self._route(router, x, run)
-                (pooled,) = run("tower", lambda x: (self._finish(self._tokens(x)),), x)
-                return run.own(pooled)
-        parts = _parts(self, x)
-        if router is not None:
-            results = [self._route(router, part, EAGER) for part in parts]
-        else:
-            results = [self._finish(self._tokens(part)) for part in parts]
+            with graphs.of(self, x.device) as held:
+                scale = None if router is None else router.logit_scale
+                return self._run(router, x, GraphExecutor(self, held, scale))
+        executor = EagerExecutor(self)
+        results = [self._run(router, part, executor) for part in _parts(self, x)]
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _run(self, router: Router | None, x: Tensor, executor: Executor) -> Tensor:
+        """Images -> embeddings, with the exits of this router or at full depth."""
+        if router is not None:
+            return route(self, self.segments, router, x, executor)
+        (y,) = executor.run(self.segments.whole, x)
+        return y.clone() if executor.is_static else y
 
     def _active_router(self, x: Tensor) -> Router | None:
         """The exits of this call, if it has some."""
         router = exits_of(self)
-        if router is not None and router.is_off:
+        if router is not None and is_switched_off(router):
             router.note_full_depth(x.shape[0], len(self._block_list()))
             return None
         if router is not None:
             require_no_tokens(self)
         return router
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """Images -> tokens after the last block, or the class token alone where it is enough."""
-        z, last = self._embeds(x), _last_for_class_token(self)
-        if last is None:
-            return self._runs_blocks(z)
-        for block in self._blocks_by_image()[:-1]:
-            z = block(z)
-        return last.first_token(z)
+    # Parts of segments
 
-    def _route(self, router: Router, x: Tensor, run: Runner) -> Tensor:
-        return cast(Tensor, router(self._blocks(), x, self._finish, embed=self._embeds, run=run))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, L, D] before the first block."""
+        return self._embeds(images)
+
+    def run_blocks(self, z: Tensor, first: int, last: int) -> Tensor:
+        """Tokens [B, L, D] after blocks first to last - 1, in whichever order the tower calls them;
+        after the last block the class token alone, [B, 1, D], where it is enough.
+        """
+        blocks = self._blocks_by_image()
+        alone = _last_for_class_token(self) if last == len(blocks) else None
+        if alone is None and last - first == len(blocks):
+            return self._runs_blocks(z)
+        for block in blocks[first : last if alone is None else last - 1]:
+            z = block(z)
+        return z if alone is None else alone.first_token(z)
+
+    def probe(self, e: int, z: Tensor) -> Probe:
+        """What exit e measures on tokens [B, L, D]."""
+        return cast(Router, exits_of(self)).probe(e, z)
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Tokens after the last block -> embeddings [B, E]."""
+        return self._finish(z)
+
+    def may_overwrite(self, last: int) -> bool:
+        """Whether the tokens after block last - 1 are held by no hook."""
+        block = self._blocks_by_image()[last - 1]
+        return isinstance(block, nn.Module) and not block._forward_hooks
 
     def _is_for_graphs(self, x: Tensor) -> bool:
         """Whether graphs may be made of this call; a tower that was refused runs without them."""
@@ -119,11 +153,6 @@ class RowwiseTower(Adapter):
         """Moved or cast, its numbers lie elsewhere: graphs of where they were are dropped."""
         graphs.drop(self)
         return cast(RowwiseTower, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-
-    def _blocks(self) -> list[Block]:
-        """The blocks on [B, L, D], in whichever order the tower calls them."""
-        blocks, last = self._blocks_by_image(), _last_for_class_token(self)
-        return blocks if last is None else [*blocks[:-1], last.first_token]
 
     def _blocks_by_image(self) -> list[Block]:
         return [_by_image(block) for block in self._block_list()]
@@ -217,6 +246,7 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
         tower.__class__ = subclass(adapter, spec.float_class)
         rowwise = cast(RowwiseTower, tower)
         rowwise.rowwise_backend, rowwise.tower_spec = backend, spec
+        rowwise.segments = Segments.of(len(rowwise._block_list()))
 
 
 def unmake_rowwise(tower: nn.Module) -> None:
@@ -227,12 +257,33 @@ def unmake_rowwise(tower: nn.Module) -> None:
         RowwiseAttention.release(tower.get_submodule(path))
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
-        del tower.rowwise_backend, tower.tower_spec
+        del tower.rowwise_backend, tower.tower_spec, tower.segments
         tower.__dict__.pop("cuda_graphs", None)
         tower.__class__ = spec.float_class  # type: ignore[assignment]
 
 
 # Exits
+
+
+@_eager
+def route(
+    tower: TowerParts, segments: Segments, router: Router, x: Tensor, executor: Executor
+) -> Tensor:
+    """Images [B, …] -> embeddings [B, E], segment by segment; in between the router decides which
+    images exit, and compacts the others.
+    """
+    z = x
+    routing = router.start(len(x), segments.whole.last, is_static=executor.is_static)
+    for e, segment in enumerate(segments.to_exits):
+        z, *probe = executor.run(segment, z)
+        if not routing.decide(e, cast(Probe, probe), z):
+            continue
+        if routing.is_done:
+            return cast(Tensor, routing.result)
+        z = routing.compact(z, is_own=tower.may_overwrite(segment.last))
+    (z,) = executor.run(segments.end, z)
+    (y,) = executor.run(segments.finish, routing.compact_all(z))
+    return routing.merge(y)
 
 
 def exits_of(tower: nn.Module) -> Router | None:
@@ -241,23 +292,26 @@ def exits_of(tower: nn.Module) -> Router | None:
 
 
 def attach_exits(tower: nn.Module, router: Router) -> None:
-    """Lets images leave the accelerated tower where the router says; it joins its state_dict.
+    """Lets images exit the accelerated tower where the router says; it joins its state_dict.
 
     Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
     """
     require_exits_fit(tower, router)
     graphs.drop(tower)
     tower.exits = router
+    cast(RowwiseTower, tower).segments = Segments.of(len(blocks_of(tower)), router.blocks)
 
 
 def detach_exits(tower: nn.Module) -> None:
     """The way back from attach_exits; nothing where there are none."""
     graphs.drop(tower)
     tower._modules.pop("exits", None)
+    if isinstance(tower, RowwiseTower):
+        tower.segments = Segments.of(len(tower._block_list()))
 
 
 def require_no_tokens(tower: nn.Module) -> None:
-    """Raises NotImplementedError where images that leave early could not give what is returned."""
+    """Raises NotImplementedError where images that exit early cannot give what is returned."""
     if isinstance(tower, RowwiseTower):
         spec, extra = tower.tower_spec, tower._extra_output()
     else:
@@ -265,7 +319,7 @@ def require_no_tokens(tower: nn.Module) -> None:
         extra = spec.extra_output
     if extra is not None:
         raise NotImplementedError(
-            f"exits: {extra} must be False, got True: an image that leaves early has no"
+            f"exits: {extra} must be False, got True: an image that exits early has no"
             " tokens of the last block; use lraee.full_depth"
         )
     if _are_parents_hooked(tower, spec):
@@ -292,7 +346,7 @@ def embedding_size(tower: nn.Module) -> int:
 
 
 def require_exits_fit(tower: nn.Module, router: Router) -> None:
-    """Raises unless images can leave this tower, float or accelerated, where the router says.
+    """Raises unless images can exit this tower, float or accelerated, where the router says.
 
     Raises: NotImplementedError on the tower, ValueError on heads outside it or of other widths.
     """

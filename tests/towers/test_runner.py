@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lraee
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate
+from lraee.exits.plan import Plan
 from lraee.model.acceleration import acceleration_of
 from lraee.towers import runner as vision
 from lraee.towers.families import blocks_of, find_tower
 from lraee.towers.flops import PartFlops
 from lraee.towers.state import tower_hash
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
-from tests.exits.made_exits import make_exits, make_head
+from tests.exits.random_exits import make_exits, make_head
 from tests.support import assert_same
 
 

@@ -1,12 +1,12 @@
-"""One pass of a backbone over photos, kept: all heads, gates and plans learn from it."""
+"""Features of one pass of a backbone over photos, cached: all heads and gates learn from them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lraee.calibration.collect import Images, Pair, encode, joined, tapped
+from lraee.calibration.collect import Pair, encode, joined, tapped
 from lraee.calibration.head_training import augmented, centred
 from lraee.calibration.noise import BlockNoise
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
@@ -16,67 +16,82 @@ from lraee.storage.stages import Stages
 from lraee.towers.families import blocks_of, find_tower
 
 Leads = Literal["mean", "class token"]
-"""Which half of what is pooled a head of one half sees."""
+"""Which half of the pooled tokens a head of one half takes."""
 
 _PROBED_AT_ONCE = 512
 
 
-class KeptPair(Pair):
-    """A Pair that runs each of its models once per view, and answers from what it kept.
+class CachedFeatures:
+    """A FeatureSource that runs each of its models once per view, and answers from the cache.
 
-    Probes see three tokens that have the class token, the mean and the variance of the real ones,
-    rounded to float16: see tokens_like.
+    Probes run on three tokens that have the class token, the mean and the variance of the real
+    ones, rounded to float16: see tokens_like.
 
     Args:
-      teacher, fast, images, batch, progress: see Pair.
+      pair: runs the models.
       name: of the fast model and the images together; stages of other names are not mixed up.
       teacher_name: the same of the teacher.
       stages: where passes are kept.
-      leads: "class token" shows that to heads that see one half, as if it were the patch mean.
+      leads: "class token" shows that to heads of one half, as if it were the patch mean.
     """
 
     def __init__(
         self,
-        teacher: nn.Module,
-        fast: nn.Module,
-        images: Images,
+        pair: Pair,
         *,
         name: str,
         teacher_name: str,
         stages: Stages,
         leads: Leads = "mean",
-        batch: int = 64,
-        progress: bool = True,
     ) -> None:
         """See the class."""
-        super().__init__(teacher, fast, images, batch=batch, progress=progress)
-        self.name, self._teacher_name, self._stages, self.leads = name, teacher_name, stages, leads
-        self._kept: dict[int, dict[str, Tensor]] = {}
+        self.pair, self.name, self.leads = pair, name, leads
+        self._teacher_name, self._stages = teacher_name, stages
+        self._views: dict[int, dict[str, Tensor]] = {}
         self._noise: dict[int, list[BlockNoise]] = {}
 
-    def leading(self, leads: Leads) -> "KeptPair":
-        """The same pair, passes shared, with the other half in the lead."""
-        other = KeptPair(
-            self.teacher, self.fast, self._images, name=self.name, stages=self._stages,
-            teacher_name=self._teacher_name, leads=leads, batch=self._batch,
-            progress=self.progress,
+    @property
+    def fast(self) -> nn.Module:
+        """The accelerated model."""
+        return self.pair.fast
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The float model."""
+        return self.pair.teacher
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a crop."""
+        return self.pair.size
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show bars."""
+        return self.pair.progress
+
+    def leading(self, leads: Leads) -> "CachedFeatures":
+        """The same source, its cache shared, with the other half in the lead."""
+        other = CachedFeatures(
+            self.pair, name=self.name, teacher_name=self._teacher_name, stages=self._stages,
+            leads=leads,
         )  # fmt: skip
-        other._kept, other._noise = self._kept, self._noise
+        other._views, other._noise = self._views, self._noise
         return other
 
-    def look(self, view: int) -> dict[str, Tensor]:
+    def view(self, number: int) -> dict[str, Tensor]:
         """One view of all images; 0 is the centre crop, each other number a random crop.
 
         Returns: `pooled` float16 [n, depth, 2 D] after each block, mean and class token; `variance`
           float32 [n, depth] of the patch tokens; `full` and `teacher` float32 [n, E].
         """
-        if view not in self._kept:
-            seen = self._stages.get(f"{self.name} view {view}", lambda: self._pass(view))
+        if number not in self._views:
+            tokens = self._stages.get(f"{self.name} view {number}", lambda: self._pass(number))
             teacher = self._stages.get(
-                f"{self._teacher_name} view {view}", lambda: self._teach(view)
+                f"{self._teacher_name} view {number}", lambda: self._teach(number)
             )
-            self._kept[view] = seen | teacher
-        return self._kept[view]
+            self._views[number] = tokens | teacher
+        return self._views[number]
 
     @torch.inference_mode()
     def _pass(self, view: int) -> dict[str, Tensor]:
@@ -94,44 +109,42 @@ class KeptPair(Pair):
 
     @torch.inference_mode()
     def _teach(self, view: int) -> dict[str, Tensor]:
-        said = [encode(self.teacher, x) for x in self._crops(view, self._teacher_name)]
-        return {"teacher": torch.cat(said)}
+        embeddings = [encode(self.teacher, x) for x in self._crops(view, self._teacher_name)]
+        return {"teacher": torch.cat(embeddings)}
 
     def _crops(self, view: int, description: str) -> Iterator[Tensor]:
         """The crops of one view, batch by batch."""
         source = torch.Generator().manual_seed(view)
-        for images in self.batches(description):
+        for images in self.pair.batches(description):
             if view:
                 yield augmented(images, size=self.size, generator=source)
             else:
                 yield centred(images, self.size)
 
-    # What calibration asks
+    # FeatureSource
 
     def embeddings(self) -> dict[str, Tensor]:
-        """See Pair."""
-        look = self.look(0)
-        return {name: look[name] for name in ("teacher", "full")}
+        """See FeatureSource."""
+        view = self.view(0)
+        return {name: view[name] for name in ("teacher", "full")}
 
     def noise(self, most: int) -> list[BlockNoise]:
-        """See Pair; over images spread evenly, as photos mostly come class by class."""
+        """See FeatureSource; of images spread evenly, as photos mostly come class by class."""
         if most not in self._noise:
-            n = len(self.look(0)["full"])
+            n = len(self.view(0)["full"])
             marks = torch.zeros(n, dtype=torch.bool)
             marks[torch.arange(min(most, n)) * n // min(most, n)] = True
-            some = torch.cat(list(self._marked(marks, "noise")))
-            pair = Pair(self.teacher, self.fast, some, batch=self._batch, progress=self.progress)
-            self._noise[most] = pair.noise(most)
+            self._noise[most] = self.pair.marked(marks).noise(most)
         return self._noise[most]
 
     def pooled(
         self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None
     ) -> dict[str, Tensor]:
-        """See Pair; the crops of a view are the same for every seed of a calibration."""
-        look = self.look(0 if view_seed is None else view_seed % 1000)
+        """See FeatureSource; the crops of a view are the same for every seed of a calibration."""
+        view = self.view(0 if view_seed is None else view_seed % 1000)
         places = [block - 1 for block in blocks]
-        pooled = look["pooled"][rows][:, places]
-        return {"pooled": self._led(pooled), "teacher": look["teacher"][rows]}
+        pooled = view["pooled"][rows][:, places]
+        return {"pooled": self._led(pooled), "teacher": view["teacher"][rows]}
 
     def _led(self, pooled: Tensor) -> Tensor:
         D = pooled.shape[-1] // 2
@@ -140,14 +153,14 @@ class KeptPair(Pair):
     @torch.inference_mode()
     def probed(
         self,
-        heads: dict[int, HeadWeights],
+        heads: Mapping[int, HeadWeights],
         rows: Tensor,
         *,
         classes: Tensor,
         logit_scale: float,
     ) -> dict[str, Tensor]:
-        """See Pair; blocks up to the last have heads here."""
-        look, gate = self.look(0), torch.zeros(4)
+        """See FeatureSource; heads may stand after the last block here."""
+        view, gate = self.view(0), torch.zeros(4)
         classes = contrasts(classes)
         modules = {block: Int8Head(head, gate) for block, head in heads.items()}
 
@@ -156,8 +169,8 @@ class KeptPair(Pair):
                 yield [
                     head(
                         tokens_like(
-                            self._led(look["pooled"][some, block - 1].float()),
-                            look["variance"][some, block - 1],
+                            self._led(view["pooled"][some, block - 1].float()),
+                            view["variance"][some, block - 1],
                         ),
                         classes,
                         logit_scale,
@@ -169,7 +182,7 @@ class KeptPair(Pair):
 
     def class_tokens(self) -> Tensor:
         """After each block, float32 [n, depth, D]."""
-        pooled = self.look(0)["pooled"]
+        pooled = self.view(0)["pooled"]
         return pooled[..., pooled.shape[-1] // 2 :].float()
 
 
@@ -180,9 +193,9 @@ def spread(z: Tensor) -> Tensor:
 
 
 def tokens_like(pooled: Tensor, variance: Tensor) -> Tensor:
-    """Three tokens that a probe cannot tell from the real ones: [B, 2 D], [B] -> [B, 3, D].
+    """Three tokens that give a probe the same inputs as the real ones: [B, 2 D], [B] -> [B, 3, D].
 
-    A probe sees the class token, the mean and the variance of the patch tokens alone; two patches
+    A probe reads the class token, the mean and the variance of the patch tokens alone; two patches
     at mean +- d with ||d||^2 = variance have these.
     """
     mean, class_token = pooled.chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""Tables of what candidate exits found, made up: small, seeded, with a known rule behind them."""
+"""Random exit tables: small, seeded, with a known rule behind them."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from lraee.calibration.risk import signed_loss
-from lraee.calibration.scoring import Costs, Found
+from lraee.calibration.scoring import Costs, ExitTable
 from tests.support import generator
 
 FULL = 100.0
 
 
-def make_found(
+def make_table(
     n: int, m: int, seed: int, *, E: int = 6, is_signed: bool = False, nan_rows: int = 0
-) -> Found:
+) -> ExitTable:
     """Deeper exits are right more often, and surer where they are right; full depth is right most.
 
     An exit agrees with full depth where both are right or both wrong of the same class.
@@ -46,7 +46,9 @@ def make_found(
     else:
         loss = (answers != answers[:, -1:]).double().numpy()
         gain = 1.0 - loss
-    return Found(embedding, answers[:, :m], features, right[:, :m], gain, loss, is_signed=is_signed)
+    return ExitTable(
+        embedding, answers[:, :m], features, right[:, :m], gain, loss, is_signed=is_signed
+    )
 
 
 def make_costs(m: int, *, probe: float = 1.0) -> Costs:
@@ -61,10 +63,10 @@ def make_costs(m: int, *, probe: float = 1.0) -> Costs:
     return Costs(when_leaving, int(FULL))
 
 
-def rows_of(found: Found, rows: np.ndarray) -> Found:
+def rows_of(table: ExitTable, rows: np.ndarray) -> ExitTable:
     """The images of these rows."""
     index = torch.from_numpy(rows)
-    return Found(
-        found.embedding[index], found.top1[index], found.features[index],
-        found.is_understood[index], found.gain[rows], found.loss[rows], found.is_signed,
+    return ExitTable(
+        table.embedding[index], table.top1[index], table.features[index],
+        table.is_correct[index], table.gain[rows], table.loss[rows], table.is_signed,
     )  # fmt: skip

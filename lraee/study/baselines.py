@@ -1,4 +1,4 @@
-"""Rivals that need towers or policies of their own: SmoothQuant, and the AdaViT-style policy."""
+"""Baselines that need towers or policies of their own: SmoothQuant, and the AdaViT-style policy."""
 
 import torch
 from torch import Tensor

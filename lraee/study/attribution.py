@@ -1,4 +1,4 @@
-"""How much of each rescue is owed to quantization: the same exits on the float backbone."""
+"""How much of each rescue is due to quantization: the same exits on the float backbone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from lraee.study.schema import Owed
 
 
 @dataclass(frozen=True)
-class Rights:
+class CorrectPhotos:
     """Which report photos one backbone gets right.
 
     Args:
@@ -24,7 +24,7 @@ class Rights:
     right_full: Tensor
 
 
-def owed_to_quantization(quantized: Rights, in_float: Rights) -> list[Owed]:
+def attribute_to_quantization(quantized: CorrectPhotos, in_float: CorrectPhotos) -> list[Owed]:
     """One row per recipe."""
     return [
         owed(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lraee.exits.bundle import Plan
+from lraee.exits.plan import Plan
 from lraee.measurement.timing import interleaved
 from lraee.model.accelerate import accelerate
 from lraee.study.trials import Trial
@@ -23,7 +23,7 @@ def time_saved(trial: Trial, plan: Plan, images: Tensor, *, budget_s: float) -> 
       images: the tower's size, float32 [n, 3, H, W], a mix of classes, n >= 32.
       budget_s: seconds to spend.
     """
-    clip, scheme = trial.backbone.learn.teacher, trial.backbone.made.scheme
+    clip, scheme = trial.backbone.learn.teacher, trial.backbone.acceleration.scheme
     full = accelerate(clip, scheme=scheme)
     fast = accelerate(clip, scheme=scheme, exits=trial.exits(plan))
     batches = torch.split(images[: BATCH * _BATCHES], BATCH)

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import CLASS_FREE, Gate, GateKind
 from lraee.exits.head import HeadWeights
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import INT8, Scheme
 from lraee.model.accelerate import accelerate

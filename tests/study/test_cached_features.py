@@ -1,4 +1,4 @@
-"""What is kept of a pass gives what running the towers gives."""
+"""Cached features equal those of running the towers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from lraee.calibration.collect import Pair
 from lraee.exits.head import pool
 from lraee.storage.stages import Stages
-from lraee.study.looks import KeptPair, spread, tokens_like
+from lraee.study.cached_features import CachedFeatures, spread, tokens_like
 from lraee.study.trials import Trial
 from tests.small_calibration import QUICK, pictures
 from tests.study.small_study import small_form, small_model
@@ -25,11 +25,11 @@ def test_three_tokens_are_like_all() -> None:
 
 def test_probes_of_kept_tokens_are_those_of_the_tower() -> None:
     form = small_form("int8")
-    heads = Trial(form, QUICK, 0, has_labels=False).calibration.heads
+    heads = Trial(form, QUICK, 0, has_labels=False).features.heads
     rows = torch.arange(120) % 3 > 0
     options: dict[str, Any] = {"classes": small_model().classes, "logit_scale": 20.0}
     found = form.report.probed(heads, rows, **options)
-    expected = Pair.probed(form.report, heads, rows, **options)
+    expected = form.report.pair.probed(heads, rows, **options)
     # Pooled values are kept as float16: a step of 2^-11 where int8 steps are 1/127
     assert float((found["top1"] == expected["top1"]).double().mean()) > 0.97
     torch.testing.assert_close(found["embedding"], expected["embedding"], rtol=0.1, atol=0.1)
@@ -51,25 +51,23 @@ def test_the_class_token_can_lead() -> None:
 def test_a_view_is_made_once_for_all_seeds() -> None:
     form = small_form("int8")
     rows = torch.ones(200, dtype=torch.bool)
-    looks = [form.learn.pooled([4], rows, view_seed=seed)["pooled"] for seed in (None, 1, 1001)]
-    assert_same(looks[1], looks[2])
-    assert float((looks[0] - looks[1]).abs().max()) > 0.01  # another crop
+    views = [form.learn.pooled([4], rows, view_seed=seed)["pooled"] for seed in (None, 1, 1001)]
+    assert_same(views[1], views[2])
+    assert float((views[0] - views[1]).abs().max()) > 0.01  # another crop
 
 
 def test_a_pass_is_read_again(tmp_path: Any) -> None:
     model, images = small_model(), pictures(30)
 
-    def pair() -> KeptPair:
+    def cached() -> CachedFeatures:
         stages = Stages(tmp_path / "work", {"model": "small"})
-        return KeptPair(
-            model.clip, small_form("int8").learn.fast, images, name="a", teacher_name="t",
-            stages=stages, progress=False,
-        )  # fmt: skip
+        pair = Pair(model.clip, small_form("int8").learn.fast, images, batch=64, progress=False)
+        return CachedFeatures(pair, name="a", teacher_name="t", stages=stages)
 
-    first = pair().look(0)
-    again = pair()
+    first = cached().view(0)
+    again = cached()
     again._pass = None  # type: ignore[assignment,method-assign]
-    for name, tensor in again.look(0).items():
+    for name, tensor in again.view(0).items():
         assert_same(tensor, first[name], name=name)
 
 
