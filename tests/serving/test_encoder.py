@@ -18,7 +18,7 @@ from lraee.model.trace import trace
 from lraee.serving.encoder import ClipEncoder, ModelChoice
 from lraee.serving.server import create_app
 from lraee.zoo.opening import ModelError
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.serving.conftest import running
 
 
