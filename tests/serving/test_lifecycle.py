@@ -195,7 +195,8 @@ def test_class_rows_are_kept() -> None:
 def test_sigterm_finishes_accepted_requests(photo_files: dict[str, bytes]) -> None:
     """`lraee serve` as a user starts it; SIGTERM while sixteen requests are on their way."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lraee", "serve", "--port", "0"], cwd=ROOT, text=True,
+        [sys.executable, "-m", "lraee", "serve", "--port", "0", "--queue-s", "1000",
+         "--deadline-s", "600"], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
