@@ -55,6 +55,10 @@ def embed(
     ] = 178_956_970,
     limit_bytes: Annotated[int, typer.Option(min=1, help="Files of more bytes are skipped.")] = 64
     << 20,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Embed on this Ray cluster.")
+    ] = None,
+    actors: Annotated[int, typer.Option(min=1, help="Processes on the cluster.")] = 1,
     as_json: AsJson = False,
     progress: Show = True,
 ) -> None:
@@ -77,6 +81,8 @@ def embed(
 
     if bool(photos) == bool(texts):
         raise typer.BadParameter("PHOTOS or --texts must be given, and not both")
+    if ray is not None and (texts or shard or photos == ["-"]):
+        raise typer.BadParameter("--ray takes PHOTOS that each machine can list, and no --shard")
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     try:
@@ -95,10 +101,19 @@ def embed(
             model, _version(), pretrained, scheme=scheme, exits=exits, limits=limits, dtype=dtype,
             mode="exact" if exact else "fast",
         )  # fmt: skip
-        totals = run(
-            listing, TextModel(choice, batch) if texts else PhotoModel(choice), output,
-            shard=share, batch=batch, workers=workers, part_rows=part_rows, progress=progress,
-        )  # fmt: skip
+        if ray is not None:
+            from lraee.serving import ray as on_ray
+
+            job = on_ray.Job(
+                tuple(photos or ()), choice, reading, PhotoModel(choice).settings,
+                batch=batch, cpus=workers or 1,
+            )  # fmt: skip
+            totals = on_ray.run(job, output, address=ray, actors=actors, part_rows=part_rows)
+        else:
+            totals = run(
+                listing, TextModel(choice, batch) if texts else PhotoModel(choice), output,
+                shard=share, batch=batch, workers=workers, part_rows=part_rows, progress=progress,
+            )  # fmt: skip
     typer.echo(
         json.dumps(totals.as_json()) if as_json else f"{printable(str(out))}: {totals.line()}"
     )

@@ -64,11 +64,14 @@ class Choice:
 class PhotoModel:
     """Photos to unit embeddings; a photo's embedding has the same bits in any batch.
 
+    `opened`: the model of the choice where it is open already; it is changed.
+
     Raises: as `open_model` and `accelerate`.
     """
 
-    def __init__(self, choice: Choice) -> None:
-        self._choice, self._opened = choice, open_model(choice.model, choice.pretrained)
+    def __init__(self, choice: Choice, opened: Opened | None = None) -> None:
+        self._choice = choice
+        self._opened = opened or open_model(choice.model, choice.pretrained)
         exits = None if choice.exits is None else Exits.load(choice.exits)
         scheme = choice.scheme or (exits.scheme if exits else "int8")
         self._model = accelerate(self._opened.model, scheme=scheme, exits=exits, inplace=True)
