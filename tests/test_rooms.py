@@ -40,9 +40,12 @@ HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
 EXTRA = {
+    "evaluation": {"clip_benchmark", "mteb"},
     "data": {"simplejpeg", "pillow_heif"},
     "calibration": {"sklearn", "scipy"},
     "study": {"sklearn", "scipy", "jinja2", "matplotlib"},
+    "serving": {"starlette", "orjson", "prometheus_client", "pyarrow", "faiss", "ray"},
+    "cli": {"starlette", "orjson", "prometheus_client", "python_multipart", "uvicorn"},
 }
 """Imports inside functions that an extra of the package installs, by room."""
 

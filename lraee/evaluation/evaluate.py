@@ -11,6 +11,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from lraee.data.names import reason_counts
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.measurement import machine
@@ -179,6 +180,7 @@ def report(
         "photos": len(embedded.names),
         "labelled": sum(label is not None for label in embedded.labels),
         "skipped": len(photos.skipped),
+        "skipped_reasons": reason_counts(row.reason for row in photos.skipped),
         "skipped_first": [asdict(row) for row in photos.skipped[:10]],
         "settings": settings,
         "rows": [asdict(row) for row in rows],

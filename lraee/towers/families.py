@@ -16,7 +16,7 @@ from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import Scheme
 from lraee.layers.spec import BlockSpec, tensor_at
-from lraee.ops.checked import FLOAT_TYPES
+from lraee.ops.rules import FLOAT_TYPES
 from lraee.towers.spec import TowerSpec
 
 if TYPE_CHECKING:
