@@ -12,7 +12,8 @@ from lraee.data.decoding import Mode
 from lraee.data.preprocess import from_transform
 from lraee.data.sources import DataError
 from lraee.exits.bundle import Exits
-from lraee.model.accelerate import accelerate, acceleration_of
+from lraee.model.accelerate import accelerate
+from lraee.model.acceleration import acceleration_of
 from lraee.model.trace import has_exits, trace
 from lraee.serving.batching import Kind, Result
 from lraee.towers.families import image_size
