@@ -15,8 +15,10 @@ from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.towers.families import (
+    as_input,
     block_specs,
     blocks_of,
+    device_of,
     encode_image,
     find_tower,
     tower_spec,
@@ -190,7 +192,7 @@ class Pair:
         Returns: over images and heads, `embedding` float32 [n, m, E], `top1` int64 [n, m] and
           `features` float32 [n, m, 3]: confidence, margin, variance.
         """
-        device = next(self.fast.parameters()).device
+        device = device_of(self.fast)
         gate = torch.zeros(4)
         modules = {block: Int8Head(head, gate).to(device) for block, head in heads.items()}
         classes = contrasts(classes).to(device)
@@ -301,5 +303,4 @@ def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
 
 def encode(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings float32 [B, E] on the CPU."""
-    like = next(model.parameters())
-    return encode_image(model, images.to(like.device, like.dtype)).float().cpu()
+    return encode_image(model, as_input(model, images)).float().cpu()

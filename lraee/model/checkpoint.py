@@ -19,12 +19,17 @@ from torch import Tensor, nn
 from lraee.exits import serialization
 from lraee.exits.bundle import Exits, one_class
 from lraee.model.accelerate import add_exits, assemble, checked_tower
-from lraee.model.acceleration import Acceleration, acceleration_of
+from lraee.model.acceleration import (
+    Acceleration,
+    acceleration_of,
+    replaced_parts,
+    weight_dtypes,
+)
 from lraee.ops.backend import Backend
 from lraee.storage import sealed
 from lraee.storage.files import require
 from lraee.storage.schema import DIGEST, NAME, Nullable, Record, Spec, Specs, Table, choice, sized
-from lraee.towers.families import blocks_of, find_tower, int8_linears, int8_shapes, linear_shapes
+from lraee.towers.families import find_tower, int8_linears, int8_shapes, linear_shapes
 from lraee.towers.runner import exits_of
 from lraee.towers.state import tower_hash
 
@@ -77,14 +82,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if record is None:
         raise ValueError("save: model must be accelerated, got a float one")
     tower = find_tower(model)
-    # not strict: the skeletons may end in that of the patch embedding
-    for block, skeleton in zip(blocks_of(tower), record.skeletons, strict=False):
-        dtype, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
-        if dtype != base:
-            raise ValueError(
-                f"save: model must be of the type it was accelerated in, {base}, got {dtype};"
-                " accelerate again from the model of that type"
-            )
+    _require_uncast(tower, record)
     linears = int8_linears(tower)
     tensors = {
         f"{name}.{own}": sealed.own_copy(getattr(linear, own))
@@ -106,6 +104,22 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     sealed.write(
         Path(directory), FORMAT, fields, tensors, lambda checked: _specs(shapes, checked["exits"])
     )
+
+
+def _require_uncast(tower: nn.Module, record: Acceleration) -> None:
+    """Raises ValueError where the model was cast after it was accelerated."""
+    for part, skeleton in zip(
+        replaced_parts(tower, record.scheme), record.skeletons, strict=True
+    ):
+        base = {name: parameter.dtype for name, parameter in skeleton.named_parameters()}
+        pairs = [(p.dtype, base.get(name, p.dtype)) for name, p in part.named_parameters()]
+        pairs.append(weight_dtypes(part, skeleton))
+        for dtype, expected in pairs:
+            if dtype != expected:
+                raise ValueError(
+                    f"save: model must be of the type it was accelerated in, {expected}, got"
+                    f" {dtype}; accelerate again from the model of that type"
+                )
 
 
 def _current_exits(tower: nn.Module, record: Acceleration) -> Exits | None:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lraee.layers.modules import carry_hooks
@@ -13,9 +14,11 @@ from lraee.model.acceleration import (
     copier,
     mark_float,
     replaced_parts,
+    replaced_paths,
+    weight_dtypes,
 )
 from lraee.towers import runner
-from lraee.towers.families import family_of, find_tower
+from lraee.towers.families import device_of, family_of, find_tower
 from lraee.towers.state import tower_hash
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,7 +29,7 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
 
     The fast model holds no float weights. They come from the original model, if it is still alive
     and was not changed, or from `base`. All that accelerate copied (text tower, logit scale) is
-    copied from the fast model.
+    copied from the fast model. Where the fast model was cast since, the tower is cast likewise.
 
     Args:
       model: an accelerated model; it stays as it is.
@@ -54,11 +57,34 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
         memo[id(fast_part)] = part
     result = copy.deepcopy(model, memo)
     runner.detach_exits(find_tower(result))
-    device = next(fast_tower.parameters()).device
-    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in weights.items()}
+    device = device_of(fast_tower)
+    dtypes = _dtypes(fast_tower, record)
+    copies = {
+        name: tensor.detach().to(device, dtypes.get(name), copy=True)
+        for name, tensor in weights.items()
+    }
     find_tower(result).load_state_dict(copies, assign=True)
     mark_float(result, parts)
     return result
+
+
+def _dtypes(fast_tower: nn.Module, record: Acceleration) -> dict[str, torch.dtype]:
+    """The types of the float tower's parameters, by name, after the casts of the fast one.
+
+    A parameter that the fast tower holds has that one's type; one that it replaced has the type
+    that the int8 part computes for, if the part was cast, and else its own.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    paths = replaced_paths(fast_tower, record.scheme)
+    for path, skeleton in zip(paths, record.skeletons, strict=True):
+        now, before = weight_dtypes(fast_tower.get_submodule(path), skeleton)
+        if now != before:
+            dtypes |= {f"{path}.{name}": now for name, _ in skeleton.named_parameters()}
+    return dtypes | {
+        name: tensor.dtype
+        for name, tensor in fast_tower.named_parameters()
+        if tensor.is_floating_point()
+    }
 
 
 def _base_weights(

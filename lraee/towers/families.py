@@ -173,6 +173,29 @@ def embed_tokens(tower: nn.Module, images: Tensor) -> Tensor:
     return family_of(tower).embed(tower, images)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's image tower, float or accelerated."""
+    return next(find_tower(model).parameters()).device
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The float type that the model's image tower computes in: that of its patch embedding.
+
+    Norms may have another one (open_clip keeps them float32 in "fp16" and "bf16"), so no other
+    parameter tells it.
+    """
+    tower = find_tower(model)
+    embedding = tower.get_submodule(tower_spec(tower).patch_embedding.path)
+    if isinstance(embedding, Int8Linear):
+        return embedding.dtype
+    return next(p.dtype for p in embedding.parameters() if p.is_floating_point())
+
+
+def as_input(model: nn.Module, images: Tensor) -> Tensor:
+    """The images on the device and in the type that the model's image tower takes."""
+    return images.to(device_of(model), compute_dtype(model))
+
+
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings [B, …] of preprocessed images [B, 3, H, W], by the model or a bare tower."""
     encode = getattr(model, "encode_image", None)
