@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def _require_uncast(tower: nn.Module, record: Acceleration) -> None:
     """Raises ValueError where the model was cast after it was accelerated."""
-    for part, skeleton in zip(
-        replaced_parts(tower, record.scheme), record.skeletons, strict=True
-    ):
+    for part, skeleton in zip(replaced_parts(tower, record.scheme), record.skeletons, strict=True):
         base = {name: parameter.dtype for name, parameter in skeleton.named_parameters()}
         pairs = [(p.dtype, base.get(name, p.dtype)) for name, p in part.named_parameters()]
         pairs.append(weight_dtypes(part, skeleton))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -11,6 +12,7 @@ from lraee.exits.head import Int8Head
 from lraee.exits.record import is_switched_off
 from lraee.exits.router import Router
 from lraee.layers.batch_invariant import RowwiseConv2d, rowwise_linear
+from lraee.layers.gradients import without_gradient
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.modules import Adapter, is_hooked, subclass
 from lraee.layers.pooling import RowwiseAttention
@@ -82,6 +84,9 @@ class RowwiseTower(Adapter):
 
     def embed_images(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
+        return without_gradient(self._embed_images(x), chain((x,), self.parameters()))
+
+    def _embed_images(self, x: Tensor) -> Tensor:
         router = self._active_router(x)
         if self._is_for_graphs(x):
             with graphs.of(self, x.device) as held:
