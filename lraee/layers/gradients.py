@@ -38,7 +38,7 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, source: Tensor) -> Tensor:
         ctx.shape = source.shape
-        return result.view_as(result)
+        return result.clone()  # a view could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[None, Tensor]:
