@@ -18,6 +18,7 @@ from lraee.cli.common import (
     console,
     errors,
     line,
+    require_writable,
 )
 
 
@@ -64,6 +65,8 @@ def evaluate(
             find_scheme(name)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if out is not None:
+        require_writable(out)
     known = read_classes(classes) if classes else None
     photos = Photos(data, classes=known, limit=limit)
     opened = open_model(model, pretrained)

@@ -129,10 +129,11 @@ class ByStep:
     def __call__(self, weight: Tensor) -> Tensor:
         """[N, ...] -> [N, K] with the same numbers."""
         rows = weight.flatten(1)
-        # a fake tensor has no address, an inference tensor counts no versions
-        is_plain = type(weight) is nn.Parameter and not weight.is_inference()
         is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        if weight.device.type != "cpu" or is_traced or not is_plain:
+        if is_traced or weight.device.type != "cpu":
+            return rows
+        # a fake tensor has no address, an inference tensor counts no versions
+        if type(weight) is not nn.Parameter or weight.is_inference():
             return rows
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride())
         held = self._held

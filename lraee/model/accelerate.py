@@ -166,6 +166,10 @@ def checked_tower(model: nn.Module, scheme: Scheme, backend: Backend) -> nn.Modu
         raise ValueError("accelerate: model must be float, got one that is accelerated already")
     if model.training or tower.training:
         raise ValueError("accelerate: model must be in eval mode, got train mode; call .eval()")
+    if device_of(tower).type == "meta":
+        raise ValueError(
+            "accelerate: model must hold weights, got one on the meta device; load them first"
+        )
     require_supported(tower, scheme)
     require_backend(backend, device_of(tower))
     return tower

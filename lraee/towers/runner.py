@@ -84,9 +84,13 @@ class RowwiseTower(Adapter):
 
     def embed_images(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
+        require_no_script()
         return without_gradient(self._embed_images(x), chain((x,), self.parameters()))
 
     def _embed_images(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and x.shape[0] == 0:  # which libraries' own reshapes cannot tell
+            one = x.new_zeros(1, *x.shape[1:])
+            return self._run(None, one, EagerExecutor(self))[:0]
         router = self._active_router(x)
         if self._is_for_graphs(x):
             with graphs.of(self, x.device) as held:
@@ -111,6 +115,7 @@ class RowwiseTower(Adapter):
             return None
         if router is not None:
             require_no_tokens(self)
+            require_numbers(x)
         return router
 
     # Parts of segments
@@ -313,6 +318,26 @@ def detach_exits(tower: nn.Module) -> None:
     tower._modules.pop("exits", None)
     if isinstance(tower, RowwiseTower):
         tower.segments = Segments.of(len(tower._block_list()))
+
+
+def require_no_script() -> None:
+    """Raises NotImplementedError inside torch.jit.trace and ONNX export: they lack int8 blocks."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            "encode_image: an int8 tower must not be traced for TorchScript or ONNX, which have no"
+            " int8 blocks; use torch.export inside lraee.full_depth, or convert the float model"
+            " (lraee.restore)"
+        )
+
+
+def require_numbers(x: Tensor) -> None:
+    """Raises NotImplementedError where no router can read its scores."""
+    if x.is_meta or torch.compiler.is_exporting():
+        where = "on the meta device" if x.is_meta else "of torch.export"
+        raise NotImplementedError(
+            f"exits: images must have numbers that decide where each exits, got images {where}; use"
+            " lraee.full_depth"
+        )
 
 
 def require_no_tokens(tower: nn.Module) -> None:
