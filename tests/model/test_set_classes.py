@@ -18,7 +18,7 @@ from lraee.exits.plan import Plan
 from lraee.model.set_classes import unit_classes
 from tests.clip_models import CONTEXT, VOCABULARY, make_images, make_model
 from tests.exits.random_exits import make_exits
-from tests.support import assert_same, assert_within, generator
+from tests.support import TEXT_BOUND, assert_same, assert_within, generator
 
 E = 24
 
