@@ -94,7 +94,7 @@ def test_other_class_texts_are_rows_of_their_own() -> None:
         "float", "int8", "text", "int8, text",
     ]  # fmt: skip
     assert base.top1 == same.top1 == pytest.approx(200 / 3) and other.top1 == pytest.approx(100 / 3)
-    assert other.agreement == 50 and same.agreement == 100
+    assert other.agreement == 75 and same.agreement == 100
     assert (other.time_ms, same.time_ms) == (base.time_ms, int8.time_ms)
 
 
