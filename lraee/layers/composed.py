@@ -68,7 +68,7 @@ class Composed(Watch):
         quantized = self._quantize(x.flatten(0, 1), self._before(self._spec.norm_1), in_proj)
         rows = in_proj.multiply(quantized, out_dtype=x.dtype)
         qkv = rows.view(*x.shape[:2], in_proj.out_features)
-        return self._attention.attend(self._attention.placed(qkv, rope), is_causal=causal)
+        return self._attention.attend(qkv, is_causal=causal, rope=rope)
 
     def _before(self, norm: Norm) -> str | None:
         """The norm's path, where it stands before its branch."""
