@@ -32,11 +32,12 @@ from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.float_linear import float_linear
+from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.measured import MEASURED
-from lraee.kernels.operands import Norm, PackedLinear, ProbeHead
+from lraee.kernels.operands import AttentionOperands, Norm, PackedLinear, ProbeHead
 from lraee.kernels.quantize_rows import quantize_rows
 
 GOLDEN = Path(__file__).parent / "golden" / f"gpu_matrix_triton-{triton.__version__}.json"
@@ -137,6 +138,11 @@ def row_cells() -> Iterator[tuple[str, Launch]]:
         x, gamma = meta(M, D, dtype=torch.float16), meta(D)
         call = lambda x=x, gamma=gamma: layer_norm_quantize(x, gamma, gamma, 1e-5, False)  # noqa: E731
         yield f"{M}x{D}", launches_of(call)[0]  # type: ignore[arg-type]
+    for M, H in ((197, 2048), (257, 2730), (257, 4096)):
+        x, gamma = meta(M, 2 * H, dtype=torch.float16), meta(H)
+        for norm in ((), (gamma, gamma, 1e-6)):
+            call = lambda x=x, norm=norm: gated_quantize(x, "silu", *norm)  # noqa: E731
+            yield f"{M}x{H}{' norm' if norm else ''}", launches_of(call)[0]  # type: ignore[arg-type]
 
 
 def attention_cells() -> Iterator[tuple[str, Launch]]:
@@ -147,10 +153,16 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
         config = configs.attention_config(L, d, L == 77)
         call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
         yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
-        call = lambda q=qkv, H=H, L=L, c=config: int8_attention_quantized(  # noqa: E731
-            q, H, L == 77, symmetric=False, config=c
+        operands = AttentionOperands(H, L == 77)
+        call = lambda q=qkv, o=operands, c=config: int8_attention_quantized(  # noqa: E731
+            q, o, symmetric=False, config=c
         )
         yield f"quantized B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+        rope = meta(2, L - 1, d)
+        mask = meta(B, L, dtype=torch.bool)
+        for name, options in (("rope", (rope, None)), ("mask", (None, mask))):
+            call = lambda q=qkv, H=H, o=options: int8_attention(q, H, False, *o)  # noqa: E731
+            yield f"{name} B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
 
 
 def probe_cells() -> Iterator[tuple[str, Launch]]:

@@ -27,7 +27,7 @@ from lraee.kernels.exit_probe import TILE_N, exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
-from lraee.kernels.operands import Norm, ProbeHead
+from lraee.kernels.operands import AttentionOperands, Norm, ProbeHead
 from lraee.kernels.quantize_rows import quantize_rows
 
 INT8_UTILISATION, FP16_UTILISATION, MEMORY_UTILISATION = 0.45, 0.70, 0.75
@@ -104,7 +104,7 @@ def block_launches(tower: Tower, batch: int, arch: Arch, *, is_fused: bool = Tru
         config = attention_config(tower.L, D // heads)
         qkv = meta(batch, tower.L, 3 * D, dtype=half)
         if is_fused:
-            int8_attention_quantized(qkv, heads, symmetric=False, config=config)
+            int8_attention_quantized(qkv, AttentionOperands(heads), symmetric=False, config=config)
         else:
             quantize_rows(int8_attention(qkv, heads, config=config).flatten(0, 1), False)
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 class Norm(NamedTuple):
-    """LayerNorm.
+    """LayerNorm, or RMSNorm where beta is None: y = x / sqrt(mean(x^2) + eps) * gamma.
 
     Args:
       gamma, beta: float32 [D].
-      eps: added to the variance.
+      eps: added to the variance, or to the mean square.
     """
 
     gamma: Tensor
-    beta: Tensor
+    beta: Tensor | None
     eps: float = 1e-5
 
 
@@ -44,6 +44,15 @@ class PackedLinear(NamedTuple):
     def N(self) -> int:  # noqa: N802
         """Outputs; K is the width of the input, the layout of w may be padded."""
         return self.w_scale.shape[0]
+
+
+class AttentionOperands(NamedTuple):
+    """What int8_attention is given beside qkv; see there."""
+
+    num_heads: int
+    causal: bool = False
+    rope: Tensor | None = None
+    key_mask: Tensor | None = None
 
 
 class ProbeHead(NamedTuple):
@@ -74,11 +83,20 @@ class BlockOperands(NamedTuple):
       norm_1, norm_2: of [D].
       in_proj: [D] -> [3 D], queries, keys, values.
       out_proj, c_proj: back to [D]; their layer_scale is ls_1 and ls_2.
-      c_fc: [D] -> [hidden].
-      symmetric: per linear, in this order, whether its input has no zero point.
+      c_fc: [D] -> [hidden], or where gated [D] -> [2 hidden], the gate's rows first.
+      symmetric: per linear, in this order, whether its input has no zero point; a gated product
+        always has one.
       num_heads: H, a divisor of D.
       causal: token i sees tokens 0..i only.
-      activation: between c_fc and c_proj, see int8_linear.
+      activation: between c_fc and c_proj, see int8_linear; where gated see gated_quantize.
+      gated: mlp(x) = c_proj(norm(act(gate(x)) * up(x))).
+      mlp_norm: of the gated product [hidden] (EVA-02, ViTamin), or None.
+      rope: float32 [2, R, d] or None, see int8_attention.
+      key_mask: bool [B, L] or None, see int8_attention.
+      qk_norms: of queries and keys [d], head by head and before they are rotated, or None.
+      attention_norm: between attention and out_proj [D] (EVA-02), or None.
+      has_post_norm: x + norm_1(attention(x)), then that + norm_2(mlp(that)) (EVA-02-E), the layer
+        scales after the norms.
     """
 
     norm_1: Norm
@@ -91,6 +109,18 @@ class BlockOperands(NamedTuple):
     num_heads: int = 1
     causal: bool = False
     activation: str = "gelu"
+    gated: bool = False
+    mlp_norm: Norm | None = None
+    rope: Tensor | None = None
+    key_mask: Tensor | None = None
+    qk_norms: tuple[Norm, Norm] | None = None
+    attention_norm: Norm | None = None
+    has_post_norm: bool = False
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the operator int8_block runs it: all but the last three, which are rare."""
+        return self.qk_norms is None and self.attention_norm is None and not self.has_post_norm
 
 
 def _linear_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,16 +144,26 @@ def _linear_to_schema(operator: Callable[..., Any]) -> Callable[..., Any]:
     return int8_linear
 
 
+def _norm(vectors: Sequence[Any], eps: float) -> Norm:
+    return Norm(vectors[0], vectors[1] if len(vectors) > 1 else None, eps)
+
+
+def _vectors(norm: Norm) -> list[Tensor]:
+    return [norm.gamma] if norm.beta is None else [norm.gamma, norm.beta]
+
+
 def _block_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
     def int8_block(
         x: Any, norm_1: Any, in_proj: Any, out_proj: Any, norm_2: Any, c_fc: Any, c_proj: Any,
         eps: Any, symmetric: Any, num_heads: Any, causal: Any, activation: Any,
-        first_only: bool = False, **options: Any,
+        first_only: bool = False, gated: bool = False, mlp_norm: Any = None, rope: Any = None,
+        key_mask: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
         block = BlockOperands(
-            Norm(norm_1[0], norm_1[1], eps[0]), PackedLinear(*in_proj), PackedLinear(*out_proj),
-            Norm(norm_2[0], norm_2[1], eps[1]), PackedLinear(*c_fc), PackedLinear(*c_proj),
-            symmetric, num_heads, causal, activation,
+            _norm(norm_1, eps[0]), PackedLinear(*in_proj), PackedLinear(*out_proj),
+            _norm(norm_2, eps[1]), PackedLinear(*c_fc), PackedLinear(*c_proj),
+            symmetric, num_heads, causal, activation, gated,
+            None if not mlp_norm else _norm(mlp_norm, eps[2]), rope, key_mask,
         )  # fmt: skip
         return function(x, block, first_only, **options)
 
@@ -132,11 +172,15 @@ def _block_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _block_to_schema(operator: Callable[..., Any]) -> Callable[..., Any]:
     def int8_block(x: Any, block: BlockOperands, first_only: bool = False) -> Any:
-        norm_1, in_proj, out_proj, norm_2, c_fc, c_proj, *settings = block
-        eps = [norm_1.eps, norm_2.eps]
+        norm_1, in_proj, out_proj, norm_2, c_fc, c_proj, *settings = block[:10]
+        eps, mlp_norm = [norm_1.eps, norm_2.eps], block.mlp_norm
+        if mlp_norm is not None:
+            eps.append(mlp_norm.eps)
         return operator(
-            x, norm_1[:2], in_proj, out_proj, norm_2[:2], c_fc, c_proj, eps, *settings, first_only
-        )
+            x, _vectors(norm_1), in_proj, out_proj, _vectors(norm_2), c_fc, c_proj, eps, *settings,
+            first_only, block.gated, None if mlp_norm is None else _vectors(mlp_norm), block.rope,
+            block.key_mask,
+        )  # fmt: skip
 
     return int8_block
 

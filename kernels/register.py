@@ -19,6 +19,7 @@ LAUNCHERS = (
     "layer_norm_quantize",
     "int8_linear",
     "float_linear",
+    "gated_quantize",
     "int8_attention",
     "int8_block",
     "exit_probe",

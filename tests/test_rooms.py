@@ -40,13 +40,21 @@ HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
 EXTRA = {
+    "evaluation": {"clip_benchmark", "mteb"},
     "data": {"simplejpeg", "pillow_heif"},
     "calibration": {"sklearn", "scipy"},
     "study": {"sklearn", "scipy", "jinja2", "matplotlib"},
+    "serving": {"starlette", "orjson", "prometheus_client", "pyarrow", "faiss", "ray"},
+    "cli": {"starlette", "orjson", "prometheus_client", "python_multipart", "uvicorn"},
 }
 """Imports inside functions that an extra of the package installs, by room."""
 
-BROUGHT_BY_CORE = {"torchvision": "open_clip", "PIL": "open_clip", "rich": "typer"}
+BROUGHT_BY_CORE = {
+    "torchvision": "open_clip",
+    "timm": "open_clip",
+    "PIL": "open_clip",
+    "rich": "typer",
+}
 """Imports that the package's dependencies install, and which of them does."""
 
 
@@ -244,3 +252,17 @@ def test_nothing_prints_in_the_library() -> None:
         calls = [n for n in ast.walk(ast.parse(source.path.read_text())) if isinstance(n, ast.Call)]
         names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
         assert "print" not in names or source.room == "cli", _name(source.path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lraee").rglob("__init__.py")), ids=_name)
+def test_no_name_hides_a_module(path: Path) -> None:
+    """A package that binds `x` where it has a module `x.py` would hide the module."""
+    modules = {each.stem for each in path.parent.glob("*.py")} - {"__init__"}
+    modules |= {each.name for each in path.parent.iterdir() if (each / "__init__.py").exists()}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert node.name not in modules, node.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                is_module = node.module == ".".join(path.parent.relative_to(ROOT).parts)
+                assert is_module or (alias.asname or alias.name) not in modules, alias.name

@@ -19,8 +19,9 @@ from lraee.model.accelerate import accelerate
 from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
-from lraee.towers.families import find_tower
-from lraee.towers.runner import RowwiseTower, embedding_size, require_no_tokens
+from lraee.towers.calls import embedding_size
+from lraee.towers.families import find_tower, tower_spec
+from lraee.towers.runner import RowwiseTower, require_no_tokens
 from lraee.towers.state import tower_hash
 
 _RECIPES = {"best": BEST, "paper": PAPER}
@@ -90,6 +91,8 @@ def calibrate(
     fast = model if acceleration_of(model) is not None else accelerate(model)
     acceleration = cast(Acceleration, acceleration_of(fast))
     tower = cast(RowwiseTower, find_tower(fast))
+    if not tower_spec(tower).prefix_tokens:
+        recipe = replace(recipe, head=replace(recipe.head, has_class_token=False))
     E = embedding_size(tower)
     require_no_tokens(tower)
     if classes is not None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lraee.calibration.head_training import augmented, centred
 from lraee.calibration.noise import BlockNoise, NoiseMeter
-from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool, probe_tokens
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.towers.families import (
@@ -87,7 +87,8 @@ class Pair:
     ) -> None:
         """See the class."""
         self.teacher, self.fast = teacher, fast
-        self.size = tower_spec(find_tower(fast)).image_size
+        spec = tower_spec(find_tower(fast))
+        self.size, self.prefix_tokens = spec.image_size, spec.prefix_tokens
         self._images, self._batch, self.progress = images, batch, progress
         self._checksums: list[int] = []
         if not isinstance(images, Iterable) or isinstance(images, Iterator):
@@ -164,8 +165,8 @@ class Pair:
           blocks: depths to pool at.
           rows: bool [n].
           view_seed: of the random crops; None takes centre crops.
-        Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token; `teacher`
-          float32 [images, E].
+        Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token, or whatever
+          stands in its place where the tower has none; `teacher` float32 [images, E].
         """
         source = None if view_seed is None else torch.Generator().manual_seed(view_seed)
         pooled, teacher = [], []
@@ -177,7 +178,9 @@ class Pair:
                     x = augmented(images, size=self.size, generator=source)
                 teacher.append(encode(self.teacher, x))
                 encode(self.fast, x)
-                inputs = [pool(z[block], has_class_token=True) for block in blocks]
+                inputs = [
+                    pool(self._probe_tokens(z[block]), has_class_token=True) for block in blocks
+                ]
                 pooled.append(torch.stack(inputs, dim=1).half().cpu())
         return {"pooled": torch.cat(pooled), "teacher": torch.cat(teacher)}
 
@@ -204,7 +207,10 @@ class Pair:
             def batches() -> Iterator[list[Probe]]:
                 for images in self._marked(rows, "probes"):
                     encode(self.fast, centred(images, self.size))
-                    yield [head(z[block], classes, logit_scale) for block, head in modules.items()]
+                    yield [
+                        head(self._probe_tokens(z[block]), classes, logit_scale)
+                        for block, head in modules.items()
+                    ]
 
             return joined(batches())
 
@@ -212,6 +218,9 @@ class Pair:
         """The same models on the images that `rows` marks, bool [n], in memory."""
         some = torch.cat(list(self._marked(rows, "images")))
         return Pair(self.teacher, self.fast, some, batch=self._batch, progress=self.progress)
+
+    def _probe_tokens(self, z: Tensor) -> Tensor:
+        return probe_tokens(z, self.prefix_tokens)
 
     def _marked(self, rows: Tensor, description: str) -> Iterator[Tensor]:
         start = 0

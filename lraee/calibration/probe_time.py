@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.gate import Gate
-from lraee.exits.head import HeadWeights, Int8Head, contrasts
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, probe_tokens
 from lraee.exits.router import Router
 from lraee.model.trace import full_depth
 from lraee.towers.families import (
@@ -229,7 +229,8 @@ def calls_of(
     half = torch.arange(0, B, 2, device=device)
 
     def decide() -> list[bool]:
-        return [s >= 0.5 for s in probe(z, contrast, logit_scale)[5].tolist()]
+        tokens = probe_tokens(z, spec.prefix_tokens)
+        return [s >= 0.5 for s in probe(tokens, contrast, logit_scale)[5].tolist()]
 
     calls: dict[str, Call] = {
         "tower": lambda: tower(images),

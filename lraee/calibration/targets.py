@@ -9,6 +9,7 @@ from torch import Tensor
 from lraee.calibration.risk import signed_loss
 from lraee.calibration.scoring import ExitTable
 from lraee.exits.gate import unit
+from lraee.measurement.neighbours import neighbours
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,6 @@ def judge(
     )  # fmt: skip
 
 
-def nearest(queries: Tensor, rows: Tensor, but: Tensor | None = None, chunk: int = 1024) -> Tensor:
-    """Index of the row of largest cosine, int64 [n]; never the row that `but` names, int64 [n]."""
-    rows, parts = unit(rows.float()), []
-    for start in range(0, len(queries), chunk):
-        cosine = unit(queries[start : start + chunk].float()) @ rows.T
-        if but is not None:
-            cosine.scatter_(1, but[start : start + chunk, None], -torch.inf)
-        parts.append(cosine.argmax(1))
-    return torch.cat(parts)
+def nearest(queries: Tensor, rows: Tensor, exclude: Tensor | None = None) -> Tensor:
+    """Index of the row of largest cosine, int64 [n]; never the row of `exclude`, int64 [n]."""
+    return neighbours(unit(queries.float()), unit(rows.float()), 1, exclude)[:, 0]

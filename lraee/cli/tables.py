@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from lraee.data.names import printable
 from lraee.exits.bundle import Exits
 
 Figures = Mapping[str, tuple[str, float, int]]
@@ -64,7 +65,7 @@ def of_answers(rows: Sequence[Mapping[str, Any]]) -> Table:
             is_same = row[f"{form}_name"] == row["float_name"]
             text = f"{row[f'{form}_name']} {100 * row[f'{form}_share']:.0f} %"
             cells.append(Text(text, style="" if is_same else "red"))
-        table.add_row(Text(row["photo"]), *cells, f"block {row['exit_block']}")
+        table.add_row(Text(printable(row["photo"])), *cells, f"block {row['exit_block']}")
     return table
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lraee.data import decoding
 from lraee.data.classes import Classes
+from lraee.data.names import printable
 from lraee.data.sources import READ_ERRORS, DataError, Limits, Skipped, first_line, open_source
 
 _log = logging.getLogger("lraee")
@@ -149,6 +150,6 @@ def _spread(names: list[str], limit: int) -> list[str]:
 def _summary(skipped: list[Skipped], shown: int = 3) -> str:
     if not skipped:
         return "nothing skipped"
-    first = ", ".join(f"{row.name} {row.reason}" for row in skipped[:shown])
+    first = ", ".join(f"{printable(row.name)} {row.reason}" for row in skipped[:shown])
     more = ", …" if len(skipped) > shown else ""
     return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {first}{more}"

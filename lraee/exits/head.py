@@ -89,6 +89,19 @@ def pool(z: Tensor, *, has_class_token: bool) -> Tensor:
     return torch.cat([mean, z[:, 0]], dim=1) if has_class_token else mean
 
 
+def probe_tokens(z: Tensor, prefix_tokens: int) -> Tensor:
+    """The tokens that `pool` and exit_probe read: one, then the patches.
+
+    The one is the class token, and register tokens go; without prefix tokens it is the first patch
+    again, which heads of the patch mean alone do not see.
+
+    Args:
+      z: [B, L, D], prefix tokens first.
+      prefix_tokens: 0, 1 or more, the class token the first of them.
+    """
+    return z if prefix_tokens == 1 else torch.cat([z[:, :1], z[:, prefix_tokens:]], dim=1)
+
+
 class TypedBuffers(nn.Module):
     """A module whose own buffers follow `.to(device)` but keep their type under `.half()`."""
 

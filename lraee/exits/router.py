@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.gate import Gate, Memory, score
-from lraee.exits.head import HeadWeights, Int8Head, TypedBuffers, contrasts
+from lraee.exits.head import HeadWeights, Int8Head, TypedBuffers, contrasts, probe_tokens
 from lraee.exits.record import Record, new_record
 from lraee.layers.batch_invariant import output_dtype
 from lraee.ops.backend import Backend
@@ -54,6 +54,8 @@ class Router(TypedBuffers):
 
     classes: Tensor
     contrasts: Tensor
+    prefix_tokens: int = 1
+    """Of the tower that it is attached to."""
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class Router(TypedBuffers):
 
     def probe(self, e: int, z: Tensor) -> Probe:
         """Exit e on tokens [R, L, D]: embedding, top1, confidence, margin, variance, score."""
-        return cast(Probe, self.heads[e](z, self.contrasts, self.logit_scale))
+        tokens = probe_tokens(z, self.prefix_tokens)
+        return cast(Probe, self.heads[e](tokens, self.contrasts, self.logit_scale))
 
     def start(self, B: int, blocks: int, *, is_static: bool) -> "Routing":
         """The state of one call.

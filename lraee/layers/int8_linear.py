@@ -13,6 +13,7 @@ from lraee.layers.scheme import Rounding, quantize_activation
 from lraee.ops.backend import Backend, operators, require_backend
 from lraee.ops.checked import Activation
 from lraee.ops.reference import Quantized
+from lraee.ops.registry import PANEL_N
 
 _WEIGHT_KEY = "w_q"
 
@@ -94,6 +95,14 @@ class Int8Linear(nn.Module):
     def packed(self) -> PackedLinear:
         """The operands as operators take them."""
         return packed_linear(self._buffers)  # a module's own look-up takes 1 us for each
+
+    def rows(self, first: int, end: int) -> PackedLinear:
+        """Outputs first..end - 1 alone: views, both limits multiples of PANEL_N."""
+        w, w_scale, w_sum, bias, _ = self.packed
+        panel = PANEL_N if w.dim() == 4 else 1
+        b = None if bias is None else bias[first:end]
+        views = w[first // panel : end // panel], w_scale[first:end], w_sum[first:end]
+        return PackedLinear(*views, b)
 
     @property
     def w_q(self) -> Tensor:

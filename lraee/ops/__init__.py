@@ -3,8 +3,10 @@
 from lraee.kernels.operands import BlockOperands, Norm, PackedLinear, ProbeHead
 from lraee.ops.checked import (
     Activation,
+    GateActivation,
     exit_probe,
     float_linear,
+    gated_quantize,
     int8_attention,
     int8_block,
     int8_linear,
@@ -15,7 +17,7 @@ from lraee.ops.checked import (
 )
 
 __all__ = [
-    "Activation", "BlockOperands", "Norm", "PackedLinear", "ProbeHead", "exit_probe",
-    "float_linear", "int8_attention", "int8_block", "int8_linear", "layer_norm_quantize",
-    "pack_weight", "quantize_rows", "unpack_weight",
+    "Activation", "BlockOperands", "GateActivation", "Norm", "PackedLinear", "ProbeHead",
+    "exit_probe", "float_linear", "gated_quantize", "int8_attention", "int8_block", "int8_linear",
+    "layer_norm_quantize", "pack_weight", "quantize_rows", "unpack_weight",
 ]  # fmt: skip

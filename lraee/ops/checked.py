@@ -6,63 +6,17 @@ and the readers of checkpoints), and its calls go through lraee.ops.backend. Imp
 what memory safety needs. PyTorch's dispatcher chooses among them (lraee.ops.registry).
 """
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lraee.kernels.operands import BlockOperands, PackedLinear, ProbeHead, to_schema
-from lraee.ops.reference import MAX_K, Probe, Quantized
-from lraee.ops.registry import packed_shape
+from lraee.kernels.operands import BlockOperands, Norm, PackedLinear, ProbeHead, to_schema
+from lraee.ops import rules
+from lraee.ops.backend import operators
+from lraee.ops.reference import GatedRows, Probe, Quantized
 
 Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu"]
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _require(
-    op: str, name: str, tensor: Tensor, shape: Sequence[int], types: Sequence[torch.dtype]
-) -> None:
-    """Raises unless tensor has this shape and one of these types."""
-    if tensor.dtype not in types:
-        wanted = " or ".join(str(t).removeprefix("torch.") for t in types)
-        got = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name} must be {wanted}, got {got}")
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
-
-
-def _require_vectors(op: str, size: int, device: torch.device, **vectors: Tensor | None) -> None:
-    """Raises unless each given tensor is float32 [size] on the device."""
-    for name, vector in vectors.items():
-        if vector is not None:
-            _require(op, name, vector, [size], [torch.float32])
-            _require_device(op, name, vector, device)
-
-
-def _require_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{op}: {name} must be on {device} like the input, got {tensor.device}")
-
-
-def _require_float_rows(op: str, name: str, x: Tensor, dims: int) -> None:
-    """Raises unless x is a floating-point tensor with this many dimensions."""
-    if x.dim() != dims:
-        raise ValueError(f"{op}: {name} must have {dims} dimensions, got shape {list(x.shape)}")
-    _require(op, name, x, x.shape, FLOAT_TYPES)
-
-
-def _require_weight(op: str, name: str, w: Tensor, N: int, K: int, device: torch.device) -> None:
-    """Raises unless w is int8 in the layout of the device for the logical shape [N, K]."""
-    _require_device(op, name, w, device)
-    if w.dtype is not torch.int8:
-        raise TypeError(f"{op}: {name} must be int8, got {w.dtype}")
-    wanted = packed_shape(N, K, device)
-    if list(w.shape) != wanted or not w.is_contiguous():
-        raise ValueError(
-            f"{op}: {name} must have the {device.type} layout {wanted} of [N, K] = [{N}, {K}],"
-            f" got {list(w.shape)}; pack it on this device with lraee.ops.pack_weight"
-        )
 
 
 def quantize_rows(x: Tensor, *, symmetric: bool) -> Quantized:
@@ -76,27 +30,27 @@ def quantize_rows(x: Tensor, *, symmetric: bool) -> Quantized:
     Returns: x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M].
     Raises: ValueError on shape, TypeError on dtype.
     """
-    _require_float_rows("quantize_rows", "x", x, 2)
+    rules.require_float_rows("quantize_rows", "x", x, 2)
     return torch.ops.lraee.quantize_rows(x, symmetric)  # type: ignore[no-any-return]
 
 
 def layer_norm_quantize(
-    x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float = 1e-5, symmetric: bool
+    x: Tensor, gamma: Tensor, beta: Tensor | None, *, eps: float = 1e-5, symmetric: bool
 ) -> Quantized:
-    """quantize_rows(LayerNorm(x) * gamma + beta) in one pass over x.
+    """quantize_rows(LayerNorm(x) * gamma + beta) in one pass over x; RMSNorm where beta is None.
 
     Args:
       x: float32, bfloat16 or float16 [M, D], any strides.
       gamma: float32 [D].
-      beta: float32 [D].
-      eps: added to the variance.
+      beta: float32 [D] or None.
+      eps: added to the variance, or to the mean square.
       symmetric: as in quantize_rows.
     Returns: x_q int8 [M, D], x_scale float32 [M], x_zero int32 [M].
     Raises: ValueError on shape or device, TypeError on dtype.
     """
     op = "layer_norm_quantize"
-    _require_float_rows(op, "x", x, 2)
-    _require_vectors(op, x.shape[1], x.device, gamma=gamma, beta=beta)
+    rules.require_float_rows(op, "x", x, 2)
+    rules.require_vectors(op, x.shape[1], x.device, gamma=gamma, beta=beta)
     return torch.ops.lraee.layer_norm_quantize(x, gamma, beta, eps, symmetric)  # type: ignore[no-any-return]
 
 
@@ -111,8 +65,8 @@ def pack_weight(w_q: Tensor) -> tuple[Tensor, Tensor]:
     """
     if w_q.dim() != 2:
         raise ValueError(f"pack_weight: w_q must have shape [N, K], got {list(w_q.shape)}")
-    _require("pack_weight", "w_q", w_q, w_q.shape, [torch.int8])
-    _require_k("pack_weight", w_q.shape[1])
+    rules.require("pack_weight", "w_q", w_q, w_q.shape, [torch.int8])
+    rules.require_k("pack_weight", w_q.shape[1])
     return torch.ops.lraee.pack_weight(w_q)  # type: ignore[no-any-return]
 
 
@@ -126,37 +80,8 @@ def unpack_weight(w: Tensor, N: int, K: int) -> Tensor:
     Returns: int8 [N, K].
     Raises: ValueError on a layout that is not the device's own, TypeError on dtype.
     """
-    _require_weight("unpack_weight", "w", w, N, K, w.device)
+    rules.require_weight("unpack_weight", "w", w, N, K, w.device)
     return torch.ops.lraee.unpack_weight(w, N, K)  # type: ignore[no-any-return]
-
-
-def _require_k(op: str, K: int) -> None:
-    if K > MAX_K:
-        raise ValueError(f"{op}: K must be at most {MAX_K} (exact int32 sums), got {K}")
-
-
-def _require_linear(
-    op: str, name: str, linear: PackedLinear, N: int, K: int, device: torch.device
-) -> None:
-    """Raises unless the operands of a linear are those of [N, K] on the device."""
-    of = f"{name}." if name else ""
-    w, w_scale, w_sum, bias, layer_scale = linear
-    vectors = {"w_scale": w_scale, "bias": bias, "layer_scale": layer_scale}
-    _require_vectors(op, N, device, **{f"{of}{key}": vector for key, vector in vectors.items()})
-    _require(op, f"{of}w_sum", w_sum, [N], [torch.int32])
-    _require_device(op, f"{of}w_sum", w_sum, device)
-    _require_weight(op, f"{of}w", w, N, K, device)
-
-
-def _require_activation(op: str, activation: str) -> None:
-    if activation not in get_args(Activation):
-        names = ", ".join(get_args(Activation))
-        raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}")
-
-
-def _outputs(linear: PackedLinear) -> int:
-    """N, or -1, which no shape has, where w_scale is no vector."""
-    return linear.w_scale.shape[0] if linear.w_scale.dim() == 1 else -1
 
 
 def int8_linear(
@@ -188,22 +113,22 @@ def int8_linear(
     if x_q.dim() != 2:
         raise ValueError(f"{op}: x_q must have shape [M, K], got {list(x_q.shape)}")
     M, K = x_q.shape
-    _require(op, "x_q", x_q, [M, K], [torch.int8])
+    rules.require(op, "x_q", x_q, [M, K], [torch.int8])
     if K > 1 and x_q.stride(1) != 1:
         raise ValueError(f"{op}: x_q must have contiguous rows, got strides {list(x_q.stride())}")
-    _require_k(op, K)
-    _require_vectors(op, M, device, x_scale=x_scale)
+    rules.require_k(op, K)
+    rules.require_vectors(op, M, device, x_scale=x_scale)
     if x_zero is not None:
-        _require(op, "x_zero", x_zero, [M], [torch.int32])
-        _require_device(op, "x_zero", x_zero, device)
-    N = _outputs(linear)
-    _require_linear(op, "", linear, N, K, device)
-    if out_dtype not in FLOAT_TYPES:
+        rules.require(op, "x_zero", x_zero, [M], [torch.int32])
+        rules.require_device(op, "x_zero", x_zero, device)
+    N = rules.outputs(linear)
+    rules.require_linear(op, "", linear, N, K, device)
+    if out_dtype not in rules.FLOAT_TYPES:
         raise TypeError(f"{op}: out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
     if residual is not None:
-        _require(op, "residual", residual, [M, N], [out_dtype])
-        _require_device(op, "residual", residual, device)
-    _require_activation(op, activation)
+        rules.require(op, "residual", residual, [M, N], [out_dtype])
+        rules.require_device(op, "residual", residual, device)
+    rules.require_activation(op, activation, Activation)
     return _int8_linear(  # type: ignore[no-any-return]
         x_q, x_scale, x_zero, linear,
         residual=residual, activation=activation, out_dtype=out_dtype,
@@ -228,25 +153,68 @@ def float_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
             f" got {list(x.shape)} and {list(w.shape)}"
         )
     N = w.shape[0]
-    _require(op, "x", x, x.shape, [torch.float32])
-    _require(op, "w", w, [N, x.shape[1]], [torch.float32])
-    _require_device(op, "w", w, x.device)
-    _require_vectors(op, N, x.device, bias=bias)
+    rules.require(op, "x", x, x.shape, [torch.float32])
+    rules.require(op, "w", w, [N, x.shape[1]], [torch.float32])
+    rules.require_device(op, "w", w, x.device)
+    rules.require_vectors(op, N, x.device, bias=bias)
     return torch.ops.lraee.float_linear(x, w, bias)  # type: ignore[no-any-return]
 
 
-def int8_attention(qkv: Tensor, *, num_heads: int, causal: bool = False) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V with Q and K in int8, one step per token and head.
+GateActivation = Literal["none", "silu", "gelu", "gelu_tanh", "quick_gelu"]
+
+
+def gated_quantize(
+    x: Tensor, *, activation: GateActivation = "silu", norm: Norm | None = None
+) -> GatedRows:
+    """norm(act(x[:, :H]) * x[:, H:]) in two terms of int8: (x_q - x_zero) x_scale + r_q r_scale.
+
+    A linear of it is int8_linear(r_q, r_scale, None, linear without bias, residual=residual), and
+    with that as residual int8_linear(x_q, x_scale, x_zero, linear).
+
+    Args:
+      x: float32, bfloat16 or float16 [M, 2 H], any strides: gate, then up part.
+      activation: of the gate.
+      norm: of the product [H], or None.
+    Returns: x_q int8 [M, H], x_scale float32 [M], x_zero int32 [M], r_q int8 [M, H], r_scale
+      float32 [M]. Row m depends on row m of x alone.
+    Raises: ValueError on shape, device or activation, TypeError on dtype.
+    """
+    op = "gated_quantize"
+    rules.require_float_rows(op, "x", x, 2)
+    if x.shape[1] % 2:
+        raise ValueError(f"{op}: x must have shape [M, 2 H], got {list(x.shape)}")
+    rules.require_activation(op, activation, GateActivation)
+    if norm is None:
+        return torch.ops.lraee.gated_quantize(x, activation)  # type: ignore[no-any-return]
+    rules.require_norm(op, "norm", norm, x.shape[1] // 2, x.device)
+    return torch.ops.lraee.gated_quantize(x, activation, *norm)  # type: ignore[no-any-return]
+
+
+def int8_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    causal: bool = False,
+    rope: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V with Q and K in int8, one scale per token and head.
 
     Args:
       qkv: float32, bfloat16 or float16 [B, L, 3 D], any strides; L >= 1.
       num_heads: H >= 1, a divisor of D.
       causal: token i sees tokens 0..i only.
-    Returns: [B, L, D] in the type of qkv. Image b depends on image b alone.
-    Raises: ValueError on shape, TypeError on dtype.
+      rope: float32 [2, R, d] or None: cos and sin that rotate the last R tokens of Q and K, half
+        layout; the first L - R (class and register tokens) are left as they are. Weights for the
+        interleaved layout are converted by `interleaved_to_half`.
+      key_mask: bool [B, L] or None: True where a token is a key, False where it is padding.
+    Returns: [B, L, D] in the type of qkv. Image b depends on image b alone. On the CPU the rows of
+      valid tokens have the bits of a call without the masked ones, wherever these are; on CUDA
+      where valid tokens come first.
+    Raises: ValueError on shape or device, TypeError on dtype.
     """
     op = "int8_attention"
-    _require_float_rows(op, "qkv", qkv, 3)
+    rules.require_float_rows(op, "qkv", qkv, 3)
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
         raise ValueError(
             f"{op}: qkv must have a last size of 3 * num_heads * d with num_heads = {num_heads},"
@@ -254,7 +222,8 @@ def int8_attention(qkv: Tensor, *, num_heads: int, causal: bool = False) -> Tens
         )
     if qkv.shape[1] < 1:
         raise ValueError(f"{op}: qkv must hold at least one token, got shape {list(qkv.shape)}")
-    return torch.ops.lraee.int8_attention(qkv, num_heads, causal)  # type: ignore[no-any-return]
+    rules.require_attention(op, qkv, qkv.shape[2] // (3 * num_heads), rope, key_mask)
+    return torch.ops.lraee.int8_attention(qkv, num_heads, causal, rope, key_mask)  # type: ignore[no-any-return]
 
 
 def int8_block(x: Tensor, block: BlockOperands, *, first_only: bool = False) -> Tensor:
@@ -266,24 +235,24 @@ def int8_block(x: Tensor, block: BlockOperands, *, first_only: bool = False) -> 
     Raises: ValueError on shape, device, layout or activation, TypeError on dtype.
     """
     op, num_heads = "int8_block", block.num_heads
-    _require_float_rows(op, "x", x, 3)
+    rules.require_float_rows(op, "x", x, 3)
     D, device = x.shape[2], x.device
     if num_heads < 1 or D == 0 or D % num_heads or x.shape[1] < 1:
         raise ValueError(
             f"{op}: x must have shape [B, L >= 1, num_heads * d] with num_heads = {num_heads},"
             f" got {list(x.shape)}"
         )
-    for name in ("norm_1", "norm_2"):
-        gamma, beta, _ = getattr(block, name)
-        _require_vectors(op, D, device, **{f"{name}.gamma": gamma, f"{name}.beta": beta})
-    hidden = _outputs(block.c_fc)
-    shapes = {"in_proj": (3 * D, D), "out_proj": (D, D), "c_fc": (hidden, D), "c_proj": (D, hidden)}
+    N = rules.outputs(block.c_fc)
+    hidden = N // 2 if block.gated else N
+    rules.require_norms(op, block, D, hidden, device)
+    shapes = {"in_proj": (3 * D, D), "out_proj": (D, D), "c_fc": (N, D), "c_proj": (D, hidden)}
     for name, (N, K) in shapes.items():
-        _require_linear(op, name, getattr(block, name), N, K, device)
+        rules.require_linear(op, name, getattr(block, name), N, K, device)
     if len(block.symmetric) != 4:
         raise ValueError(f"{op}: symmetric must have 4 values, got {len(block.symmetric)}")
-    _require_activation(op, block.activation)
-    return _int8_block(x, block, first_only)  # type: ignore[no-any-return]
+    rules.require_activation(op, block.activation, GateActivation if block.gated else Activation)
+    rules.require_attention(op, x, D // num_heads, block.rope, block.key_mask)
+    return operators("auto").int8_block(x, block, first_only)  # type: ignore[no-any-return]
 
 
 def exit_probe(z: Tensor, head: ProbeHead) -> Probe:
@@ -300,7 +269,7 @@ def exit_probe(z: Tensor, head: ProbeHead) -> Probe:
     """
     op, device = "exit_probe", z.device
     norm, first, second, classes, _, gate = head
-    _require_float_rows(op, "z", z, 3)
+    rules.require_float_rows(op, "z", z, 3)
     if z.shape[1] < 2:
         raise ValueError(f"{op}: z must hold a class token and a patch, got shape {list(z.shape)}")
     if classes.dim() != 2 or classes.shape[0] < 1:
@@ -312,17 +281,16 @@ def exit_probe(z: Tensor, head: ProbeHead) -> Probe:
             f" got {list(norm.gamma.shape)}"
         )
     P = norm.gamma.shape[0]
-    _require_vectors(op, P, device, gamma=norm.gamma, beta=norm.beta)
-    _require(op, "classes", classes, [K, E], FLOAT_TYPES)
-    _require_device(op, "classes", classes, device)
-    _require_vectors(op, 4, device, gate=gate)
-    hidden = E if second is None else _outputs(first)
-    _require_linear(op, "first", first, hidden, P, device)
+    rules.require_vectors(op, P, device, gamma=norm.gamma, beta=norm.beta)
+    rules.require(op, "classes", classes, [K, E], rules.FLOAT_TYPES)
+    rules.require_device(op, "classes", classes, device)
+    rules.require_vectors(op, 4, device, gate=gate)
+    hidden = E if second is None else rules.outputs(first)
+    rules.require_linear(op, "first", first, hidden, P, device)
     if second is not None:
-        _require_linear(op, "second", second, E, hidden, device)
+        rules.require_linear(op, "second", second, E, hidden, device)
     return _exit_probe(z, head)  # type: ignore[no-any-return]
 
 
 _int8_linear = to_schema("int8_linear", torch.ops.lraee.int8_linear)
-_int8_block = to_schema("int8_block", torch.ops.lraee.int8_block)
 _exit_probe = to_schema("exit_probe", torch.ops.lraee.exit_probe)

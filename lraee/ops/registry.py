@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lraee.kernels import register
 from lraee.kernels.operands import BlockOperands, PackedLinear, ProbeHead, from_schema
 from lraee.ops import reference
-from lraee.ops.reference import Probe, Quantized
+from lraee.ops.reference import GatedRows, Probe, Quantized
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -37,7 +37,7 @@ except ImportError as error:
 
 SCHEMAS = {
     "quantize_rows": "(Tensor x, bool symmetric) -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
-    "layer_norm_quantize": "(Tensor x, Tensor gamma, Tensor beta, float eps, bool symmetric)"
+    "layer_norm_quantize": "(Tensor x, Tensor gamma, Tensor? beta, float eps, bool symmetric)"
     " -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
     "pack_weight": "(Tensor w_q) -> (Tensor w, Tensor w_sum)",
     "unpack_weight": "(Tensor w, int N, int K) -> Tensor",
@@ -45,10 +45,14 @@ SCHEMAS = {
     " Tensor w_sum, Tensor? bias=None, *, Tensor? residual=None, Tensor? layer_scale=None,"
     ' str activation="none", ScalarType out_dtype=float) -> Tensor',
     "float_linear": "(Tensor x, Tensor w, Tensor? bias=None) -> Tensor",
-    "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
+    "gated_quantize": "(Tensor x, str activation, Tensor? gamma=None, Tensor? beta=None,"
+    " float eps=0.0) -> (Tensor x_q, Tensor x_scale, Tensor x_zero, Tensor r_q, Tensor r_scale)",
+    "int8_attention": "(Tensor qkv, int num_heads, bool causal=False, Tensor? rope=None,"
+    " Tensor? key_mask=None) -> Tensor",
     "int8_block": "(Tensor x, Tensor[] norm_1, Tensor?[] in_proj, Tensor?[] out_proj,"
     " Tensor[] norm_2, Tensor?[] c_fc, Tensor?[] c_proj, float[] eps, bool[4] symmetric,"
-    " int num_heads, bool causal, str activation, bool first_only=False) -> Tensor",
+    " int num_heads, bool causal, str activation, bool first_only=False, bool gated=False,"
+    " Tensor[]? mlp_norm=None, Tensor? rope=None, Tensor? key_mask=None) -> Tensor",
     "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
     " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
     " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
@@ -98,9 +102,18 @@ def _quantize_rows_fake(x: Tensor, symmetric: bool) -> Quantized:
 
 @_fake("layer_norm_quantize")
 def _layer_norm_quantize_fake(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, symmetric: bool
+    x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, symmetric: bool
 ) -> Quantized:
     return _quantize_rows_fake(x, symmetric)
+
+
+@_fake("gated_quantize")
+def _gated_quantize_fake(
+    x: Tensor, activation: str, gamma: object = None, beta: object = None, eps: float = 0.0
+) -> GatedRows:
+    M, H = x.shape[0], x.shape[1] // 2
+    x_q, x_scale, x_zero = _quantize_rows_fake(x.new_empty((M, H)), False)
+    return x_q, x_scale, x_zero, torch.empty_like(x_q), torch.empty_like(x_scale)
 
 
 @_fake("pack_weight")
@@ -128,7 +141,9 @@ def _int8_linear_fake(
 
 
 @_fake("int8_attention")
-def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+def _int8_attention_fake(
+    qkv: Tensor, num_heads: int, causal: bool = False, rope: object = None, key_mask: object = None
+) -> Tensor:
     B, L, D3 = qkv.shape
     return qkv.new_empty((B, L, D3 // 3))
 
@@ -183,8 +198,10 @@ def _int8_block_flops(
     x: torch.Size, block: BlockOperands, first_only: bool = False, **options: object
 ) -> int:
     B, L, D = x
-    hidden, queries = int(block.c_fc.w_scale[0]), 1 if first_only else L
-    return 2 * B * D * (L * 3 * D + queries * (D + 2 * hidden)) + 4 * B * queries * L * D
+    N, queries = int(block.c_fc.w_scale[0]), 1 if first_only else L
+    # Of a gated product c_proj multiplies two terms of half the width
+    mlp = 2 * D * N
+    return 2 * B * (L * 3 * D * D + queries * (D * D + mlp)) + 4 * B * queries * L * D
 
 
 @_flops("exit_probe")

@@ -220,7 +220,7 @@ class OpenClipTower(RowwiseTower):
         pooled, tokens = self._pool(self._runs_blocks(self._embeds(x)))
         return self._project(pooled), tokens
 
-    def _runs_blocks(self, z: Tensor) -> Tensor:
+    def _runs_blocks(self, z: Tensor, rope: Any = None) -> Tensor:
         return cast(Tensor, self.transformer(z))
 
     def _ends_with_class_token(self) -> bool:
@@ -247,7 +247,10 @@ class OpenClipTower(RowwiseTower):
 def refusal(tower: nn.Module) -> str | None:
     """Why a tower of open_clip of another class is not run in int8."""
     if type(tower).__name__ == "ModifiedResNet":
-        return "INT8 has no kernels for convolutions"
+        return (
+            "it is convolutional, and INT8 has no kernels for convolutions; load ViT-B-32 or"
+            " ViT-B-16"
+        )
     return None
 
 

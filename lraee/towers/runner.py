@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from lraee.exits.head import Int8Head
 from lraee.exits.record import is_switched_off
 from lraee.exits.router import Router
-from lraee.layers.batch_invariant import RowwiseConv2d, rowwise_linear
+from lraee.layers.batch_invariant import RowwiseConv2d, RowwiseLinear, rowwise_linear
 from lraee.layers.gradients import without_gradient
 from lraee.layers.int8_block import Int8Block
-from lraee.layers.modules import Adapter, is_hooked, subclass
+from lraee.layers.modules import Adapter, adopt, is_hooked, release
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
 from lraee.towers import cuda_graphs as graphs
+from lraee.towers.calls import embedding_size, require_no_script, require_numbers
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
 from lraee.towers.segments import Segments, TowerParts
@@ -56,11 +57,19 @@ class RowwiseTower(Adapter):
         """
         raise NotImplementedError
 
-    def _runs_blocks(self, z: Tensor) -> Tensor:
+    def _runs_blocks(self, z: Tensor, rope: Any) -> Tensor:
         """Tokens [B, L, D] through all blocks, as the float tower runs them: hooks see it."""
-        for block in self._blocks_by_image():
+        for block in self._blocks_by_image(rope):
             z = block(z)
         return z
+
+    def _rope(self) -> Any:
+        """Rotary positions that every block is called with in this call, or None."""
+        return None
+
+    def _is_rope_lasting(self) -> bool:
+        """Whether these positions outlive the call, so that a CUDA graph may read them."""
+        return True
 
     def _ends_with_class_token(self) -> bool:
         """Whether nothing but the class token is read after the last block."""
@@ -128,13 +137,14 @@ class RowwiseTower(Adapter):
         """Tokens [B, L, D] after blocks first to last - 1, in whichever order the tower calls them;
         after the last block the class token alone, [B, 1, D], where it is enough.
         """
-        blocks = self._blocks_by_image()
+        rope = self._rope()
+        blocks = self._blocks_by_image(rope)
         alone = _last_for_class_token(self) if last == len(blocks) else None
         if alone is None and last - first == len(blocks):
-            return self._runs_blocks(z)
+            return self._runs_blocks(z, rope)
         for block in blocks[first : last if alone is None else last - 1]:
             z = block(z)
-        return z if alone is None else alone.first_token(z)
+        return z if alone is None else alone.first_token(z, rope)
 
     def probe(self, e: int, z: Tensor) -> Probe:
         """What exit e measures on tokens [B, L, D]."""
@@ -157,6 +167,7 @@ class RowwiseTower(Adapter):
             and self.cuda_graphs
             and implementation(self.rowwise_backend, x.device) == "triton"
             and graphs.is_plain_call(x)
+            and self._is_rope_lasting()
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowwiseTower":
@@ -164,8 +175,8 @@ class RowwiseTower(Adapter):
         graphs.drop(self)
         return cast(RowwiseTower, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _blocks_by_image(self) -> list[Block]:
-        return [_by_image(block) for block in self._block_list()]
+    def _blocks_by_image(self, rope: Any = None) -> list[Block]:
+        return [_by_image(block, rope) for block in self._block_list()]
 
     def _block_list(self) -> list[nn.Module]:
         # not families.blocks_of, which reads the whole spec anew: 30 us a call
@@ -185,14 +196,15 @@ class RowwiseTower(Adapter):
         return rowwise_linear(pooled, w, bias, self.rowwise_backend)
 
 
-def _by_image(block: nn.Module) -> Block:
+def _by_image(block: nn.Module, rope: Any) -> Block:
     """The block on [B, L, D], tokens in and out: itself where that is how it is called."""
     if not isinstance(block, Int8Block):
         return block
     call = block.block_spec.call
-    if call.outputs is None and not call.is_sequence_first:
+    if call.outputs is None and not call.is_sequence_first and rope is None:
         return block
-    return lambda z: call.unwrap(block(call.by_image(z).contiguous()))
+    named = {} if rope is None or call.rope is None else {call.rope: rope}
+    return lambda z: call.unwrap(block(call.by_image(z).contiguous(), **named))
 
 
 _BYTES_PER_THREAD = 3 * 2**20
@@ -252,9 +264,11 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     RowwiseConv2d.adopt(tower.get_submodule(spec.patch_embedding.path), backend)
     for path in spec.pooling.attention:
         RowwiseAttention.adopt(tower.get_submodule(path), backend)
+    RowwiseLinear.adopt(_projection(tower, spec), backend)
+    for path, kind in spec.adapters:
+        cast(Any, adopt(tower.get_submodule(path), kind)).rowwise_backend = backend
     if type(tower) is spec.float_class:
-        tower.__class__ = subclass(adapter, spec.float_class)
-        rowwise = cast(RowwiseTower, tower)
+        rowwise = cast(RowwiseTower, adopt(tower, adapter))
         rowwise.rowwise_backend, rowwise.tower_spec = backend, spec
         rowwise.segments = Segments.of(len(rowwise._block_list()))
 
@@ -265,11 +279,22 @@ def unmake_rowwise(tower: nn.Module) -> None:
     RowwiseConv2d.release(tower.get_submodule(spec.patch_embedding.path))
     for path in spec.pooling.attention:
         RowwiseAttention.release(tower.get_submodule(path))
+    RowwiseLinear.release(_projection(tower, spec))
+    for path, _ in spec.adapters:
+        part = tower.get_submodule(path)
+        release(part)
+        part.__dict__.pop("rowwise_backend", None)
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
-        del tower.rowwise_backend, tower.tower_spec, tower.segments
-        tower.__dict__.pop("cuda_graphs", None)
-        tower.__class__ = spec.float_class  # type: ignore[assignment]
+        release(tower)
+        for name in ("rowwise_backend", "tower_spec", "segments", "cuda_graphs"):
+            tower.__dict__.pop(name, None)
+
+
+def _projection(tower: nn.Module, spec: TowerSpec) -> nn.Module:
+    """The module that holds the last product: a linear, or where it is no module its owner."""
+    name = "" if spec.projection is None else spec.projection.weight
+    return tower.get_submodule(name.rpartition(".")[0])
 
 
 # Exits
@@ -308,6 +333,7 @@ def attach_exits(tower: nn.Module, router: Router) -> None:
     """
     require_exits_fit(tower, router)
     graphs.drop(tower)
+    router.prefix_tokens = tower_spec(tower).prefix_tokens
     tower.exits = router
     cast(RowwiseTower, tower).segments = Segments.of(len(blocks_of(tower)), router.blocks)
 
@@ -318,26 +344,6 @@ def detach_exits(tower: nn.Module) -> None:
     tower._modules.pop("exits", None)
     if isinstance(tower, RowwiseTower):
         tower.segments = Segments.of(len(tower._block_list()))
-
-
-def require_no_script() -> None:
-    """Raises NotImplementedError inside torch.jit.trace and ONNX export: they lack int8 blocks."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # type: ignore[no-untyped-call]
-        raise NotImplementedError(
-            "encode_image: an int8 tower must not be traced for TorchScript or ONNX, which have no"
-            " int8 blocks; use torch.export inside lraee.full_depth, or convert the float model"
-            " (lraee.restore)"
-        )
-
-
-def require_numbers(x: Tensor) -> None:
-    """Raises NotImplementedError where no router can read its scores."""
-    if x.is_meta or torch.compiler.is_exporting():
-        where = "on the meta device" if x.is_meta else "of torch.export"
-        raise NotImplementedError(
-            f"exits: images must have numbers that decide where each exits, got images {where}; use"
-            " lraee.full_depth"
-        )
 
 
 def require_no_tokens(tower: nn.Module) -> None:
@@ -354,25 +360,10 @@ def require_no_tokens(tower: nn.Module) -> None:
         )
     if _are_parents_hooked(tower, spec):
         raise NotImplementedError(
-            f"exits: {family_of(tower).paths[0]}.{spec.block_parents[0]} must have no hooks, got"
+            f"exits: {family_of(tower).name_of(spec.block_parents[0])} must have no hooks, got"
             " some: images pass its blocks at different depths; hook the blocks, or use"
             " lraee.full_depth"
         )
-
-
-def embedding_size(tower: nn.Module) -> int:
-    """E of a tower that projects one vector per image.
-
-    Raises: NotImplementedError on another one.
-    """
-    spec = tower_spec(tower)
-    if spec.embedding_size is None:
-        raise NotImplementedError(
-            f"exits: the tower must be {spec.family}'s own {spec.float_class.__name__} with one"
-            f" projected vector per image, got {type(tower).__name__} with pooling"
-            f" {spec.pooling.kind!r}"
-        )
-    return spec.embedding_size
 
 
 def require_exits_fit(tower: nn.Module, router: Router) -> None:
@@ -381,7 +372,8 @@ def require_exits_fit(tower: nn.Module, router: Router) -> None:
     Raises: NotImplementedError on the tower, ValueError on heads outside it or of other widths.
     """
     require_no_tokens(tower)
-    D, E = tower_spec(tower).width, embedding_size(tower)
+    spec, E = tower_spec(tower), embedding_size(tower)
+    widths = (spec.width, 2 * spec.width) if spec.prefix_tokens else (spec.width,)
     L = len(blocks_of(tower))
     if router.blocks and router.blocks[-1] >= L:
         raise ValueError(
@@ -390,8 +382,8 @@ def require_exits_fit(tower: nn.Module, router: Router) -> None:
     for block, module in zip(router.blocks, router.heads, strict=True):
         head = cast(Int8Head, module)
         shape = head.gamma.shape[0], head.embedding_size
-        if shape not in ((D, E), (2 * D, E)):
+        if shape[0] not in widths or shape[1] != E:
             raise ValueError(
-                f"accelerate: exits must have heads [{D} or {2 * D}] -> [{E}], got"
+                f"accelerate: exits must have heads [{' or '.join(map(str, widths))}] -> [{E}], got"
                 f" [{shape[0]}] -> [{shape[1]}] after block {block}"
             )

@@ -14,7 +14,8 @@ from lraee.exits.router import Compaction
 from lraee.layers.scheme import INT8, Scheme
 from lraee.model.accelerate import accelerate
 from lraee.model.trace import trace
-from lraee.towers.families import find_tower
+from lraee.towers.calls import embedding_size
+from lraee.towers.families import encode_image, find_tower, tower_spec
 from lraee.towers.state import tower_hash
 from tests.support import generator
 
@@ -45,10 +46,14 @@ def make_exits(
 ) -> Exits:
     """Exits of a float model that few, some and more images take, by depth."""
     tower = find_tower(model)
-    D, E = tower.conv1.out_channels, tower.proj.shape[1]
+    spec, E = tower_spec(tower), embedding_size(tower)
     heads = {
         block: make_head(
-            D, E, hidden=None if block % 2 else D // 2, has_class_token=block % 3 != 0, seed=block
+            spec.width,
+            E,
+            hidden=None if block % 2 else spec.width // 2,
+            has_class_token=block % 3 != 0 and spec.prefix_tokens > 0,
+            seed=block,
         )
         for block in blocks
     }
@@ -84,10 +89,10 @@ def _open_thresholds(kind: GateKind, count: int) -> tuple[float, ...]:
 def _spread(model: nn.Module, exits: Exits) -> Exits:
     """Thresholds at which about a third of the images that come to an exit leave there."""
     fast = accelerate(model, exits=exits)
-    size = find_tower(model).image_size
+    size = tower_spec(find_tower(model)).image_size
     coarse = torch.randn(32, 3, 7, 7, generator=generator(5))
     with trace(fast) as t:
-        fast.encode_image(torch.nn.functional.interpolate(coarse, size=size, mode="bicubic"))
+        encode_image(fast, torch.nn.functional.interpolate(coarse, size=size, mode="bicubic"))
     thresholds = []
     for column in t.scores.T:
         finite = column[column.isfinite()]

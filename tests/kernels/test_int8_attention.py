@@ -4,12 +4,14 @@ import inspect
 
 import pytest
 import torch
+from torch import Tensor
 
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned
-from lraee.diagnostics.selftest_inputs import attention
+from lraee.diagnostics.selftest_inputs import attention, generator
 from lraee.kernels import configs, workspace
 from lraee.kernels.configs import AttentionConfig, attention_config
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
+from lraee.kernels.operands import AttentionOperands
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
 from tests.support import assert_same, assert_within
@@ -108,8 +110,7 @@ def check_quantized(
     with guarded_outputs():
         actual = int8_attention_quantized(
             poisoned(qkv, row_pad=seed % 3),
-            H,
-            seed % 3 == 0,
+            AttentionOperands(H, seed % 3 == 0),
             symmetric=symmetric,
             num_queries=num_queries,
         )
@@ -144,5 +145,61 @@ def test_many_lengths_quantized() -> None:
 
 
 def test_no_images_quantized() -> None:
-    x_q, x_scale, x_zero = int8_attention_quantized(torch.empty(0, 5, 24), 2, symmetric=True)
+    x_q, x_scale, x_zero = int8_attention_quantized(
+        torch.empty(0, 5, 24), AttentionOperands(2), symmetric=True
+    )
     assert x_q.shape == (0, 8) and x_scale.shape == x_zero.shape == (0,)
+
+
+# Rotary positions and key masks
+
+
+def angles(R: int, d: int, seed: int) -> Tensor:
+    """cos and sin of random angles [2, R, d], each half alike, as towers have them."""
+    half = torch.rand(R, d // 2, generator=generator(seed)) * 6.28
+    return torch.stack([half.cos(), half.sin()]).repeat(1, 1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rope(causal: bool) -> None:
+    for seed, (B, L, H, d, prefix) in enumerate([(2, 9, 2, 8, 1), (1, 70, 1, 48, 5), (1, 5, 2, 2, 0)]):  # fmt: skip  # noqa: E501
+        qkv, rope = attention(B, L, H, d, seed), angles(L - prefix, d, seed)
+        with guarded_outputs():
+            y = int8_attention(poisoned(qkv), H, causal, poisoned(rope))
+        expected = reference.int8_attention(qkv, H, causal, rope)
+        assert_within(y, expected, bounds.of_attention(qkv, expected, H), seed=seed)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_key_mask(causal: bool) -> None:
+    """Any tokens: within the bound. Masked NaN reaches no other row."""
+    for seed, (B, L, H, d) in enumerate([(3, 9, 2, 8), (2, 140, 1, 16)]):
+        qkv, rope = attention(B, L, H, d, seed), angles(L - 1, d, seed)
+        mask = torch.rand(B, L, generator=generator(seed)) < 0.5
+        mask[0, : L // 2], mask[1] = False, False
+        qkv[~mask] = torch.nan
+        with guarded_outputs():
+            y = int8_attention(poisoned(qkv), H, causal, rope, poisoned(mask))
+        expected = reference.int8_attention(qkv, H, causal, rope, mask)
+        clean = torch.where(mask[..., None], qkv, 0.0).to(qkv.dtype)
+        bound = bounds.of_attention(clean, expected, H)
+        assert_within(y[mask], expected[mask], bound[mask], seed=seed)
+
+
+def test_padding_behind_the_tokens_changes_no_bit() -> None:
+    for seed, (L, padded) in enumerate([(5, 9), (64, 70), (70, 200), (1, 65)]):
+        qkv = attention(2, padded, 2, 8, seed)
+        rope = angles(padded, 8, seed)
+        mask = torch.ones(2, padded, dtype=torch.bool)
+        mask[:, L:] = False
+        y = int8_attention(qkv, 2, False, rope, mask)
+        expected = int8_attention(qkv[:, :L].contiguous(), 2, False, rope[:, :L].contiguous())
+        assert_same(y[:, :L], expected, L=L, padded=padded)
+
+
+def test_a_query_without_keys_gives_zero() -> None:
+    mask = torch.zeros(1, 70, dtype=torch.bool)
+    assert not int8_attention(attention(1, 70, 1, 8, 0), 1, False, None, mask).any()
+    mask[0, 66] = True
+    y = int8_attention(attention(1, 70, 1, 8, 0), 1, True, None, mask)
+    assert not y[:, :66].any() and y[:, 66:].any()

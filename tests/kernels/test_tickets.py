@@ -24,6 +24,7 @@ from lraee.kernels.int8_linear import (
     int8_linear,
     int8_linear_quantized,
 )
+from lraee.kernels.operands import AttentionOperands
 from lraee.kernels.workspace import Workspace
 from lraee.ops import reference
 from tests.support import assert_same
@@ -123,7 +124,8 @@ def test_rows_of_attention_are_quantized_after_their_heads() -> None:
     for seed, (B, L, H, d, num_queries) in enumerate([(2, 20, 3, 8, 20), (1, 70, 2, 8, 66), (9, 5, 2, 8, 1)]):  # fmt: skip  # noqa: E501
         qkv = attention(B, L, H, d, seed)
         y = int8_attention(qkv, H, num_queries=num_queries)
-        given = {"qkv": qkv, "num_heads": H, "symmetric": True, "num_queries": num_queries}
+        operands = AttentionOperands(H)
+        given = {"qkv": qkv, "operands": operands, "symmetric": True, "num_queries": num_queries}
         expected = reference.quantize_rows(y.view(-1, H * d), True)
         check(int8_attention_quantized, given, expected, seed)
 

@@ -57,11 +57,27 @@ def _block_arguments() -> list[Any]:
     return [torch.randn(B, L, D, generator=source), block]
 
 
+def _gated_arguments() -> list[Any]:
+    """All that the operator takes: a gated MLP with a norm, RMSNorm, rotated tokens, a mask."""
+    x, block = _block_arguments()
+    source = generator(9)
+    mlp_norm = Norm(torch.ones(48), torch.zeros(48), 1e-6)
+    return [
+        x,
+        block._replace(
+            norm_1=Norm(torch.ones(32), None), c_fc=_linear(96, 32, source), gated=True,
+            activation="silu", mlp_norm=mlp_norm, rope=torch.randn(2, 4, 16, generator=source),
+            key_mask=x[:, :, 0] > -1,
+        ),
+    ]  # fmt: skip
+
+
 def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
     source = generator(6)
     x = torch.randn(5, 30, generator=source)
     qkv = torch.randn(2, 7, 48, generator=source)
     w_q = torch.randint(-127, 128, (18, 30), generator=source, dtype=torch.int8)
+    rope = torch.randn(2, 6, 8, generator=source)
     return {
         "quantize_rows": (ops.quantize_rows, [x], {"symmetric": False}),
         "quantize_rows_strided": (ops.quantize_rows, [x.T], {"symmetric": True}),
@@ -78,6 +94,18 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
         "float_linear_column_major": (ops.float_linear, [x, x.T.contiguous().T], {}),
         "int8_attention": (ops.int8_attention, [qkv], {"num_heads": 2}),
         "int8_attention_causal": (ops.int8_attention, [qkv], {"num_heads": 2, "causal": True}),
+        "int8_attention_rope": (
+            ops.int8_attention, [qkv], {"num_heads": 2, "rope": rope, "key_mask": qkv[:, :, 0] > 0},
+        ),
+        "layer_norm_quantize_rms": (
+            ops.layer_norm_quantize, [x, torch.ones(30), None], {"symmetric": True},
+        ),
+        "gated_quantize": (ops.gated_quantize, [x], {}),
+        "gated_quantize_norm": (
+            ops.gated_quantize, [x.half()],
+            {"activation": "gelu", "norm": Norm(torch.ones(15), None, 1e-6)},
+        ),
+        "int8_block_gated": (ops.int8_block, _gated_arguments(), {}),
         "exit_probe": (ops.exit_probe, _probe_arguments(), {}),
         "exit_probe_affine": (ops.exit_probe, _probe_arguments(two_layers=False), {}),
         "exit_probe_class_token": (ops.exit_probe, _probe_arguments(has_class_token=True), {}),
@@ -107,13 +135,13 @@ def _operator_calls(call: Call, arguments: list[Any], options: dict[str, Any]) -
     with Recorder():
         call(*arguments, **options)
     ((operator, args, kwargs),) = calls
-    return operator, args, kwargs
+    return getattr(operator, "default", operator), args, kwargs
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str) -> None:
     operator, args, kwargs = _operator_calls(*CASES[name])
-    outcome = torch.library.opcheck(operator.default, args, kwargs)
+    outcome = torch.library.opcheck(operator, args, kwargs)
     assert set(outcome.values()) == {"SUCCESS"}, outcome
 
 
@@ -160,6 +188,9 @@ def test_flops_are_two_for_each_multiply_add() -> None:
         "int8_linear": 2 * 5 * 18 * 30,
         "int8_attention": 2 * 2 * (2 * 7 * 7 * 16),
         "int8_block": 2 * 2 * 5 * 32 * (4 * 32 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
+        "int8_attention_rope": 2 * 2 * (2 * 7 * 7 * 16),
+        "int8_block_gated": 2 * 2 * 5 * 32 * (4 * 32 + 96 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
+        "gated_quantize": 0,
         "exit_probe": 2 * 3 * (20 * 16 + 16 * 12 + 5 * 12),
         "exit_probe_affine": 2 * 3 * (20 * 12 + 5 * 12),
         "exit_probe_class_token": 2 * 3 * (40 * 16 + 16 * 12 + 5 * 12),
@@ -241,6 +272,26 @@ def _errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Exception]
          r"activation must be one of none"),
         ("int8_block", {1: block._replace(symmetric=(True,))}, {}, ValueError,
          r"symmetric must have 4 values, got 1"),
+        ("int8_attention", {}, {"rope": torch.zeros(2, 8, 8)}, ValueError,
+         r"rope must rotate an even number of channels of at most L = 7 tokens"),
+        ("int8_attention", {}, {"rope": torch.zeros(2, 6, 6)}, ValueError,
+         r"int8_attention: rope must have shape \[2, 6, 8\], got \[2, 6, 6\]"),
+        ("int8_attention", {}, {"rope": torch.zeros(2, 6, 8).half()}, TypeError,
+         r"rope must be float32"),
+        ("int8_attention", {}, {"key_mask": torch.ones(2, 7)}, TypeError, r"key_mask must be bool"),
+        ("int8_attention", {}, {"key_mask": torch.ones(2, 6).bool()}, ValueError,
+         r"key_mask must have shape \[2, 7\], got \[2, 6\]"),
+        ("gated_quantize", {0: torch.zeros(3, 5)}, {}, ValueError, r"x must have shape \[M, 2 H\]"),
+        ("gated_quantize", {}, {"activation": "relu"}, ValueError,
+         r"gated_quantize: activation must be one of none, silu, gelu"),
+        ("gated_quantize", {}, norm(30, 30), ValueError,
+         r"gated_quantize: norm.gamma must have shape \[15\], got \[30\]"),
+        ("int8_block", {1: block._replace(mlp_norm=block.norm_1)}, {}, ValueError,
+         r"mlp_norm must be None unless gated"),
+        ("int8_block", {1: block._replace(gated=True, activation="silu")}, {}, ValueError,
+         r"c_proj.w must have the cpu layout .* of \[N, K\] = \[32, 24\]"),
+        ("int8_block", {1: block._replace(activation="silu")}, {}, ValueError,
+         r"activation must be one of none, gelu, gelu_tanh, quick_gelu, got 'silu'"),
         ("exit_probe", {0: torch.zeros(3, 1, 20)}, {}, ValueError, r"a class token and a patch"),
         ("exit_probe", {1: head._replace(classes=torch.zeros(0, 12))}, {}, ValueError,
          r"classes must have shape"),

@@ -267,3 +267,50 @@ def test_exit_probe_with_one_class() -> None:
     assert top1.tolist() == [0, 0, 0]
     assert_same(confidence, torch.ones(3))
     assert_same(margin, confidence)
+
+
+def test_rope_by_hand() -> None:
+    """Two tokens, one head of d = 2; the second token is turned by 90 degrees: (3, 4) -> (-4, 3).
+
+    With q = k = v the turned token and its key are (-4, 3); the first stays (1, 0).
+    """
+    token = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    turned = torch.tensor([[1.0, 0.0], [-4.0, 3.0]])
+    rope = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]])
+    qkv = torch.cat([token, token, token], 1)[None]
+    expected = torch.cat([turned, turned, token], 1)[None]
+    y = reference.int8_attention(qkv, 1, False, rope)
+    assert_same(y, reference.int8_attention(expected, 1))
+    assert not torch.equal(y, reference.int8_attention(qkv, 1))
+
+
+def test_key_mask_by_hand() -> None:
+    """One valid token: every query gets its value, whatever the others hold; none: 0."""
+    qkv = torch.randn(2, 3, 3 * 4, generator=generator(6))
+    qkv[0, 0] = math.nan
+    mask = torch.tensor([[False, True, False], [False, False, False]])
+    y = reference.int8_attention(qkv, 2, False, None, mask)
+    for token in (1, 2):
+        assert_same(y[0, token], qkv[0, 1, 8:])
+    assert not y[1].any()
+
+
+def test_rms_norm_by_hand() -> None:
+    """(3, 4, 0, 0) has mean square 6.25, so with eps = 0 it is divided by 2.5."""
+    x_q, x_scale, x_zero = reference.layer_norm_quantize(
+        torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.tensor([2.0, 1.0, 1.0, 1.0]), None, 0.0, False
+    )
+    assert_same(x_scale, torch.tensor([2.4]) / 255)
+    assert x_zero.tolist() == [-128] and x_q.tolist() == [[127, 42, -128, -128]]
+
+
+def test_gated_quantize_by_hand() -> None:
+    """gate * up = (255, 0.25): scale 1, and of the rest 0.25 the step 1 / 254 takes 63.5 -> 64."""
+    x = torch.tensor([[51.0, 0.5, 5.0, 0.5]])
+    x_q, x_scale, x_zero, r_q, r_scale = reference.gated_quantize(x, "none")
+    assert x_q.tolist() == [[127, -128]] and x_zero.tolist() == [-128] and x_scale.tolist() == [1]
+    assert r_q.tolist() == [[0, 64]]
+    assert_same(r_scale, torch.tensor([1.0]) / 254)
+    silu = reference.gated_quantize(torch.tensor([[2.0, 3.0]]), "silu")
+    back = (silu[0].float() - silu[2]) * silu[1] + silu[3] * silu[4]
+    assert_within(back, torch.tensor([[6 / (1 + math.exp(-2))]], dtype=torch.float64), 1e-4)

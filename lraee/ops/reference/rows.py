@@ -99,17 +99,21 @@ def quantize_rows(x: Tensor, symmetric: bool) -> Quantized:
     return x_q, torch.where(is_finite, x_scale, math.nan), x_zero
 
 
-def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """LayerNorm of float32 [M, D] in the fixed summation order, two passes."""
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm of float32 [M, D] in the fixed summation order, two passes; RMSNorm without beta.
+
+    RMSNorm takes 0 for the mean: y = (x * rstd) * gamma with rstd = 1 / sqrt(mean(x^2) + eps).
+    """
     D = x.shape[1]
-    centred = x - divide(lane_sum(x), D)[:, None]
+    centred = x if beta is None else x - divide(lane_sum(x), D)[:, None]
     variance = divide(lane_sum(centred * centred), D)
     rstd = 1.0 / square_root(variance + torch.tensor(eps, dtype=torch.float32, device=x.device))
-    return (centred * rstd[:, None]) * gamma + beta
+    y = (centred * rstd[:, None]) * gamma
+    return y if beta is None else y + beta
 
 
 def layer_norm_quantize(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, symmetric: bool
+    x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, symmetric: bool
 ) -> Quantized:
     """quantize_rows(LayerNorm(x) * gamma + beta).
 
@@ -119,7 +123,7 @@ def layer_norm_quantize(
     Args:
       x: float32, bfloat16 or float16 [M, D].
       gamma: float32 [D].
-      beta: float32 [D].
+      beta: float32 [D], or None: RMSNorm, see layer_norm.
       eps: added to the variance, rounded to float32.
       symmetric: as in quantize_rows.
     Returns: x_q int8 [M, D], x_scale float32 [M], x_zero int32 [M].
