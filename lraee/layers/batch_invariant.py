@@ -104,7 +104,8 @@ class RowwiseLinear(nn.Linear):
         if type(linear) is nn.Linear:
             linear.__class__ = cls
             adopted = cast(RowwiseLinear, linear)
-            adopted.backend, adopted.by_step = backend, ByStep()
+            adopted.backend = backend
+            adopted.by_step = ByStep()
 
     @classmethod
     def release(cls, linear: nn.Module) -> None:

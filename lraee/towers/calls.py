@@ -1,7 +1,9 @@
-"""Calls that no int8 tower can answer: one line says why and what to do."""
+"""What towers cannot do: calls by tracers, exits without numbers or without one embedding."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lraee.towers.families import tower_spec
 
 
 def require_no_script() -> None:
@@ -22,3 +24,18 @@ def require_numbers(x: Tensor) -> None:
             f"exits: images must have numbers that decide where each exits, got images {where}; use"
             " lraee.full_depth"
         )
+
+
+def embedding_size(tower: nn.Module) -> int:
+    """E of a tower that projects one vector per image.
+
+    Raises: NotImplementedError on another one.
+    """
+    spec = tower_spec(tower)
+    if spec.embedding_size is None:
+        raise NotImplementedError(
+            f"exits: the tower must be {spec.family}'s own {spec.float_class.__name__} with one"
+            f" projected vector per image, got {type(tower).__name__} with pooling"
+            f" {spec.pooling.kind!r}"
+        )
+    return spec.embedding_size
