@@ -15,7 +15,13 @@ from typer.testing import CliRunner, Result
 
 from lraee.cli import main as cli
 from lraee.diagnostics import guarded_memory as poison
-from lraee.diagnostics import interpreter, selftest, selftest_cases, selftest_results, selftest_sizes
+from lraee.diagnostics import (
+    interpreter,
+    selftest,
+    selftest_cases,
+    selftest_results,
+    selftest_sizes,
+)
 from lraee.diagnostics import selftest_timing as selftest_time
 from lraee.diagnostics.interpreter import Device
 from lraee.diagnostics.selftest_sizes import FULL, QUICK, TINY, Sizes, Target
@@ -88,7 +94,16 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
     for name in names:
         assert any(name not in case.shape for case in linears)
     shapes = " / ".join(case.shape for case in cases)
-    for text in ("causal", "class token", "one layer", "H=", "rope", "gated", " symmetric", "asymmetric"):
+    for text in (
+        "causal",
+        "class token",
+        "one layer",
+        "H=",
+        "rope",
+        "gated",
+        " symmetric",
+        "asymmetric",
+    ):
         assert text in shapes
 
 
