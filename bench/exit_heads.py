@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import lraee
 from lraee import zoo
+from lraee.calibration.gate_fitting import fit_logistic
 from lraee.calibration.head_training import (
     BEST_HEAD,
     PAPER_HEAD,
@@ -35,13 +36,13 @@ from lraee.calibration.head_training import (
     train_head,
 )
 from lraee.calibration.thresholds import ScoreTable, evaluate, quantile_grid, search
-from lraee.data.classes import class_features, read_classes
+from lraee.data.classes import read_classes
 from lraee.data.photos import Photos
-from lraee.exits.gate import fit_logistic
 from lraee.exits.head import HeadWeights, pool
 from lraee.measurement import machine
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of, find_tower
 from lraee.towers.flops import PartFlops
+from lraee.towers.prompts import class_features
 
 MODEL, SIZE, PHOTO = "lraee-tiny", (56, 56), 64
 Blocks = tuple[int, ...]
@@ -109,18 +110,18 @@ def read_photos(path: Path, wnids: Path, limit: int | None) -> tuple[Tensor, Ten
 @torch.inference_mode()
 def look(model: nn.Module, fast: nn.Module, blocks: Blocks, crops: Iterable[Tensor]) -> View:
     """One view of every photo through both towers."""
-    seen: list[Tensor] = []
-    resblocks = towers.blocks_of(towers.find_tower(fast))
+    tokens: list[Tensor] = []
+    blocks_of_tower = blocks_of(find_tower(fast))
     hooks = [
-        resblocks[block - 1].register_forward_hook(lambda module, inputs, z: seen.append(z))
+        blocks_of_tower[block - 1].register_forward_hook(lambda module, inputs, z: tokens.append(z))
         for block in blocks
     ]
     parts: list[tuple[Tensor, ...]] = []
     for images in crops:
-        seen.clear()
+        tokens.clear()
         full = fast.encode_image(images)  # type: ignore[operator]
-        pooled = torch.stack([pool(z, has_class_token=True).half() for z in seen], 1)
-        variance = torch.stack([z[:, 1:].var(1, correction=0).sum(1) for z in seen], 1)
+        pooled = torch.stack([pool(z, has_class_token=True).half() for z in tokens], 1)
+        variance = torch.stack([z[:, 1:].var(1, correction=0).sum(1) for z in tokens], 1)
         parts.append((pooled, variance, model.encode_image(images), full))  # type: ignore[operator]
     for hook in hooks:
         hook.remove()
@@ -132,19 +133,19 @@ def collect(photos: Path, wnids: Path, blocks: Blocks, views: int, limit: int | 
     model, _, tokenizer = zoo.load(MODEL)
     fast = lraee.accelerate(model)
     source = torch.Generator().manual_seed(0)
-    found = []
+    looks: list[View] = []
     for view in range(views + 1):
         parts = tqdm(torch.split(images, 64), desc=f"view {view}", leave=False)
         crops = (
             augmented(part, size=SIZE, generator=source) if view else centred(part, SIZE)
             for part in map(torch.Tensor.float, parts)
         )
-        found.append(look(model, fast, blocks, crops))
+        looks.append(look(model, fast, blocks, crops))
     classes = class_features(model, tokenizer, read_classes(wnids).names, progress=False)
     tenth = len(images) // 10
     order = torch.randperm(len(images), generator=source)
     splits = torch.split(order, [len(images) - 2 * tenth, tenth, tenth])
-    return Data(blocks, found, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
+    return Data(blocks, looks, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
 
 
 def train(data: Data, block: int, options: HeadOptions) -> HeadWeights:
@@ -207,7 +208,7 @@ def compare_gates(data: Data, exits: Blocks) -> None:
     for i, block in enumerate(exits):
         right = _percent(seen.answers[:, i] == seen.labels)
         print(f"block {block}: {right} / {_percent(seen.answers[:, i] == seen.teacher)}")
-    parts = PartFlops.of(towers.find_tower(zoo.load(MODEL)[0]))
+    parts = PartFlops.of(find_tower(zoo.load(MODEL)[0]))
     probes = [2 * (head.macs + data.classes.numel()) for head in heads.values()]
     costs = np.array(parts.when_leaving(exits, probes)) / parts.total
     for name, used in GATES.items():

@@ -5,8 +5,8 @@
     python -m bench.exit_time --tower ViT-B-32 --leave 8:0.4
 
 Per batch size, in turn on the same photos: full depth; the exits as they are; and the same probes
-with thresholds that nobody reaches, which is the most that exits can cost. Without exits of its own
-a tower gets three random heads (2 D -> 512 -> E, 1,000 classes) whose thresholds let about a
+with thresholds that no image reaches, which is the most that exits can cost. Without exits of its
+own a tower gets three random heads (2 D -> 512 -> E, 1,000 classes) whose thresholds let about a
 tenth, a quarter and a third of the photos leave after blocks 8, 10 and 11 of 12, as the paper has
 it, or --leave: time does not depend on what heads know. lraee.calibrate would not open three where
 one probe costs more than 0.7 % of the tower; how many it would is printed beside the plan.
@@ -29,14 +29,15 @@ from bench.environment import describe
 from lraee.calibration.probe_time import measure
 from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
-from lraee.model.accelerate import acceleration_of
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.model.acceleration import acceleration_of
+from lraee.towers.families import blocks_of, find_tower, tower_spec
+from lraee.towers.runner import embedding_size, exits_of
 from lraee.zoo.opening import open_model
 
 HIDDEN, NUM_CLASSES = 512, 1000
@@ -46,10 +47,10 @@ PHOTOS = 256
 
 
 def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits:
-    """Heads that know nothing, after these blocks of 12; nobody leaves yet."""
-    tower, made = towers.find_tower(fast), acceleration_of(fast)
-    assert made is not None
-    D, E = cast(nn.Conv2d, tower.conv1).out_channels, vision.embedding_size(tower)
+    """Random heads after these blocks of 12; no image exits yet."""
+    tower, record = find_tower(fast), acceleration_of(fast)
+    assert record is not None
+    D, E = tower_spec(tower).width, embedding_size(tower)
     source = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -59,7 +60,7 @@ def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits
         w1, b1, w2, b2 = normal(HIDDEN, 2 * D), normal(HIDDEN), normal(E, HIDDEN), normal(E)
         return HeadWeights(torch.ones(2 * D), torch.zeros(2 * D), w1, b1, w2, b2)
 
-    depths = tuple(block * len(towers.blocks_of(tower)) // 12 for block in shares)
+    depths = tuple(block * len(blocks_of(tower)) // 12 for block in shares)
     gate = Gate("confidence", ((0.0,) * 4,) * len(depths), (math.inf,) * len(depths))
     return Exits(
         heads={depth: head() for depth in depths},
@@ -68,8 +69,8 @@ def random_exits(fast: nn.Module, shares: Mapping[int, float] = SHARES) -> Exits
         classes=torch.nn.functional.normalize(normal(NUM_CLASSES, E), dim=1),
         logit_scale=100.0,
         compaction=Compaction(),
-        scheme=made.scheme,
-        base_hash=made.base_hash,
+        scheme=record.scheme,
+        base_hash=record.base_hash,
         card={"made": "random heads"},
     )
 
@@ -104,7 +105,7 @@ def run(fast: nn.Module, images: Tensor, batch: int) -> None:
 
 def table(fast: nn.Module, images: Tensor, batch: int, budget_s: float) -> list[str]:
     """One row of the Markdown table; checks first that exits off is the same computation."""
-    router = vision.exits_of(towers.find_tower(fast))
+    router = exits_of(find_tower(fast))
     assert router is not None
     opened = router.gate
     closed = replace(opened, thresholds=(math.inf,) * len(opened.thresholds))
@@ -146,7 +147,7 @@ def leaving_of(words: list[str]) -> dict[int, float]:
 
     Raises: typer.BadParameter on anything else.
     """
-    found: dict[int, float] = {}
+    shares: dict[int, float] = {}
     for word in words:
         block, _, share = word.partition(":")
         try:
@@ -158,8 +159,8 @@ def leaving_of(words: list[str]) -> dict[int, float]:
                 "--leave must be BLOCK:SHARE, a block of 1 to 11 and a share of 0 to 1,"
                 f" got {word!r}"
             )
-        found[depth] = leaving
-    return dict(sorted(found.items()))
+        shares[depth] = leaving
+    return dict(sorted(shares.items()))
 
 
 def main(
@@ -176,23 +177,23 @@ def main(
     opened = open_model(tower, may_be_random=True)
     loaded = None if exits is None else Exits.load(exits)
     plain = lraee.accelerate(opened.model, scheme=scheme if loaded is None else loaded.scheme)
-    size = cast(tuple[int, int], towers.find_tower(plain).image_size)
+    size = tower_spec(find_tower(plain)).image_size
     if photos is None:
         images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
     else:
         images = torch.cat(list(PhotoImages(Photos(photos, limit=count), opened.preprocess)))
     leaving = leaving_of(leave)
-    made = loaded or spread(opened.model, random_exits(plain, leaving), images, leaving)
-    fast = lraee.accelerate(opened.model, scheme=made.scheme, exits=made)
+    timed = loaded or spread(opened.model, random_exits(plain, leaving), images, leaving)
+    fast = lraee.accelerate(opened.model, scheme=timed.scheme, exits=timed)
     for key, value in describe().items():
         typer.echo(f"{key:<10} {value}")
-    gate = made.plan.gate.kind
+    gate = timed.plan.gate.kind
     typer.echo(
-        f"{'plan':<10} {gate} gate after blocks {list(made.plan.blocks)}; {len(images)} photos"
+        f"{'plan':<10} {gate} gate after blocks {list(timed.plan.blocks)}; {len(images)} photos"
     )
-    block, classes = made.plan.blocks[0], made.classes
+    block, classes = timed.plan.blocks[0], timed.classes
     assert classes is not None
-    time = measure(plain, block, made.heads[block], classes, made.logit_scale)
+    time = measure(plain, block, timed.heads[block], classes, timed.logit_scale)
     shares = [p / t for p, t in zip(time.probe_us, time.tower_us, strict=True)]
     typer.echo(
         f"{'probe':<10} {', '.join(f'{100 * share:.2f} %' for share in shares)} of the tower at"
@@ -201,7 +202,7 @@ def main(
     )
     typer.echo(
         "| batch | full depth, ms | FLOPs saved, % | time saved, % | of FLOPs saved, % |"
-        " nobody leaves, % | full depth again, % |\n|---|---|---|---|---|---|---|"
+        " no image exits, % | full depth again, % |\n|---|---|---|---|---|---|---|"
     )
     with torch.inference_mode():
         for size_of_batch in batch:

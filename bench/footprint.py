@@ -23,7 +23,7 @@ from torch import nn
 
 import lraee
 from bench.environment import describe
-from lraee.towers import open_clip as towers
+from lraee.towers.families import find_tower, tower_spec
 from lraee.zoo.opening import open_model
 
 FORMS = ("float32", "int8", "int8-patches")
@@ -36,7 +36,7 @@ def ready(form: str, tower: str) -> tuple[nn.Module, float]:
     start = time.perf_counter()
     if form != "float32":
         lraee.accelerate(model, scheme=form, inplace=True)
-    return towers.find_tower(model), time.perf_counter() - start
+    return find_tower(model), time.perf_counter() - start
 
 
 def measure(form: str, tower: str, batch: int) -> dict[str, float]:
@@ -44,7 +44,7 @@ def measure(form: str, tower: str, batch: int) -> dict[str, float]:
     visual, seconds = ready(form, tower)
     opening = _of_status("VmHWM")
     starts_anew = _peak_starts_anew()
-    size = cast(tuple[int, int], visual.image_size)
+    size = tower_spec(visual).image_size
     with torch.inference_mode():
         for _ in range(3):
             visual(torch.zeros(batch, 3, *size))
@@ -94,10 +94,10 @@ def main(
     typer.echo(f"\n{tower}, batches of {batch}; seconds, MB")
     typer.echo(f"{'':<13} {'ready':>7} {'peak':>7} {'serving':>8} {'after':>7} {'weights':>8}")
     for form in FORMS:
-        found = in_its_own_process(form, tower, batch)
+        row = in_its_own_process(form, tower, batch)
         typer.echo(
-            f"{form:<13} {found['ready_s']:7.2f} {found['peak_mb']:7.0f} {found['serving_mb']:8.0f}"
-            f" {found['after_mb']:7.0f} {found['weights_mb']:8.0f}"
+            f"{form:<13} {row['ready_s']:7.2f} {row['peak_mb']:7.0f} {row['serving_mb']:8.0f}"
+            f" {row['after_mb']:7.0f} {row['weights_mb']:8.0f}"
         )
 
 

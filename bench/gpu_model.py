@@ -259,7 +259,7 @@ def fp16_block_us(tower: Tower, batch: int, part: Part, mode: str) -> float:
 
 def outside_us(tower: Tower, batch: int, part: Part, mode: str) -> float:
     """PREDICTION for what is no block, in FP16 with INT8 blocks too: patches side by side, their
-    product, class token and positions, ln_pre; ln_post of the class token, and the projection.
+    product, class token and positions, first norm; final norm of the class token, projection.
     """
     patches, K = batch * (tower.L - 1), 3 * tower.patch_px**2
     M, D, bandwidth = batch * tower.L, tower.D, _bytes_per_us(part)

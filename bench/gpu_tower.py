@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import lraee
 from lraee.diagnostics.selftest_timing import captured, cuda_interleaved
 from lraee.measurement import machine
+from lraee.towers.families import tower_spec
 from lraee.zoo.opening import open_model
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -40,13 +41,15 @@ def time_tower(name: str, dtype: torch.dtype, batches: list[int], budget_s: floa
     exact: Any = open_model(name, may_be_random=True).model.get_submodule("visual").to(device)
     base: Any = copy.deepcopy(exact).to(dtype)
     fast: Any = lraee.accelerate(base)
-    size = exact.image_size
+    size = tower_spec(exact).image_size
     images = torch.randn(max(32, *batches), 3, *size, device=device)
     few = images[:32]
-    made = fast(few.to(dtype))
+    embedded = fast(few.to(dtype))
     alone = torch.cat([fast(one[None].to(dtype)) for one in few[:4]])
-    cosine = centred_cosine(made.float(), exact(few))
-    print(f"{name} {dtype}: cosine {cosine:.5f}, same bits alone: {torch.equal(alone, made[:4])}")
+    cosine = centred_cosine(embedded.float(), exact(few))
+    print(
+        f"{name} {dtype}: cosine {cosine:.5f}, same bits alone: {torch.equal(alone, embedded[:4])}"
+    )
     for B in batches:
         x = images[:B].to(dtype).contiguous()
         graph = captured(partial(base, x), device)

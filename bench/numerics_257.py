@@ -33,6 +33,8 @@ from lraee.data.photos import Photos
 from lraee.evaluation import evaluate
 from lraee.layers.scheme import Scheme
 from lraee.measurement import machine
+from lraee.storage.json import write_json
+from lraee.towers.families import block_specs, tower_spec
 
 LAYERS, WIDTH, HEADS, PATCH, SIZE = 12, 384, 6, 14, 224
 EPS = 1e-6
@@ -116,45 +118,50 @@ def load() -> Embedder:
         mlp_ratio=4.0,
         ls_init_value=1.0,
         no_ln_pre=True,
-        pool_type="tok",
         output_tokens=True,
         output_dim=WIDTH,
         norm_layer=lambda width: LayerNorm(width, eps=EPS),
     )
     visual.proj = None
-    state = tower_state(arrays, position_table(graph, arrays))
+    state = tower_state(visual, arrays, position_table(graph, arrays))
     visual.load_state_dict(state, strict=True)
     return Embedder(visual.eval()).eval()
 
 
-def tower_state(arrays: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
-    """open_clip's names for the arrays of the ONNX file."""
+def tower_state(
+    visual: nn.Module, arrays: dict[str, Tensor], positions: Tensor
+) -> dict[str, Tensor]:
+    """The tower's own names for the arrays of the ONNX file."""
     patch = "backbone.embeddings.patch_embeddings.projection"
     positions = positions.clone()
     positions[1:] += arrays[f"{patch}.bias"]  # open_clip's convolution has no bias
+    spec = tower_spec(visual)
+    table = (spec.tokens, spec.width)
+    position_name = next(name for name, p in visual.named_parameters() if p.shape == table)
     state = {
         "class_embedding": arrays["backbone.embeddings.cls_token"].flatten(),
-        "positional_embedding": positions,
-        "conv1.weight": arrays[f"{patch}.weight"],
-        "ln_post.weight": arrays[f"{LAST}.weight"],
-        "ln_post.bias": arrays[f"{LAST}.bias"],
+        position_name: positions,
+        f"{spec.patch_embedding.path}.weight": arrays[f"{patch}.weight"],
+        f"{spec.final_norm}.weight": arrays[f"{LAST}.weight"],
+        f"{spec.final_norm}.bias": arrays[f"{LAST}.bias"],
     }
-    names = {
-        "norm1": "ln_1",
-        "norm2": "ln_2",
-        "attention.output.dense": "attn.out_proj",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    }
-    for i in range(LAYERS):
-        theirs, ours = f"backbone.encoder.layer.{i}", f"transformer.resblocks.{i}"
-        for kind in ("weight", "bias"):
+    for i, block in enumerate(block_specs(visual)):
+        theirs, ours = f"backbone.encoder.layer.{i}", f"{spec.blocks}.{i}"
+        (qkv,), mlp = block.attention.in_proj.parts, block.mlp
+        names = {
+            "norm1": block.norm_1.path,
+            "norm2": block.norm_2.path,
+            "attention.output.dense": block.attention.out_proj.path,
+            "mlp.fc1": mlp.fc1.path,
+            "mlp.fc2": mlp.fc2.path,
+        }
+        for kind, own in (("weight", qkv.weight), ("bias", qkv.bias)):
             parts = [arrays[f"{theirs}.attention.attention.{p}.{kind}"] for p in PROJECTIONS]
-            state[f"{ours}.attn.in_proj_{kind}"] = torch.cat(parts)
-            for name, own in names.items():
-                state[f"{ours}.{own}.{kind}"] = arrays[f"{theirs}.{name}.{kind}"]
-        for k in (1, 2):
-            state[f"{ours}.ls_{k}.gamma"] = arrays[f"{theirs}.layer_scale{k}.lambda1"]
+            state[f"{ours}.{own}"] = torch.cat(parts)
+            for name, path in names.items():
+                state[f"{ours}.{path}.{kind}"] = arrays[f"{theirs}.{name}.{kind}"]
+        for k, scale in ((1, block.scale_1), (2, block.scale_2)):
+            state[f"{ours}.{scale}"] = arrays[f"{theirs}.layer_scale{k}.lambda1"]
     return state
 
 
@@ -211,8 +218,8 @@ def main(
             f"  {row.weight_bytes / 1e6:6.2f} MB"
         )
     if out is not None:
-        found = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
-        evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
+        header = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
+        write_json({**header, "rows": [asdict(row) for row in rows]}, out)
 
 
 if __name__ == "__main__":

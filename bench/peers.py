@@ -28,9 +28,10 @@ import lraee
 from bench.environment import describe
 from lraee import zoo
 from lraee.data.sources import first_line
-from lraee.evaluation.evaluate import write_json
 from lraee.measurement.timing import Timing, interleaved
 from lraee.model.fidelity import compare
+from lraee.storage.json import write_json
+from lraee.towers.families import tower_spec
 
 SCHEMA = "lraee.peers/1"
 Encode = Callable[[Tensor], Tensor]
@@ -238,7 +239,7 @@ def main(
     with torch.inference_mode(False), torch.no_grad():
         for name in tower:
             floats = load_tower(name)
-            images = photo_like_images(32, int(floats.image_size[0]))  # type: ignore[index]
+            images = photo_like_images(32, tower_spec(floats).image_size[0])
             built = build_all(list(dict.fromkeys(names)), floats, images)
             failures[name] = {n: b for n, b in built.items() if isinstance(b, str)}
             runs = {n: b for n, b in built.items() if not isinstance(b, str)}

@@ -31,8 +31,9 @@ from torchvision import transforms
 from torchvision.transforms.v2.functional import resized_crop
 from tqdm import tqdm
 
-from lraee.data.classes import Classes, class_features, read_classes
+from lraee.data.classes import Classes, read_classes
 from lraee.data.photos import Photos
+from lraee.towers.prompts import class_features
 from lraee.zoo.opening import open_model
 
 STORED = 64  # photos are kept as uint8 [3, 64, 64]

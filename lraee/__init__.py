@@ -6,9 +6,10 @@ from lraee import ops, zoo
 from lraee.calibration.calibrate import calibrate
 from lraee.exits.bundle import Exits
 from lraee.layers.scheme import Scheme
-from lraee.model.accelerate import accelerate, restore
+from lraee.model.accelerate import accelerate
 from lraee.model.checkpoint import load, save
 from lraee.model.fidelity import FidelityError
+from lraee.model.restore import restore
 from lraee.model.trace import full_depth, trace
 from lraee.storage.files import CheckpointError
 

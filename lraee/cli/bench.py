@@ -26,14 +26,15 @@ def bench(
 
     Example: `lraee bench --model ViT-B-32 --batch 1 --batch 32`
     """
-    from lraee.evaluation import evaluate
     from lraee.measurement import machine, timing
     from lraee.model.accelerate import accelerate
+    from lraee.storage.json import write_json
+    from lraee.towers.families import image_size
     from lraee.zoo.opening import open_model
 
     opened = open_model(model, pretrained, may_be_random=True)
     models = {**timing.float_and_bfloat16(opened.model), "int8": accelerate(opened.model)}
-    rows = timing.time_tower(models, timing.image_size(opened.model), batch or [1, 8, 32], seconds)
+    rows = timing.time_tower(models, image_size(opened.model), batch or [1, 8, 32], seconds)
     header = machine.describe()
     line("model", opened.title)
     line("machine", f"{header['machine']}, {header['threads']} threads, {header['operators']}")
@@ -46,5 +47,5 @@ def bench(
     console.print(table)
     if out is not None:
         found = {"schema": timing.SCHEMA, **header, "model": opened.title}
-        evaluate.write_json({**found, "rows": [asdict(row) for row in rows]}, out)
+        write_json({**found, "rows": [asdict(row) for row in rows]}, out)
         line("written", str(out))

@@ -27,12 +27,13 @@ def demo(
 
     Example: `lraee demo --data ~/photos`, or `lraee demo --model ViT-B-32 --pretrained openai`
     """
-    from lraee.evaluation import demo, evaluate
+    from lraee.evaluation import demo
+    from lraee.storage.json import write_json
     from lraee.zoo.opening import open_model
 
     photos = demo.open_photos(data, limit)
     found = demo.run(open_model(model, pretrained), photos, progress=progress)
-    evaluate.write_json(found, out)
+    write_json(found, out)
     line("model", f"{found['model']}, {found['classes']} class names")
     line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
     line("photos", f"{found['photos']}; {photos.report()}")
@@ -43,3 +44,4 @@ def demo(
     console.print(tables.of_answers(found["answers"]))
     console.print(tables.of_forms(found["rows"]))
     line("written", str(out))
+    line("next", "lraee embed PHOTOS --out DIR embeds a library of any size")

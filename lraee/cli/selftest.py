@@ -24,7 +24,7 @@ def selftest(
     Example: `lraee selftest --device cuda --json-out selftest.json`
     """
     from lraee.diagnostics import selftest
-    from lraee.evaluation import evaluate
+    from lraee.storage.json import write_json
 
     found = selftest.examine(device, quick=quick, progress=progress)
     for key in ("gpu", "capability", "driver", "versions"):
@@ -33,7 +33,7 @@ def selftest(
     for table in tables.of_selftest(found):
         console.print(table)
     if json_out is not None:
-        evaluate.write_json(found, json_out)
+        write_json(found, json_out)
         line("written", str(json_out))
     if not found["is_ok"]:
         raise typer.Exit(1)

@@ -25,6 +25,7 @@ from lraee.kernels.operands import Norm, PackedLinear, ProbeHead
 from lraee.measurement.timing import MAX_ROUNDS, MIN_ROUNDS, WARM_S, Timing, interleaved, warm_up
 from lraee.model.accelerate import accelerate
 from lraee.ops.reference import quantize_rows
+from lraee.towers.families import image_size
 from lraee.zoo.opening import open_model
 
 Input = TypeVar("Input")
@@ -329,8 +330,7 @@ def tower_contest(
     def make() -> dict[str, Call]:
         base: Any = opened().to(device)
         fast: Any = accelerate(base)
-        size = base.image_size
-        images = _normal(device, batch, 3, *((size, size) if isinstance(size, int) else size))
+        images = _normal(device, batch, 3, *image_size(base))
         quick: Any = compiled(base)
         return {
             "lraee int8": lambda: fast(images),

@@ -11,6 +11,7 @@ from lraee.layers.scheme import Rounding, quantize_activation
 from lraee.ops.backend import Backend, operators, require_backend
 from lraee.ops.checked import Activation
 from lraee.ops.reference import Quantized
+from lraee.ops.registry import PANEL_N
 
 _WEIGHT_KEY = "w_q"
 
@@ -93,6 +94,14 @@ class Int8Linear(nn.Module):
         """The operands as operators take them."""
         return packed_linear(self._buffers)  # a module's own look-up takes 1 us for each
 
+    def rows(self, first: int, end: int) -> PackedLinear:
+        """Outputs first..end - 1 alone: views, both limits multiples of PANEL_N."""
+        w, w_scale, w_sum, bias, _ = self.packed
+        panel = PANEL_N if w.dim() == 4 else 1
+        b = None if bias is None else bias[first:end]
+        views = w[first // panel : end // panel], w_scale[first:end], w_sum[first:end]
+        return PackedLinear(*views, b)
+
     @property
     def w_q(self) -> Tensor:
         """The weight as plain int8 [N, K]."""
@@ -168,8 +177,8 @@ class Int8Linear(nn.Module):
             return
         shape = (self.out_features, self.in_features)
         if w_q.dtype != torch.int8 or w_q.shape != shape:
-            found = f"{w_q.dtype} {list(w_q.shape)}"
-            error_msgs.append(f"{key} must be torch.int8 {list(shape)}, got {found}")
+            given = f"{w_q.dtype} {list(w_q.shape)}"
+            error_msgs.append(f"{key} must be torch.int8 {list(shape)}, got {given}")
             return
         self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
 

@@ -17,16 +17,20 @@ class Int8PatchEmbedding(Int8Linear):
     convolution's weight.
     """
 
-    def __init__(self, conv: nn.Conv2d, w_q: Tensor, w_scale: Tensor, *, backend: Backend) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, name: str, w_q: Tensor, w_scale: Tensor, *, backend: Backend
+    ) -> None:
         """Stands for `conv` with this quantized weight.
 
         Args:
-          conv: what it replaces, seen by require_by_patch.
+          conv: what it replaces, passed by require_by_patch.
+          name: its path in the tower, which messages begin with.
           w_q: int8 [D, C * kernel height * kernel width].
           w_scale: float32 [D].
           backend: which implementation to run on.
         """
         super().__init__(w_q, w_scale, conv.bias, dtype=conv.weight.dtype, backend=backend)
+        self.name = name
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size = self.stride = cast(tuple[int, int], conv.kernel_size)
 
@@ -39,16 +43,16 @@ class Int8PatchEmbedding(Int8Linear):
         height, width = self.kernel_size
         if input.dim() != 4 or input.shape[1] != self.in_channels:
             raise ValueError(
-                f"conv1: images must have shape [B, {self.in_channels}, H, W], got"
+                f"{self.name}: images must have shape [B, {self.in_channels}, H, W], got"
                 f" {list(input.shape)}"
             )
         if input.shape[2] < height or input.shape[3] < width:
             raise ValueError(
-                f"conv1: images must have at least {height} x {width} pixels, got"
+                f"{self.name}: images must have at least {height} x {width} pixels, got"
                 f" {input.shape[2]} x {input.shape[3]}"
             )
         if input.dtype != self.dtype and not is_autocast:
-            raise ValueError(f"conv1: images must be {self.dtype}, got {input.dtype}")
+            raise ValueError(f"{self.name}: images must be {self.dtype}, got {input.dtype}")
         out_dtype = output_dtype(input)
         return by_patch(
             input,
@@ -62,10 +66,11 @@ class Int8PatchEmbedding(Int8Linear):
         return super().weight.view(self.out_channels, self.in_channels, *self.kernel_size)
 
 
-def require_by_patch(conv: nn.Module) -> None:
-    """Raises NotImplementedError on a conv1 that is not one linear of each patch."""
-    if not is_by_patch(conv):
+def require_by_patch(embedding: nn.Module, name: str) -> None:
+    """Raises NotImplementedError on a patch embedding that is not one linear of each patch."""
+    if not is_by_patch(embedding) and type(embedding) is not nn.Linear:
         raise NotImplementedError(
-            "accelerate: scheme.patch_embedding must be 'float' for a conv1 that is no plain Conv2d"
-            f" with a stride of its kernel, got {conv}"
+            f"accelerate: scheme.patch_embedding must be 'float' for a {name} that is no plain"
+            f" Conv2d with a stride of its kernel and no Linear, got"
+            f" {str(embedding).splitlines()[0].rstrip('(')}"
         )

@@ -31,12 +31,12 @@ class Scheme:
       weights: one step per output channel, or per tensor.
       activations: one step per token, or for the whole batch at once.
       attention: Q K^T in int8, or all of attention in float.
-      patch_embedding: conv1 in float, or in int8 with one step per patch.
+      patch_embedding: in float, or in int8 with one step per patch.
       symmetric: linears whose input is quantized without a zero point. The zero point costs
         nothing at run time, so none by default.
       clip_weights: search, per output channel, the range with the least squared weight error.
-      keep_float: linears left float, by name inside the tower's transformer, such as
-        "resblocks.11.mlp.c_proj".
+      keep_float: linears left float, by block and path in it: the last word of the block list's
+        path, the block's number, the linear, such as "blocks.11.mlp.fc2".
     """
 
     weights: Literal["channel", "tensor"] = "channel"

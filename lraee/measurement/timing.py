@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,12 +117,6 @@ def time_tower(
 def float_and_bfloat16(model: nn.Module) -> dict[str, nn.Module]:
     """The two forms that a torch user runs today; the bfloat16 one is a copy."""
     return {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
-
-
-def image_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the photos that the model's image tower takes."""
-    size: int | tuple[int, int] = cast(Any, model.visual).image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _call(model: nn.Module, photos: Tensor) -> Callable[[], object]:

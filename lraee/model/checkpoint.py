@@ -7,7 +7,8 @@ that is cut off leaves the checkpoint that was there before, see lraee.sealed.
 """
 
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
@@ -15,47 +16,51 @@ from typing import Any, TypeVar, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from lraee.exits import serialization
 from lraee.exits.bundle import Exits, one_class
-from lraee.exits.serialization import from_parts, tensor_shapes, to_parts
-from lraee.layers.scheme import SINCE, Scheme
-from lraee.model.accelerate import Acceleration, acceleration_of, add_exits, assemble, checked_tower
+from lraee.model.accelerate import add_exits, assemble, checked_tower
+from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.ops.backend import Backend
 from lraee.storage import sealed
-from lraee.storage.files import is_sha256, parse_options, refuse, refusing, require_keys
-from lraee.storage.sealed import Format, Shapes
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.storage.files import require
+from lraee.storage.schema import DIGEST, NAME, Nullable, Record, Spec, Specs, Table, choice, sized
+from lraee.towers import text as texts
+from lraee.towers.families import blocks_of, find_tower, int8_linears, int8_shapes, linear_shapes
+from lraee.towers.runner import exits_of
+from lraee.towers.state import tower_hash
+from lraee.towers.text import find_text
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FORMAT = Format(
+FORMAT = sealed.Format(
     name="lraee int8 checkpoint",
     version=2,
     config_name="lraee.json",
     prefix="int8",
     saver="lraee.save",
-    fields=frozenset({"versions", "scheme", "backend", "base_sha256", "state_sha256", "exits"}),
+    fields={
+        "versions": Table(NAME, 1, 16),
+        "scheme": serialization.SCHEME,
+        "backend": choice(*get_args(Backend)),
+        "base_sha256": DIGEST,  # tower_hash of the float tower
+        "state_sha256": DIGEST,  # the same hash of the whole accelerated model
+        "exits": Nullable(Record(serialization.FIELDS)),
+        "text": Nullable(Record({"scheme": choice("int8"), "base_sha256": DIGEST})),
+    },
+    since={"text": None},
 )
-
+_LINEAR = {"w_q": Spec("I8", "NK"), "w_scale": Spec("F32", "N", "finite and above 0")}
 _EXITS = "exits."  # before the names of the exits' tensors
 _VERSIONS = ("lraee", "torch", "open_clip_torch")
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """What lraee.json says of the model, each value of the right type.
-
-    Args:
-      base_sha256: towers.tower_hash of the float tower.
-      state_sha256: the same hash of the whole accelerated model.
-      exits: None, or the fields of its early exits, not checked yet.
-    """
-
-    scheme: Scheme
-    backend: Backend
-    base_sha256: str
-    state_sha256: str
-    exits: Any
+def _specs(shapes: Mapping[str, Sequence[int]], exits: Any) -> Specs:
+    """What the tensors must be: of linears of these shapes [N, K], and of the fields of exits."""
+    specs: Specs = {}
+    for name, (N, K) in shapes.items():
+        specs |= sized(f"{name}.", _LINEAR, {"N": N, "K": K})
+    own = {} if exits is None else serialization.tensor_specs(exits)
+    return specs | {_EXITS + name: spec for name, spec in own.items()}
 
 
 # Saving
@@ -72,47 +77,55 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises: ValueError if the model is not accelerated, was cast, or has numbers that load
       refuses.
     """
-    made = acceleration_of(model)
-    if made is None:
+    record = acceleration_of(model)
+    if record is None:
         raise ValueError("save: model must be accelerated, got a float one")
-    tower = towers.find_tower(model)
-    # not strict: the skeletons may end in that of the patch embedding
-    for block, skeleton in zip(towers.blocks_of(tower), made.skeletons, strict=False):
-        found, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
-        if found != base:
-            raise ValueError(
-                f"save: model must be of the type it was accelerated in, {base}, got {found};"
-                " accelerate again from the model of that type"
-            )
-    tensors = _tensors_of(tower)
-    wrong = _wrong_scale(tensors)
-    if wrong is not None:
-        raise ValueError(f"save: {wrong[0]} must be finite and above 0, got {wrong[1]}")
-    exits = _current_exits(tower, made)
-    exits_fields, exits_tensors = (None, {}) if exits is None else to_parts(exits)
+    tower = find_tower(model)
+    _require_dtype(blocks_of(tower), record.skeletons)
+    linears = int8_linears(tower)
+    text = find_text(model)
+    if text is not None and record.text is not None:
+        _require_dtype(text.blocks, record.text.skeletons)
+        linears |= texts.int8_linears(text)
+    tensors = {
+        f"{name}.{own}": sealed.own_copy(getattr(linear, own))
+        for name, linear in linears.items()
+        for own in _LINEAR
+    }
+    exits = _current_exits(tower, record)
+    exits_fields, exits_tensors = (None, {}) if exits is None else serialization.to_parts(exits)
     tensors |= {_EXITS + name: tensor for name, tensor in exits_tensors.items()}
     fields = {
         "versions": {name: version(name) for name in _VERSIONS},
-        "scheme": asdict(made.scheme),
-        "backend": made.backend,
-        "base_sha256": made.base_hash,
-        "state_sha256": towers.tower_hash(model.state_dict()),
+        "scheme": asdict(record.scheme),
+        "backend": record.backend,
+        "base_sha256": record.base_hash,
+        "state_sha256": tower_hash(model.state_dict()),
         "exits": exits_fields,
     }
-    sealed.write(Path(directory), FORMAT, fields, tensors)
+    if record.text is not None:  # without it, older versions read the file as well
+        fields["text"] = {"scheme": "int8", "base_sha256": record.text.base_hash}
+    shapes = {name: tuple(linear.w_q.shape) for name, linear in linears.items()}
+    sealed.write(
+        Path(directory), FORMAT, fields, tensors, lambda checked: _specs(shapes, checked["exits"])
+    )
 
 
-def _tensors_of(tower: nn.Module) -> dict[str, Tensor]:
-    tensors = {}
-    for name, linear in towers.int8_linears(tower).items():
-        tensors[f"{name}.w_q"] = linear.w_q.cpu().contiguous()
-        tensors[f"{name}.w_scale"] = linear.w_scale.cpu().contiguous()
-    return tensors
+def _require_dtype(blocks: nn.ModuleList, skeletons: Sequence[nn.Module]) -> None:
+    """Raises ValueError unless the blocks compute for the type of the float ones."""
+    # not strict: the skeletons may end in that of the patch embedding
+    for block, skeleton in zip(blocks, skeletons, strict=False):
+        dtype, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
+        if dtype != base:
+            raise ValueError(
+                f"save: model must be of the type it was accelerated in, {base}, got {dtype};"
+                " accelerate again from the model of that type"
+            )
 
 
-def _current_exits(tower: nn.Module, made: Acceleration) -> Exits | None:
+def _current_exits(tower: nn.Module, record: Acceleration) -> Exits | None:
     """The exits with the classes that they look for now."""
-    exits, router = made.exits, vision.exits_of(tower)
+    exits, router = record.exits, exits_of(tower)
     if exits is None or router is None:
         return None
     classes = router.classes.cpu()
@@ -120,16 +133,6 @@ def _current_exits(tower: nn.Module, made: Acceleration) -> Exits | None:
     if exits.classes is None and torch.equal(classes, had_none):
         return exits
     return replace(exits, classes=classes)
-
-
-def _wrong_scale(tensors: dict[str, Tensor]) -> tuple[str, float] | None:
-    """The first scale that is no step: NaN, infinite, zero or negative."""
-    for name, tensor in tensors.items():
-        if name.endswith(".w_scale"):
-            is_wrong = ~((tensor > 0) & torch.isfinite(tensor))
-            if is_wrong.any():
-                return f"{name}[{int(is_wrong.nonzero()[0, 0])}]", float(tensor[is_wrong][0])
-    return None
 
 
 # Loading
@@ -150,75 +153,68 @@ def load(
     Raises: CheckpointError on files or float weights that are not those that were saved;
       TypeError, NotImplementedError, ValueError or RuntimeError as accelerate.
     """
-    config = sealed.read_config(Path(directory), FORMAT)
-    path, fields = config.path, _parse_fields(config.path, config.fields)
-    backend = backend or fields.backend
-    tower = checked_tower(model, replace(fields.scheme, keep_float=()), backend)
-    base_hash = towers.tower_hash(tower.state_dict())
-    if base_hash != fields.base_sha256:
-        refuse(path, "base_sha256 must be that of the image tower of the given model", base_hash)
-    shapes = _expected_shapes(path, tower, fields)
-    tensors = sealed.read_tensors(config, shapes, source="the model and the scheme")
-    wrong = _wrong_scale(tensors)
-    if wrong is not None:
-        refuse(config.weights_path, f"{wrong[0]} must be finite and above 0", wrong[1])
-    exits = _parse_exits(path, fields, tensors)
+    with sealed.opened(Path(directory), FORMAT) as saved:
+        fields = saved.fields
+        backend, scheme = backend or fields["backend"], fields["scheme"]
+        text = None if fields["text"] is None else fields["text"]["scheme"]
+        tower = checked_tower(model, replace(scheme, keep_float=()), backend, text)
+        base_hash = tower_hash(tower.state_dict())
+        with saved.refusing():
+            rule = "base_sha256 must be that of the image tower of the given model"
+            require(base_hash == fields["base_sha256"], rule, base_hash, _ADVICE)
+            of_text = {} if text is None else _text_shapes(model, fields["text"])
+            unknown = sorted(set(scheme.keep_float) - {*linear_shapes(tower), *of_text})
+            require(not unknown, "scheme.keep_float must name linears of the model", unknown)
+            of_text = {n: shape for n, shape in of_text.items() if n not in scheme.keep_float}
+            specs = _specs(int8_shapes(tower, scheme) | of_text, fields["exits"])
+        tensors = saved.tensors(specs)
 
-    def saved(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        w_q, w_scale = tensors[f"{name}.w_q"], tensors[f"{name}.w_scale"]
-        return w_q.to(weight.device), w_scale.to(weight.device)
+    def stored(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        w_q, w_scale = (tensors[f"{name}.{own}"].to(weight.device) for own in _LINEAR)
+        return w_q, w_scale
 
     fast = assemble(
-        model, scheme=fields.scheme, backend=backend, base_hash=base_hash, quantize=saved
+        model,
+        scheme=scheme,
+        backend=backend,
+        base_hash=base_hash,
+        text_hash=None if text is None else fields["text"]["base_sha256"],
+        quantize=stored,
     )
-    if exits is not None:
-        with refusing(path):
+    with saved.refusing():
+        exits = _exits(fields, tensors)
+        if exits is not None:
             add_exits(fast, exits)
-    state_hash = towers.tower_hash(fast.state_dict())
-    if state_hash != fields.state_sha256:
+        state_hash = tower_hash(fast.state_dict())
         rule = "state_sha256 must be that of the given model with these int8 weights"
-        refuse(path, f"{rule} (another text tower?)", state_hash)
+        rule += " (another text tower?)"
+        require(state_hash == fields["state_sha256"], rule, state_hash, _ADVICE)
     return fast
 
 
-def _parse_fields(path: Path, raw: dict[str, Any]) -> _Fields:
-    for key in ("base_sha256", "state_sha256"):
-        if not is_sha256(raw[key]):
-            refuse(path, f"{key} must be 64 hexadecimal digits", raw[key])
-    for name, text in require_keys(path, "versions", raw["versions"], _VERSIONS).items():
-        if type(text) is not str:
-            refuse(path, f"versions.{name} must be a string", text)
-    if raw["backend"] not in get_args(Backend):
-        refuse(path, f"backend must be one of {', '.join(get_args(Backend))}", raw["backend"])
-    scheme = parse_options(path, "scheme", raw["scheme"], Scheme(), since=SINCE)
-    hashes = raw["base_sha256"], raw["state_sha256"]
-    return _Fields(scheme, raw["backend"], *hashes, raw["exits"])
+def _text_shapes(model: nn.Module, fields: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """[N, K] of the linears of the text tower's blocks, which must be those that were saved."""
+    tower = texts.require_text(model)
+    base_hash = tower_hash(tower.blocks.state_dict())
+    rule = "text.base_sha256 must be that of the text tower of the given model"
+    require(base_hash == fields["base_sha256"], rule, base_hash, _ADVICE)
+    return texts.linear_shapes(tower)
 
 
-def _expected_shapes(path: Path, tower: nn.Module, fields: _Fields) -> Shapes:
-    """Type and shape of each tensor that the scheme makes of this tower, and of its exits."""
-    scheme = fields.scheme
-    unknown = set(scheme.keep_float) - set(towers.linear_shapes(tower))
-    if unknown:
-        refuse(path, "scheme.keep_float must name linears of the model", sorted(unknown))
-    shapes: Shapes = {}
-    for name, (N, K) in towers.int8_shapes(tower, scheme).items():
-        shapes[f"{name}.w_q"] = (torch.int8, (N, K))
-        shapes[f"{name}.w_scale"] = (torch.float32, (N,))
-    own = {} if fields.exits is None else tensor_shapes(path, fields.exits)
-    return shapes | {_EXITS + name: shape for name, shape in own.items()}
+_ADVICE = "give the float model that was accelerated, in the same dtype"
 
 
-def _parse_exits(path: Path, fields: _Fields, tensors: dict[str, Tensor]) -> Exits | None:
+def _exits(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Exits | None:
     """The exits of this checkpoint, made for its own tower and scheme."""
-    if fields.exits is None:
+    if fields["exits"] is None:
         return None
-    own = {name for name in tensors if name.startswith(_EXITS)}
-    exits = from_parts(
-        path, fields.exits, {name.removeprefix(_EXITS): tensors[name] for name in own}
-    )
-    if exits.base_hash != fields.base_sha256:
-        refuse(path, "exits.base_hash must be base_sha256", exits.base_hash)
-    if exits.scheme != fields.scheme:
-        refuse(path, "exits.scheme must be scheme", exits.scheme)
+    own = {
+        name.removeprefix(_EXITS): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(_EXITS)
+    }
+    exits = serialization.from_parts(fields["exits"], own, Exits)
+    is_own = exits.base_hash == fields["base_sha256"]
+    require(is_own, "exits.base_hash must be base_sha256", exits.base_hash)
+    require(exits.scheme == fields["scheme"], "exits.scheme must be scheme", exits.scheme)
     return exits

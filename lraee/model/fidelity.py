@@ -1,4 +1,4 @@
-"""Does the fast tower still see what the float tower sees?"""
+"""Agreement of the fast tower's embeddings with the float tower's."""
 
 from dataclasses import dataclass
 
@@ -52,14 +52,15 @@ def compare(expected: Tensor, actual: Tensor) -> Fidelity:
     )
 
 
-def require_fidelity(found: Fidelity, bound: Fidelity = BOUND) -> None:
-    """Raises FidelityError, with what was found, unless each measure reaches its bound."""
+def require_fidelity(measured: Fidelity, bound: Fidelity = BOUND) -> None:
+    """Raises FidelityError, with the measures, unless each measure reaches its bound."""
     for name, least in vars(bound).items():
-        value = getattr(found, name)
+        value = getattr(measured, name)
         if not value >= least:  # NaN is a disagreement
             raise FidelityError(
                 f"accelerate: {name} must be at least {least} on the check images, got {value:.4f}"
-                f" ({found}); serve the float model, or keep layers float by Scheme(keep_float=…)"
+                f" ({measured}); serve the float model, or keep layers float by"
+                " Scheme(keep_float=…)"
             )
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.router import Router
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import can_encode_text, encode_text, find_tower
+from lraee.towers.runner import exits_of
 
 
 class ClassSetter:
@@ -37,7 +37,7 @@ class ClassSetter:
         """
         model = self.model()
         assert model is not None
-        router = cast(Router, vision.exits_of(towers.find_tower(model)))
+        router = cast(Router, exits_of(find_tower(model)))
         if not isinstance(classes, Tensor):
             classes = _encode_texts(model, classes, tokenizer)
         router.set_classes(unit_classes("set_classes", classes, router.classes.shape[1]))
@@ -80,12 +80,11 @@ def _encode_texts(
         raise TypeError("set_classes: classes must be a float tensor [K, E] or a list of texts")
     if not texts:
         raise ValueError("set_classes: classes must be one text at least, got none")
-    if tokenizer is None or not hasattr(model, "encode_text"):
+    if tokenizer is None or not can_encode_text(model):
         raise ValueError(
             "set_classes: tokenizer must be given with texts, and the model have encode_text; or"
             " give text features [K, E]"
         )
     tokens = tokenizer(list(texts)).to(next(model.parameters()).device)
     with torch.no_grad():
-        encoded: Tensor = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
-    return encoded
+        return encode_text(model, tokens)

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lraee.exits.router import Record, Router, recording, switched_off
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.exits.record import Record, recording, switched_off
+from lraee.exits.router import Router
+from lraee.towers.families import find_tower
 from lraee.towers.flops import PartFlops, probe_flops
+from lraee.towers.runner import exits_of
 
 
 def has_exits(model: nn.Module) -> bool:
     """Whether images may leave this model's tower early; False where it cannot have exits."""
-    tower = getattr(model, "visual", model)
-    return isinstance(tower, nn.Module) and vision.exits_of(tower) is not None
+    try:
+        return exits_of(find_tower(model)) is not None
+    except (TypeError, NotImplementedError):
+        return False
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def full_depth(model: nn.Module) -> Iterator[None]:
 
     A model without exits runs as always. Other threads are not affected.
     """
-    router = vision.exits_of(towers.find_tower(model))
+    router = exits_of(find_tower(model))
     if router is None:
         yield
         return
@@ -157,8 +160,8 @@ def trace(model: nn.Module) -> Iterator[Trace]:
 
     Raises: ValueError on a model without exits.
     """
-    tower = towers.find_tower(model)
-    router = vision.exits_of(tower)
+    tower = find_tower(model)
+    router = exits_of(tower)
     if router is None:
         raise ValueError("trace: model must have exits, got none; accelerate(model, exits=…)")
     with recording(router) as records:

@@ -25,8 +25,8 @@ def first_difference(actual: Tensor, expected: Tensor, bound: Tensor | float = 0
     NaN is expected where expected is NaN, and nowhere else.
     """
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
-        found, wanted = (f"{t.dtype} {list(t.shape)}" for t in (actual, expected))
-        return f"{found} instead of {wanted}"
+        result, wanted = (f"{t.dtype} {list(t.shape)}" for t in (actual, expected))
+        return f"{result} instead of {wanted}"
     is_wrong = actual != expected
     if actual.is_floating_point():
         error = (actual.double() - expected.double()).abs()

@@ -11,7 +11,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lraee.storage.files import CheckpointError, is_sha256, read_regular, replace_file
+from lraee.storage.files import read_file, replace_file
+from lraee.storage.schema import DIGEST
 
 Tensors = dict[str, Tensor]
 _MAX_BYTES = 1 << 40
@@ -49,8 +50,8 @@ class Stages:
             return make()
         path = self._folder / f"{name}{_STAGE}"
         try:
-            return safetensors.torch.load(read_regular(path, _MAX_BYTES))
-        except (CheckpointError, safetensors.SafetensorError):
+            return safetensors.torch.load(read_file(path, _MAX_BYTES))
+        except (OSError, ValueError, safetensors.SafetensorError):
             pass
         tensors = {key: tensor.contiguous() for key, tensor in make().items()}
         replace_file(path, safetensors.torch.save(tensors))
@@ -68,10 +69,10 @@ class Stages:
 def _key_of(folder: Path) -> str | None:
     """The settings of the run that left this folder; None if no run did."""
     try:
-        text = read_regular(folder / _MARK, 64).decode("ascii", "replace")
-    except CheckpointError:
+        text = read_file(folder / _MARK, 64).decode("ascii", "replace")
+    except (OSError, ValueError):
         return None
-    return text if is_sha256(text) else None
+    return text if DIGEST.holds(text) else None
 
 
 def _require_own(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A rival like AdaViT: each image picks, block by block, which parts and patches to run.
+"""A baseline like AdaViT: each image picks, block by block, which parts and patches to run.
 
 Source of the idea: Meng et al., arXiv 2111.15668. As there, a light policy before each block
 decides, trained through a Gumbel-Softmax towards a share of the FLOPs; other than there, the tower
@@ -7,7 +7,8 @@ is frozen, as the paper that we reproduce compares, and attention is skipped who
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from lraee.calibration.head_training import centred
-from lraee.layers.int8_block import Int8MultiheadAttention
 from lraee.layers.scheme import INT8
-from lraee.towers import open_clip as towers
+from lraee.layers.spec import BlockSpec, tensor_at
+from lraee.towers.class_token import finish_class_token, require_class_token
+from lraee.towers.families import (
+    block_specs,
+    blocks_of,
+    embed_tokens,
+    encode_image,
+    find_tower,
+    require_supported,
+    tower_spec,
+)
 from lraee.towers.flops import PartFlops
 
 _BATCH = 32
@@ -80,7 +90,8 @@ class _Costs:
     def of(cls, tower: nn.Module) -> "_Costs":
         """From flops.PartFlops; QKV and out are 4 D^2 of what each token is multiplied with."""
         parts = PartFlops.of(tower)
-        L, D = cast(Tensor, tower.positional_embedding).shape
+        spec = tower_spec(tower)
+        L, D = spec.tokens, spec.width
         per_token = [(flops // 2 - 2 * L * L * D) // L for flops in parts.blocks]
         mlps = tuple(weights - 4 * D * D for weights in per_token)
         return cls(parts.embed + parts.finish, parts.total, D, mlps)
@@ -110,7 +121,7 @@ def train_policy(
     steps, so that the last ones train what run_policy does.
 
     Args:
-      model: open_clip's float CLIP, frozen here, whose image embedding is its class token.
+      model: a float CLIP model, frozen here, whose image embedding is its class token.
       images: [n, 3, H, W], n >= 1, at least as large as the tower takes; centre crops are used.
       classes: unit rows float [K, E].
       keep: share of the tower's FLOPs to use, in (0, 1].
@@ -127,19 +138,19 @@ def train_policy(
             f"train_policy: images must be [n, 3, H, W], n >= 1, got {list(images.shape)}"
         )
     tower = _supported(model)
-    towers.require_supported(tower, INT8)
+    require_supported(tower, INT8)
     costs, source = _Costs.of(tower), torch.Generator().manual_seed(seed)
-    policy = Policy(len(towers.blocks_of(tower)), costs.D)
+    policy = Policy(len(blocks_of(tower)), costs.D)
     weights = list(policy.parameters())
     optimizer = torch.optim.Adam(weights, lr=_LEARNING_RATE)
     distance = _Distance(classes, float(model.get_parameter("logit_scale").detach().exp()))
     for step in trange(steps, desc="policy", disable=not progress, leave=False):
         picked = torch.randint(len(images), (min(_BATCH, len(images)),), generator=source)
         decide = _Noisy(source, 1.0 - step / steps)
-        x = centred(images[picked], cast(tuple[int, int], tower.image_size))
+        x = centred(images[picked], tower_spec(tower).image_size)
         with torch.no_grad():
-            z = _embedded(tower, x)
-            teacher = cast(Tensor, model.encode_image(x))  # type: ignore[operator]
+            z = embed_tokens(tower, x)
+            teacher = encode_image(model, x)
         y, flops = _masked(tower, policy, z, decide, costs)
         usage = flops.mean() / costs.total
         loss = distance(y, teacher) + _USAGE_WEIGHT * (usage - keep) ** 2
@@ -154,7 +165,7 @@ def train_policy(
 def run_policy(model: nn.Module, policy: Policy, images: Tensor) -> tuple[Tensor, float]:
     """Embeddings float32 [n, E] and the mean share of FLOPs saved, as each image alone is run.
 
-    Attention and MLPs that an image skips are not run and its dropped patches are gone from then
+    Attention and MLPs that an image skips are not run and its dropped patches are absent from then
     on, so each image goes through the tower by itself: its embedding does not depend on the
     others. The policy is charged; where it skips nothing, the share is a little below 0. A scheme
     with one step per batch has one per image here.
@@ -168,12 +179,12 @@ def run_policy(model: nn.Module, policy: Policy, images: Tensor) -> tuple[Tensor
     tower = _supported(model)
     if not len(images):
         raise ValueError("run_policy: images must be one at least, got none")
-    if len(policy.blocks) != len(towers.blocks_of(tower)):
+    if len(policy.blocks) != len(blocks_of(tower)):
         raise ValueError(
-            f"run_policy: policy must be for {len(towers.blocks_of(tower))} blocks,"
+            f"run_policy: policy must be for {len(blocks_of(tower))} blocks,"
             f" got {len(policy.blocks)}"
         )
-    costs, size = _Costs.of(tower), cast(tuple[int, int], tower.image_size)
+    costs, size = _Costs.of(tower), tower_spec(tower).image_size
     rows, saved = [], 0.0
     for image in images:
         y, flops = _run_alone(tower, policy, centred(image[None], size), costs)
@@ -186,17 +197,17 @@ def _run_alone(
     tower: nn.Module, policy: Policy, image: Tensor, costs: _Costs
 ) -> tuple[Tensor, int]:
     """Embedding [1, E] of an image [1, 3, H, W] and the FLOPs it took."""
-    z, flops = _embedded(tower, image), costs.around
-    for place, block in enumerate(towers.blocks_of(tower)):
+    z, flops = embed_tokens(tower, image), costs.around
+    for place, (block, spec) in enumerate(_blocks(tower)):
         parts, patches = policy.blocks[place](z)
         before = z.shape[1]
         z = z[:, F.pad(patches[0] > 0, (1, 0), value=True)]
         attends, mlps = (bool(part) for part in parts[0] > 0)
         flops += costs.block(place, before, z.shape[1], int(attends), int(mlps))
         if attends:
-            z = z + _attention(block, z)
+            z = z + _attention(block, spec, z)
         if mlps:
-            z = z + _mlp(block, z)
+            z = z + _mlp(block, spec, z)
     return _finish(tower, z), flops
 
 
@@ -209,14 +220,14 @@ def _masked(
     """
     there = z.new_ones(z.shape[:2])
     flops = z.new_full(z.shape[:1], float(costs.around))
-    for place, block in enumerate(towers.blocks_of(tower)):
+    for place, (block, spec) in enumerate(_blocks(tower)):
         parts, patches = policy.blocks[place](z)
         before = there.sum(1)
         there = there * F.pad(decide(patches), (1, 0), value=1.0)
         attends, mlps = decide(parts).unbind(1)
         flops = flops + costs.block(place, before, there.sum(1), attends, mlps)
-        z = z + attends[:, None, None] * _masked_attention(block, z, there)
-        z = z + mlps[:, None, None] * _mlp(block, z)
+        z = z + attends[:, None, None] * _masked_attention(block, spec, z, there)
+        z = z + mlps[:, None, None] * _mlp(block, spec, z)
     return _finish(tower, z), flops
 
 
@@ -252,68 +263,70 @@ class _Distance:
 
 def _supported(model: nn.Module) -> nn.Module:
     """The tower; raises NotImplementedError unless its class token alone gives the embedding."""
-    tower = towers.find_tower(model)
-    pool_type, proj = getattr(tower, "pool_type", None), getattr(tower, "proj", None)
-    if pool_type != "tok" or proj is None or getattr(tower, "attn_pool", None) is not None:
+    tower = find_tower(model)
+    require_class_token(tower, "adaptive")
+    if not all(spec.is_plain for _, spec in _blocks(tower)):
         raise NotImplementedError(
-            "adaptive: the tower must embed an image by its class token and project it, got"
-            f" pool_type {pool_type!r}{'' if proj is not None else ' and no projection'}"
+            "adaptive: blocks must be norm, attention, norm, MLP without rotary positions and"
+            f" gates, got those of {type(tower).__name__}"
         )
     return tower
 
 
-def _embedded(tower: nn.Module, images: Tensor) -> Tensor:
-    """Tokens [B, L, D] before the first block."""
-    return cast(Tensor, tower._embeds(images))  # type: ignore[operator]
+def _blocks(tower: nn.Module) -> list[tuple[nn.Module, BlockSpec]]:
+    return list(zip(blocks_of(tower), block_specs(tower), strict=True))
 
 
 def _finish(tower: nn.Module, z: Tensor) -> Tensor:
     """Embeddings [B, E] of tokens [B, L, D] after the last block."""
-    return cast(Tensor, tower.get_submodule("ln_post")(z[:, 0])) @ cast(Tensor, tower.proj)
+    return finish_class_token(tower, tower_spec(tower), z[:, 0])
 
 
-def _attention(block: nn.Module, z: Tensor) -> Tensor:
+def _attention(block: nn.Module, spec: BlockSpec, z: Tensor) -> Tensor:
     """What a block's attention adds to tokens [B, L, D]."""
-    attn = block.get_submodule("attn")
-    y = block.get_submodule("ln_1")(z)
-    is_batch_first = bool(getattr(attn, "batch_first", True))
-    y = y if is_batch_first else y.transpose(0, 1)
-    if isinstance(attn, nn.MultiheadAttention | Int8MultiheadAttention):
-        y = attn(y, y, y, need_weights=False)[0]
-    else:
-        y = attn(y)
-    return _scaled(block, "ls_1", y if is_batch_first else y.transpose(0, 1))
+    attention = block.get_submodule(spec.attention.path)
+    y = spec.call.by_image(block.get_submodule(spec.norm_1.path)(z))
+    y = attention(y, y, y, need_weights=False) if spec.attention.call is None else attention(y)
+    y = spec.call.by_image(y[0] if isinstance(y, tuple) else y)
+    return _scaled(block, spec.scale_1, y)
 
 
-def _masked_attention(block: nn.Module, z: Tensor, there: Tensor) -> Tensor:
+def _masked_attention(block: nn.Module, spec: BlockSpec, z: Tensor, there: Tensor) -> Tensor:
     """The same of a float block, from the tokens that are there; differentiable in `there`.
 
     A weight is exp(s_j) there_j / sum_k exp(s_k) there_k, as in DynamicViT (arXiv 2106.02034).
     """
-    held = dict(block.named_parameters())
-    heads = cast(int, block.get_submodule("attn").num_heads)
-    y = block.get_submodule("ln_1")(z)
-    B, L, D = y.shape
-    qkv = F.linear(y, held["attn.in_proj_weight"], held.get("attn.in_proj_bias"))
-    q, k, v = qkv.view(B, L, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
-    s = q @ k.transpose(-1, -2) * (D // heads) ** -0.5
+    attention = spec.attention
+    y = block.get_submodule(spec.norm_1.path)(z)
+    B, L, _ = y.shape
+    qkv = F.linear(y, attention.in_proj.weight(block), attention.in_proj.bias(block))
+    heads = qkv.view(B, L, 3, attention.num_heads, attention.head_dim)
+    q, k, v = heads.permute(2, 0, 3, 1, 4)
+    s = q @ k.transpose(-1, -2) * attention.head_dim**-0.5
     is_there = there[:, None, None, :]
     peak = s.detach().masked_fill(is_there == 0, -torch.inf).amax(-1, keepdim=True)
     weights = (s - peak).clamp(max=0.0).exp() * is_there
     y = (weights / weights.sum(-1, keepdim=True)) @ v
-    out = block.get_submodule("attn.out_proj")
-    y = F.linear(
-        y.transpose(1, 2).reshape(B, L, D),
-        out.get_parameter("weight"),
-        held.get("attn.out_proj.bias"),
-    )
-    return _scaled(block, "ls_1", y)
+    y = y.transpose(1, 2).reshape(B, L, -1)
+    y = F.linear(y, attention.out_proj.weight(block), attention.out_proj.bias(block))
+    return _scaled(block, spec.scale_1, y)
 
 
-def _mlp(block: nn.Module, z: Tensor) -> Tensor:
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "none": lambda x: x,
+}
+
+
+def _mlp(block: nn.Module, spec: BlockSpec, z: Tensor) -> Tensor:
     """What a block's MLP adds to tokens [B, L, D]."""
-    return _scaled(block, "ls_2", block.get_submodule("mlp")(block.get_submodule("ln_2")(z)))
+    mlp = spec.mlp
+    y = block.get_submodule(mlp.fc1.path)(block.get_submodule(spec.norm_2.path)(z))
+    y = block.get_submodule(mlp.fc2.path)(_ACTIVATIONS[mlp.activation](y))
+    return _scaled(block, spec.scale_2, y)
 
 
-def _scaled(block: nn.Module, name: str, y: Tensor) -> Tensor:
-    return cast(Tensor, block.get_submodule(name)(y))
+def _scaled(block: nn.Module, name: str | None, y: Tensor) -> Tensor:
+    return y if name is None else y * tensor_at(block, name)

@@ -1,20 +1,19 @@
 """The backbones of the study: float, int8 and paper, all through the same accelerated tower."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee.layers.scheme import Scheme
 from lraee.model.accelerate import accelerate
-from lraee.towers import open_clip as towers
+from lraee.towers.class_token import finish_class_token, require_class_token
+from lraee.towers.families import blocks_of, find_tower, linear_shapes
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the study looks at.
+    """The model under study.
 
     Args:
       title: of the model and its weights.
@@ -38,12 +37,12 @@ class Model:
     @property
     def tower(self) -> nn.Module:
         """The float image tower."""
-        return towers.find_tower(self.clip)
+        return find_tower(self.clip)
 
     @property
     def depth(self) -> int:
         """Blocks of the image tower."""
-        return len(towers.blocks_of(self.tower))
+        return len(blocks_of(self.tower))
 
 
 def float_scheme(tower: nn.Module) -> Scheme:
@@ -51,36 +50,27 @@ def float_scheme(tower: nn.Module) -> Scheme:
 
     Its embeddings are those of the float model but for the order of float32 sums.
     """
-    names = [f"resblocks.{i}.{p}" for i in range(len(towers.blocks_of(tower))) for p in _PATHS]
-    return Scheme(attention="float", keep_float=tuple(names))
-
-
-_PATHS = tuple(towers.PATHS.values())
+    return Scheme(attention="float", keep_float=tuple(linear_shapes(tower)))
 
 
 def backbone(clip: nn.Module, name: str) -> nn.Module:
     """The float CLIP model as the backbone "float", "int8" or "paper"."""
-    scheme = float_scheme(towers.find_tower(clip)) if name == "float" else name
+    scheme = float_scheme(find_tower(clip)) if name == "float" else name
     return accelerate(clip, scheme=scheme)
 
 
 @torch.inference_mode()
 def projected(tower: nn.Module, class_token: Tensor) -> Tensor:
-    """The tower's own ln_post and projection of class tokens after any block: [..., D] -> [..., E].
+    """The tower's own final norm and projection of class tokens after any block.
 
+    Args:
+      tower: a float tower that embeds an image by its class token.
+      class_token: [..., D].
+    Returns: float32 [..., E].
     Raises: NotImplementedError on a tower that does not embed an image by its class token.
     """
-    pool_type = getattr(tower, "pool_type", None)
-    if pool_type != "tok" or getattr(tower, "attn_pool", None) is not None:
-        raise NotImplementedError(
-            "report: the tower must embed an image by its class token (pool_type 'tok'), got"
-            f" pool_type {pool_type!r}"
-        )
-    ln_post = cast(nn.LayerNorm, tower.ln_post)
-    proj = cast(Tensor, tower.proj)
-    x = class_token.to(proj.dtype)
-    y = F.layer_norm(x, ln_post.normalized_shape, ln_post.weight, ln_post.bias, ln_post.eps)
-    return (y @ proj).float()
+    spec = require_class_token(tower, "report")
+    return finish_class_token(tower, spec, class_token)
 
 
 def paper_candidates(depth: int) -> tuple[int, ...]:

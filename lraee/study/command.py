@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lraee.calibration.pipeline import digest
 from lraee.data.batches import PhotoImages
-from lraee.data.classes import Classes, class_features, templates
+from lraee.data.classes import Classes
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.model.set_classes import unit_classes
@@ -15,7 +15,8 @@ from lraee.study.backbones import Model
 from lraee.study.protocol import Protocol
 from lraee.study.schema import Report
 from lraee.study.study import Pictures, Study
-from lraee.towers import open_clip as towers
+from lraee.towers.prompts import class_features, templates
+from lraee.towers.state import tower_hash
 from lraee.zoo.opening import Opened
 
 _HELD_OUT = 5
@@ -43,16 +44,16 @@ def sides(learn: Path, report: Path | None, classes: Classes, *, limit: int | No
     photos = _labelled(Photos(learn, classes=classes, limit=limit), learn)
     if report is not None:
         return Sides(photos, _labelled(Photos(report, classes=classes, limit=limit), report))
-    seen: dict[int | None, int] = {}
+    count: dict[int | None, int] = {}
     held_out: list[str] = []
     for name, label in zip(photos.names, photos.labels, strict=True):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] % _HELD_OUT == 0:
+        count[label] = count.get(label, 0) + 1
+        if count[label] % _HELD_OUT == 0:
             held_out.append(name)
     if not held_out:
         raise DataError(
             f"data: {learn} must hold {_HELD_OUT} photos of a class at least, got"
-            f" {max(seen.values())} of the largest; give photos to report on"
+            f" {max(count.values())} of the largest; give photos to report on"
         )
     kept = set(photos.names) - set(held_out)
     return Sides(photos.only(kept), photos.only(held_out))
@@ -73,7 +74,7 @@ def _labelled(photos: Photos, path: Path) -> Photos:
 def study(
     opened: Opened,
     classes: Classes,
-    found: Sides,
+    both_sides: Sides,
     *,
     work: Path,
     protocol: Protocol,
@@ -85,7 +86,7 @@ def study(
     Args:
       opened: the model.
       classes: names for its prompts, in the order of the photos' labels.
-      found: the photos.
+      both_sides: the photos.
       work: folder for finished stages.
       protocol: how the study is run.
       prompts: templates per class.
@@ -105,10 +106,10 @@ def study(
     )
     learn, report = (
         Pictures(photos, PhotoImages(photos, opened.with_margin, progress=progress))
-        for photos in (found.learn, found.report)
+        for photos in (both_sides.learn, both_sides.report)
     )
     settings = {
-        "base": towers.tower_hash(model.tower.state_dict()),
+        "base": tower_hash(model.tower.state_dict()),
         "classes": digest(model.classes),
         "learn": _names_hash(learn),
         "report": _names_hash(report),

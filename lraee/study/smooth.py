@@ -13,13 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee.layers.scheme import INT8, Scheme
+from lraee.layers.spec import BlockSpec, tensor_at
 from lraee.model.accelerate import accelerate
 from lraee.model.fidelity import compare
-from lraee.towers import open_clip as towers
+from lraee.towers.families import (
+    block_specs,
+    blocks_of,
+    encode_image,
+    find_tower,
+    require_supported,
+)
 
 _BATCH = 64
-_NEXT_WEIGHT = {"ln_1": "attn.in_proj_weight", "ln_2": "mlp.c_fc.weight"}
-"""The norms of a block, and the weight that multiplies what each gives."""
+
+NextWeights = dict[str, list[Tensor]]
+"""Paths of the norms of a block, and the weights [n, D] that multiply what each gives."""
 
 
 @torch.no_grad()
@@ -31,7 +39,7 @@ def smoothed(model: nn.Module, images: Tensor, *, alpha: float = 0.5) -> nn.Modu
     rounding. A channel that is 0 everywhere, in X or in W, stays as it is.
 
     Args:
-      model: open_clip's float CLIP, or its VisionTransformer; stays as it is.
+      model: a float CLIP model, or its image tower; stays as it is.
       images: calibration images [n, 3, H, W], n >= 1, that max|X_j| is taken over.
       alpha: 0 leaves every weight column with the same maximum, 1 every activation channel.
     Raises: ValueError on alpha or images, TypeError or NotImplementedError on a tower whose blocks
@@ -41,15 +49,17 @@ def smoothed(model: nn.Module, images: Tensor, *, alpha: float = 0.5) -> nn.Modu
         raise ValueError(f"smoothed: alpha must be in [0, 1], got {alpha}")
     if images.dim() != 4 or not len(images):
         raise ValueError(f"smoothed: images must be [n, 3, H, W], n >= 1, got {list(images.shape)}")
-    towers.require_supported(towers.find_tower(model), INT8)
+    require_supported(find_tower(model), INT8)
     result = copy.deepcopy(model)
-    blocks = list(towers.blocks_of(towers.find_tower(result)))
-    with _largest(blocks) as largest:
+    tower = find_tower(result)
+    blocks = list(blocks_of(tower))
+    weights = [_next_weights(b, s) for b, s in zip(blocks, block_specs(tower), strict=True)]
+    with _largest(blocks, weights) as largest:
         _embeddings(result, images)
-    for block, by_norm in zip(blocks, largest, strict=True):
+    for block, by_norm, following in zip(blocks, largest, weights, strict=True):
         for name, x_max in by_norm.items():
             norm = cast(nn.LayerNorm, block.get_submodule(name))
-            _move(norm, block.get_parameter(_NEXT_WEIGHT[name]), x_max, alpha)
+            _move(norm, following[name], x_max, alpha)
     return result
 
 
@@ -82,13 +92,27 @@ def best_alpha(
     return max(alphas, key=nearness)
 
 
-def _move(norm: nn.LayerNorm, weight: nn.Parameter, x_max: Tensor, alpha: float) -> None:
-    """Divides the norm by s and multiplies the columns of the weight behind it."""
-    s = smoothing_scale(x_max, weight.abs().amax(0).float(), alpha)
+def _next_weights(block: nn.Module, spec: BlockSpec) -> NextWeights:
+    gate = () if spec.mlp.gate is None else spec.mlp.gate.parts
+    following = {
+        spec.norm_1.path: spec.attention.in_proj.parts,
+        spec.norm_2.path: (*gate, *spec.mlp.fc1.parts),
+    }
+    return {
+        norm: [tensor_at(block, name) for name in dict.fromkeys(part.weight for part in parts)]
+        for norm, parts in following.items()
+    }
+
+
+def _move(norm: nn.LayerNorm, weights: Sequence[Tensor], x_max: Tensor, alpha: float) -> None:
+    """Divides the norm by s and multiplies the columns of the weights behind it."""
+    w_max = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    s = smoothing_scale(x_max, w_max.float(), alpha)
     for parameter in (norm.weight, norm.bias):
         if parameter is not None:
             parameter.div_(s)
-    weight.mul_(s)
+    for weight in weights:
+        weight.mul_(s)
 
 
 def smoothing_scale(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
@@ -99,24 +123,26 @@ def smoothing_scale(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
 
 
 @contextmanager
-def _largest(blocks: Sequence[nn.Module]) -> Iterator[list[dict[str, Tensor]]]:
+def _largest(
+    blocks: Sequence[nn.Module], weights: Sequence[NextWeights]
+) -> Iterator[list[dict[str, Tensor]]]:
     """max|X_j| float32 [D] of what each block's norms give, by name, over all calls inside."""
-    found: list[dict[str, Tensor]] = [{} for _ in blocks]
+    largest: list[dict[str, Tensor]] = [{} for _ in blocks]
 
     def note(place: int, name: str, y: Tensor) -> None:
         x_max = y.flatten(0, -2).abs().amax(0).float()
-        before = found[place].get(name)
-        found[place][name] = x_max if before is None else torch.maximum(before, x_max)
+        before = largest[place].get(name)
+        largest[place][name] = x_max if before is None else torch.maximum(before, x_max)
 
     handles = [
         block.get_submodule(name).register_forward_hook(
             lambda _, args, y, place=place, name=name: note(place, name, y)
         )
         for place, block in enumerate(blocks)
-        for name in _NEXT_WEIGHT
+        for name in weights[place]
     ]
     try:
-        yield found
+        yield largest
     finally:
         for handle in handles:
             handle.remove()
@@ -126,6 +152,8 @@ def _largest(blocks: Sequence[nn.Module]) -> Iterator[list[dict[str, Tensor]]]:
 def _embeddings(model: nn.Module, images: Tensor) -> Tensor:
     """Unit embeddings float32 [n, E]."""
     like = next(model.parameters())
-    encode = getattr(model, "encode_image", model)
-    parts = [encode(part.to(like.device, like.dtype)) for part in torch.split(images, _BATCH)]
+    parts = [
+        encode_image(model, part.to(like.device, like.dtype))
+        for part in torch.split(images, _BATCH)
+    ]
     return F.normalize(torch.cat(parts).float(), dim=1)

@@ -4,21 +4,20 @@ Importing this file also teaches FlopCounterMode the two attention operators tha
 CPU and counts as 0.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lraee.exits.head import Int8Head
 from lraee.exits.router import Router
-from lraee.layers.int8_block import Int8Attention
+from lraee.layers.int8_attention import Int8Attention
 from lraee.layers.int8_linear import Int8Linear
-from lraee.towers import open_clip as towers
-from lraee.towers import runner as vision
+from lraee.towers.families import blocks_of, tower_spec
+from lraee.towers.runner import ends_with_class_token
 
 
 @dataclass(frozen=True)
@@ -48,58 +47,28 @@ class Macs:
 
 def count_macs(tower: nn.Module) -> Macs:
     """The multiply-adds of one image of the tower's own size, float tower or accelerated."""
-    L = int(cast(Tensor, tower.positional_embedding).shape[0])
-    D = cast(nn.Conv2d, tower.conv1).out_channels
-    total = _embed_macs(tower)
-    linear = total if isinstance(tower.conv1, Int8Linear) else 0
+    spec = tower_spec(tower)
+    L, D = spec.tokens, spec.width
+    total = spec.patch_embedding.macs
+    is_int8_embedding = isinstance(tower.get_submodule(spec.patch_embedding.path), Int8Linear)
+    linear = total if is_int8_embedding else 0
     attention = 0
-    for block in towers.blocks_of(tower):
+    for block in blocks_of(tower):
         total += _block_macs(block, L, D)
         linear += L * _int8_weight_count(block)
         is_int8 = any(isinstance(m, Int8Attention) and m.is_int8 for m in block.modules())
         attention += 2 * L * L * D if is_int8 else 0
-    tokens = L
-    for pooler in ("attn_pool", "attn_pool_contrastive"):
-        if getattr(tower, pooler, None) is not None:
-            total += _pooler_macs(tower.get_submodule(pooler), tokens)
-            if getattr(tower, "attn_pool_type", "") == "cascade":
-                tokens = tower.get_parameter("attn_pool.query").shape[0]
-    proj = getattr(tower, "proj", None)
-    if proj is not None:
-        total += _pooled_tokens(tower, L) * proj.numel()
-    return Macs(linear, attention, total)
-
-
-def _embed_macs(tower: nn.Module) -> int:
-    conv = cast(nn.Conv2d, tower.conv1)
-    patches = int(cast(Tensor, tower.positional_embedding).shape[0]) - 1
-    return patches * conv.out_channels * conv.in_channels * math.prod(conv.kernel_size)
-
-
-def _pooler_macs(pooler: nn.Module, L: int) -> int:
-    """Attention of learned queries over L tokens."""
-    queries, D = pooler.get_parameter("query").shape
-    context = int(cast(nn.MultiheadAttention, pooler.attn).kdim)
-    return 2 * queries * D * D + 2 * L * context * D + 2 * queries * L * D
-
-
-def _pooled_tokens(tower: nn.Module, L: int) -> int:
-    """Vectors of one image that the projection sees."""
-    if getattr(tower, "pool_type", "tok") != "none":
-        return 1
-    if getattr(tower, "attn_pool_contrastive", None) is not None:
-        return 1
-    return L if tower.attn_pool is None else tower.get_parameter("attn_pool.query").shape[0]
+    return Macs(linear, attention, total + spec.macs_after_blocks)
 
 
 def tower_flops(visual: nn.Module) -> int:
     """FLOPs of one image of the tower's own size, the same for the float tower and the int8 one.
 
     Counted are products of matrices and the patch embedding: QKV, Q K^T, P V, out, fc1, fc2, the
-    projection, and attentional pooling where there is one. Norms, activations and sums are not.
+    projection, and attention pooling where there is one. Norms, activations and sums are not.
 
     Args:
-      visual: open_clip's VisionTransformer, float or accelerated; on any device, meta included.
+      visual: the image tower, float or accelerated; on any device, meta included.
     """
     return 2 * count_macs(visual).total
 
@@ -110,8 +79,8 @@ def block_flops(visual: nn.Module) -> list[int]:
     Args:
       visual: as in tower_flops.
     """
-    L, D = cast(Tensor, visual.positional_embedding).shape
-    return [2 * _block_macs(block, L, D) for block in towers.blocks_of(visual)]
+    spec = tower_spec(visual)
+    return [2 * _block_macs(block, spec.tokens, spec.width) for block in blocks_of(visual)]
 
 
 @dataclass(frozen=True)
@@ -131,7 +100,7 @@ class PartFlops:
     @classmethod
     def of(cls, visual: nn.Module) -> "PartFlops":
         """The parts of a tower, float or accelerated; their sum is tower_flops."""
-        embed = 2 * _embed_macs(visual)
+        embed = 2 * tower_spec(visual).patch_embedding.macs
         blocks = tuple(block_flops(visual))
         return cls(embed, blocks, tower_flops(visual) - embed - sum(blocks))
 
@@ -143,10 +112,11 @@ class PartFlops:
         values to it and no more.
         """
         parts = cls.of(visual)
-        if not vision.ends_with_class_token(visual):
+        if not ends_with_class_token(visual):
             return parts
-        L, D = cast(Tensor, visual.positional_embedding).shape
-        left_out = (L - 1) * (2 * L * D + _weight_count(towers.blocks_of(visual)[-1]) - 3 * D * D)
+        spec = tower_spec(visual)
+        L, D = spec.tokens, spec.width
+        left_out = (L - 1) * (2 * L * D + _weight_count(blocks_of(visual)[-1]) - 3 * D * D)
         return replace(parts, blocks=(*parts.blocks[:-1], parts.blocks[-1] - 2 * left_out))
 
     @property

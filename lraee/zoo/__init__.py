@@ -15,20 +15,16 @@ beside the weights has the figures.
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import open_clip
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import nn
 from torchvision import transforms
 
-Preprocess = Callable[[Image], Tensor]
-Tokenizer = Callable[[list[str]], Tensor]
-
-_WEIGHTS = "open_clip_model.safetensors"
+from lraee.towers import hub
+from lraee.towers.hub import Preprocess, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,9 @@ class Entry:
             [
                 transforms.Resize(self.resize, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.CenterCrop(side),
-                _to_rgb,
+                _convert_to_rgb,
                 transforms.ToTensor(),
-                transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
+                transforms.Normalize(hub.MEAN, hub.STD),
             ]
         )
         return steps
@@ -84,9 +80,9 @@ def register(name: str) -> str:
     Raises: ValueError on an unknown name, RuntimeError on a missing or changed weights file.
     """
     entry = _entry(name)
-    weights = directory(name) / _WEIGHTS
-    if name not in open_clip.list_models():
-        open_clip.add_model_config(directory(name) / f"{name}.json")
+    weights = directory(name) / hub.WEIGHTS_NAME
+    if name not in hub.model_names():
+        hub.add_config(directory(name) / f"{name}.json")
     _verify(name, weights, entry.sha256)
     return str(weights)
 
@@ -105,8 +101,7 @@ def load(name: str) -> tuple[nn.Module, Preprocess, Tokenizer]:
     Raises: ValueError on an unknown name, RuntimeError on a missing or changed weights file.
     """
     weights = register(name)
-    model: nn.Module = open_clip.create_model(name, pretrained=weights)
-    return model.eval(), _ENTRIES[name].preprocess(), open_clip.get_tokenizer(name)
+    return hub.create_model(name, weights), _ENTRIES[name].preprocess(), hub.tokenizer(name)
 
 
 def preprocess_with_margin(name: str) -> Preprocess:
@@ -120,7 +115,7 @@ def _entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def _to_rgb(image: Image) -> Image:
+def _convert_to_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
@@ -129,10 +124,10 @@ def _verify(name: str, weights: Path, sha256: str) -> None:
         raise RuntimeError(
             f"zoo: {name} must have its weights at {weights}, got no such file; install lraee again"
         )
-    found = _sha256(weights, weights.stat().st_mtime_ns, weights.stat().st_size)
-    if found != sha256:
+    actual = _sha256(weights, weights.stat().st_mtime_ns, weights.stat().st_size)
+    if actual != sha256:
         raise RuntimeError(
-            f"zoo: {weights} must have sha256 {sha256}, got {found}: "
+            f"zoo: {weights} must have sha256 {sha256}, got {actual}: "
             "the file was changed or cut; install lraee again"
         )
 

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from lraee import zoo
 from lraee.data.sources import first_line
+from lraee.towers import hub
 
 
 class ModelError(ValueError):
@@ -20,7 +20,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with what feeds it; `class_names` are the words it was made to know.
+    """A model with what feeds it; `class_names` are the words it was trained on.
 
     `with_margin` is `preprocess` with what its centre crop cuts off, where there is such a thing.
     """
@@ -55,36 +55,37 @@ def open_model(name: str, pretrained: str | None = None, *, may_be_random: bool 
     _check_name(name, pretrained, may_be_random)
     try:
         with _quiet():
-            made = open_clip.create_model_and_transforms(name, pretrained=pretrained)
-            tokenizer = open_clip.get_tokenizer(name)
+            opened = hub.create(name, pretrained)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ModelError(
             f"model: {name} {pretrained or ''} cannot be had (no network, no such tag?); "
             f"{', '.join(zoo.names())} needs no download. {first_line(error)}"
         ) from error
     title = f"{name} {pretrained or 'random weights'}"
-    names = tuple(open_clip.IMAGENET_CLASSNAMES)
-    return Opened(title, made[0].eval(), made[2], made[2], tokenizer, names)
+    return Opened(
+        title, opened.model, opened.preprocess, opened.preprocess, opened.tokenizer,
+        hub.IMAGENET_CLASS_NAMES,
+    )  # fmt: skip
 
 
 def _open_folder(folder: Path) -> Opened:
     """A model of the zoo's kind: its words, and its resize of 64 px for a crop of 56."""
     name = folder.resolve().name
-    config, weights = folder / f"{name}.json", folder / "open_clip_model.safetensors"
+    config, weights = folder / f"{name}.json", folder / hub.WEIGHTS_NAME
     for path in (config, weights):
         if not path.is_file():
             raise ModelError(f"model: {folder} must hold {path.name}, got no such file")
-    open_clip.add_model_config(config)
+    hub.add_config(config)
     try:
         with _quiet():
-            model = open_clip.create_model(name, pretrained=str(weights))
-            tokenizer = open_clip.get_tokenizer(name)
+            model = hub.create_model(name, str(weights))
+            tokenizer = hub.tokenizer(name)
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"model: {folder} cannot be read: {first_line(error)}") from error
-    crop = int(open_clip.get_model_config(name)["vision_cfg"]["image_size"])
+    crop = hub.config_image_size(name)
     entry = zoo.Entry(sha256="", resize=round(crop * 64 / 56), crop=crop)
     return Opened(
-        name, model.eval(), entry.preprocess(), entry.preprocess(has_margin=True), tokenizer,
+        name, model, entry.preprocess(), entry.preprocess(has_margin=True), tokenizer,
         zoo.class_names("lraee-tiny"),
     )  # fmt: skip
 
@@ -92,11 +93,11 @@ def _open_folder(folder: Path) -> Opened:
 def _check_name(name: str, pretrained: str | None, may_be_random: bool) -> None:
     if ":" in name:  # hf-hub: or local-dir:, which bring their own weights
         return
-    if name not in open_clip.list_models():
+    if name not in hub.model_names():
         known = ", ".join(zoo.names())
-        raise ModelError(f"model: name must be {known} or one of open_clip's, got {name!r}")
+        raise ModelError(f"model: name must be {known} or one of {hub.LIBRARY}'s, got {name!r}")
     if pretrained is None and not may_be_random:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a weights file"
+        tags = ", ".join(hub.tags(name)) or "a weights file"
         raise ModelError(f"model: pretrained must be given for {name}, one of: {tags}")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from lraee.cli import main as cli
+from lraee.cli import tables
 from lraee.diagnostics import guarded_memory as poison
 from lraee.diagnostics import (
     interpreter,
@@ -337,7 +338,7 @@ def test_what_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = selftest_time.measure(CPU, {"int8_linear"}, progress=False)
     refused = {row.kernel for row in rows if row.error is not None}
     assert refused == {"int8_linear", "tower"}
-    table = cli.tables.of_selftest({"rows": [], "times": [selftest.asdict(row) for row in rows]})
+    table = tables.of_selftest({"rows": [], "times": [selftest.asdict(row) for row in rows]})
     assert next(table).row_count == 0 and next(table).row_count == len(rows)
 
 

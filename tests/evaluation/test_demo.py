@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lraee.data.classes import class_features
 from lraee.data.sources import DataError
 from lraee.evaluation import demo
+from lraee.towers.prompts import class_features
 from lraee.zoo.opening import ModelError, Opened, open_model
 
 

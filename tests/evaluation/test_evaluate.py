@@ -13,9 +13,10 @@ from lraee.data.classes import Classes
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.evaluation import evaluate
-from lraee.evaluation.evaluate import Embedded, compare, embed, nearest, tower_bytes
+from lraee.evaluation.evaluate import Embedded, compare, embed, tower_bytes
+from lraee.storage.json import write_json
 from tests.clip_models import make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.image_files import folder
 from tests.support import assert_same
 
@@ -102,16 +103,6 @@ def test_without_labels_or_classes_only_direction_is_measured() -> None:
         assert row.cosine_mean == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_nearest_against_a_plain_loop(chunk: int) -> None:
-    rows = nn.functional.normalize(torch.randn(50, 8), dim=-1)
-    found = nearest(rows, chunk)
-    assert found is not None
-    for i in range(50):
-        others = [j for j in range(50) if j != i]
-        assert found[i] == max(others, key=lambda j: float(rows[i] @ rows[j]))
-
-
 def test_photos_are_decoded_once_and_models_take_turns(tmp_path: Path) -> None:
     photos = Photos(folder(tmp_path / "p"), classes=Classes(("n01", "n02"), ("a", "b")))
     calls: list[tuple[str, int]] = []
@@ -155,7 +146,7 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
     rows = compare(result, made, None)
     found = evaluate.report(rows, photos, result, model="m", data="p", batch=32)
     path = tmp_path / "new" / "report.json"
-    evaluate.write_json(found, path)
+    write_json(found, path)
     read = json.loads(path.read_text())
     assert read["schema"] == "lraee.evaluate/2" and read["settings"] == {"batch": 32}
     assert (read["photos"], read["labelled"], read["skipped"]) == (6, 0, 1)
@@ -163,7 +154,7 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
     assert [row["scheme"] for row in read["rows"]] == ["float", "int8"]
     assert {"machine", "versions", "threads", "operators", "command"} <= read.keys()
     with pytest.raises(ValueError):
-        evaluate.write_json({"x": float("nan")}, path)
+        write_json({"x": float("nan")}, path)
     assert json.loads(path.read_text()) == read
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
 

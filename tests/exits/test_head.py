@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lraee.exits.head import EPS, HeadWeights, Int8Head, contrasts, pool
 from lraee.layers.scheme import INT8, quantize_weight
 from lraee.ops import Norm, PackedLinear, ProbeHead, reference
-from tests.exits.made_exits import make_head
+from tests.exits.random_exits import make_head
 from tests.support import EPS32, assert_same, assert_within, generator
 
 D, E, K = 40, 24, 9

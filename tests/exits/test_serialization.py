@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,16 +11,15 @@ import torch
 from torch import Tensor
 
 import lraee
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
-from lraee.exits.serialization import FORMAT
 from lraee.layers.scheme import PAPER, Scheme
-from lraee.towers import open_clip as towers
+from lraee.towers.state import tower_hash
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.exits.small_exits import D, E, nested, small_exits
-from tests.sealed_files import cuts, read_files
 from tests.support import assert_same
 
 
@@ -58,7 +56,8 @@ def test_round_trip(tmp_path: Path, kind: GateKind, classes: int | None) -> None
     assert list(loaded.heads) == [2, 5, 11]
     assert loaded.plan.gate.thresholds == exits.plan.gate.thresholds
     loaded.save(tmp_path / "again")
-    assert read_files(tmp_path / "again", FORMAT) == read_files(tmp_path / "new/folder", FORMAT)
+    for path in (tmp_path / "again").iterdir():
+        assert path.read_bytes() == (tmp_path / "new" / "folder" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", get_args(GateKind))
@@ -74,7 +73,7 @@ def test_a_tower_with_loaded_exits_gives_the_same_bits(tmp_path: Path, kind: Gat
     images = make_images(5)
     with torch.no_grad():
         assert_same(again.encode_image(images), fast.encode_image(images))
-    assert towers.tower_hash(model.visual.state_dict()) == Exits.load(tmp_path).base_hash
+    assert tower_hash(model.visual.state_dict()) == Exits.load(tmp_path).base_hash
 
 
 def test_tensors_may_share_memory_and_be_views(tmp_path: Path) -> None:
@@ -105,9 +104,12 @@ def planned(*blocks: int, **gate: Any) -> Callable[[Exits], Exits]:
 
 
 UNSAVABLE: dict[str, tuple[Callable[[Exits], Exits], str]] = {
-    "half head": (headed(gamma=torch.ones(D).half()), r"heads.5.gamma must be torch.float32 \[8\]"),
+    "half head": (
+        headed(gamma=torch.ones(D).half()),
+        r"heads.5.gamma must be F32 \[8\]",
+    ),
     "head of other size": (headed(beta=torch.ones(D + 1)), r"heads.5.beta must be"),
-    "head NaN": (headed(b1=torch.full((3,), math.nan)), "heads.5.b1 must be finite, got nan"),
+    "head NaN": (headed(b1=torch.full((3,), math.nan)), r"heads.5.b1\[0\] must be finite, got n"),
     "head without b2": (headed(b2=None), "tensors must be those"),
     "head of another E": (headed(w2=torch.ones(E + 1, 3)), "heads.5.w2 must be"),
     "head of another D": (
@@ -119,29 +121,41 @@ UNSAVABLE: dict[str, tuple[Callable[[Exits], Exits], str]] = {
     "65 heads": (lambda e: replace(e, heads=dict.fromkeys(range(1, 66), e.heads[2])), "1 to 64"),
     "257 plans": (
         lambda e: replace(e, plans={**e.plans, **{str(i): e.plan for i in range(255)}}),
-        "1 to 256 plans",
+        "plans must be an object of 1 to 256",
     ),
     "plan name empty": (lambda e: replace(e, plans={**e.plans, "": e.plan}), "printable"),
     "plan name of two lines": (lambda e: replace(e, plans={**e.plans, "a\nb": e.plan}), "printab"),
-    "classes not unit": (lambda e: replace(e, classes=torch.ones(2, E)), r"\[0\] must have length"),
+    "classes not unit": (
+        lambda e: replace(e, classes=torch.ones(2, E)),
+        "rows of length 1",
+    ),
     "classes empty": (lambda e: replace(e, classes=torch.ones(0, E)), "classes must be an integer"),
-    "classes flat": (lambda e: replace(e, classes=torch.ones(E)), "classes must be torch.float32"),
+    "classes flat": (lambda e: replace(e, classes=torch.ones(E)), "classes must be F32"),
     "classes double": (lambda e: replace(e, classes=torch.eye(E).double()), "classes must be"),
-    "logit scale 0": (lambda e: replace(e, logit_scale=0.0), "logit_scale must be above 0"),
+    "logit scale 0": (
+        lambda e: replace(e, logit_scale=0.0),
+        "number above 0, got 0.0",
+    ),
     "logit scale 1e300": (lambda e: replace(e, logit_scale=1e300), "finite float32"),
-    "share NaN": (lambda e: replace(e, compaction=Compaction(math.nan)), "copy_share must be a fi"),
-    "share negative": (lambda e: replace(e, compaction=Compaction(-0.1)), "copy_share must be at"),
+    "share NaN": (lambda e: replace(e, compaction=Compaction(math.nan)), "must be JSON, got .*nan"),
+    "share negative": (
+        lambda e: replace(e, compaction=Compaction(-0.1)),
+        "number of at least 0",
+    ),
     "scheme flag 1": (
         lambda e: replace(e, scheme=replace(PAPER, clip_weights=1)),
-        "scheme.clip_weights must be of type bool",
+        "scheme.clip_weights must be true or false",
     ),
     "hash short": (lambda e: replace(e, base_hash="ab"), "base_hash must be 64"),
     "card holds a tensor": (lambda e: replace(e, card={"x": torch.ones(1)}), "must be JSON"),
-    "card holds NaN": (lambda e: replace(e, card={"x": [math.nan]}), "card must hold finite"),
-    "card deep": (lambda e: replace(e, card={"x": nested(32)}), "card must be at most 32"),
+    "card holds NaN": (lambda e: replace(e, card={"x": [math.nan]}), "must be JSON, got .*nan"),
+    "card deep": (
+        lambda e: replace(e, card={"x": nested(32)}),
+        "at most 32 levels",
+    ),
     "card very deep": (lambda e: replace(e, card={"x": nested(100_000)}), "must be JSON"),
-    "card large": (lambda e: replace(e, card={"x": "y" * (1 << 20)}), "card must be of at most"),
-    "card with keys of two types": (lambda e: replace(e, card={1: 1, "1": 1}), "each key once"),
+    "card large": (lambda e: replace(e, card={"x": "y" * (1 << 20)}), "levels and 1048576 bytes"),
+    "card with keys of two types": (lambda e: replace(e, card={1: 1, "1": 1}), "must be JSON"),
     "too much kept float": (
         lambda e: replace(e, scheme=Scheme(keep_float=("y" * (5 << 20),))),
         "exits.json must be of at most",
@@ -163,26 +177,6 @@ def test_card_of_32_levels_is_saved(tmp_path: Path) -> None:
     exits = replace(small_exits(), card={"x": nested(31)})
     exits.save(tmp_path)
     assert Exits.load(tmp_path).card == exits.card
-
-
-# Atomic writes
-
-
-def test_save_cut_off_anywhere_leaves_the_old_one_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = small_exits(), small_exits("confidence", seed=1)
-    (tmp_path / "README.md").write_text("mine")
-    old.save(tmp_path)
-    outcomes = []
-    for _ in cuts(monkeypatch, partial(new.save, tmp_path)):
-        loaded = Exits.load(tmp_path)
-        outcomes.append(loaded.plan.gate.kind == "learned")
-        assert_same_exits(loaded, old if outcomes[-1] else new)
-        old.save(tmp_path)
-    assert outcomes[:4] == [True] * 4 and False in outcomes, outcomes
-    assert_same_exits(Exits.load(tmp_path), new)
-    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_exits_and_a_checkpoint_share_a_folder(tmp_path: Path) -> None:

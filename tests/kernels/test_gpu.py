@@ -18,7 +18,7 @@ from lraee.kernels import register
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference, registry
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.kernels.places import Place, at
 from tests.support import assert_same, assert_within
 

@@ -49,11 +49,3 @@ def test_each_form_gets_photos_of_its_type_and_size(monkeypatch: pytest.MonkeyPa
     for row in rows:
         assert row.images_per_s == pytest.approx(1e3 * row.batch / row.timing.median_ms)
         assert row.variant != "float32" or row.speedup == 1.0
-
-
-@pytest.mark.parametrize("size", [56, (56, 48), [56, 48]])
-def test_image_size(size: int | tuple[int, int] | list[int]) -> None:
-    model = nn.Module()
-    model.visual = nn.Module()
-    model.visual.image_size = size
-    assert timing.image_size(model) == ((56, 56) if isinstance(size, int) else (56, 48))

@@ -14,7 +14,7 @@ from torch import nn
 import lraee
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import Scheme
-from lraee.model.accelerate import acceleration_of
+from lraee.model.acceleration import acceleration_of
 from tests.clip_models import blocks_of, make_images, make_model
 from tests.support import assert_same
 

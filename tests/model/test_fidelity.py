@@ -8,7 +8,7 @@ import torch
 import lraee
 from lraee.layers.int8_linear import Int8Linear
 from lraee.model.fidelity import BOUND, Fidelity, compare, require_fidelity
-from lraee.towers import open_clip as towers
+from lraee.towers.families import blocks_of
 from tests.clip_models import make_lraee_tiny
 from tests.photos import photo_crops
 
@@ -85,7 +85,7 @@ def photos():
 def measure(model, photos, *, broken=None):
     """Agreement of an accelerated model, each of its linears broken."""
     fast = lraee.accelerate(model)
-    for module in towers.blocks_of(fast.visual).modules():
+    for module in blocks_of(fast.visual).modules():
         if broken is not None and isinstance(module, Int8Linear):
             broken(module)
     with torch.no_grad():

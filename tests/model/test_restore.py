@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lraee
-from lraee.model.accelerate import acceleration_of
+from lraee.model.acceleration import acceleration_of
 from tests.clip_models import VARIANTS, blocks_of, make_images, make_model, make_texts
 from tests.support import assert_same
 

@@ -72,21 +72,24 @@ def test_stages_of_other_settings_are_removed(tmp_path: Path, settings: object) 
     assert make.calls == 1
 
 
-@pytest.mark.parametrize("damage", ["cut off", "flipped", "empty", "link"])
+@pytest.mark.parametrize("damage", ["cut off", "flipped", "empty", "broken link", "link"])
 def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: str) -> None:
+    """Under its name; the file that a link there points to is left alone."""
     make, stages = Maker(), Stages(tmp_path / "run", SETTINGS)
     stages.get("a", make)
-    path = tmp_path / "run" / "a.safetensors"
+    path, elsewhere = tmp_path / "run" / "a.safetensors", tmp_path / "elsewhere"
     data = path.read_bytes()
+    damaged = {"cut off": data[:-1], "flipped": b"\xff" + data[1:]}.get(damage, b"")
+    if "link" in damage:
+        path.unlink()
+        path.symlink_to(elsewhere)
     if damage == "link":
-        path.rename(tmp_path / "elsewhere")
-        path.symlink_to(tmp_path / "elsewhere")
-    else:
-        path.write_bytes(
-            {"cut off": data[:-1], "flipped": b"\xff" + data[1:], "empty": b""}[damage]
-        )
+        elsewhere.write_bytes(damaged)
+    elif damage != "broken link":
+        path.write_bytes(damaged)
     assert_stage(stages.get("a", make))
     assert make.calls == 2 and path.read_bytes() == data and not path.is_symlink()
+    assert elsewhere.exists() == (damage == "link")
 
 
 def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:

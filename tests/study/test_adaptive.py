@@ -102,7 +102,7 @@ def test_masking_in_training_is_removal() -> None:
     model, images, policy = make_model(), make_images(8), varied()
     tower = model.get_submodule("visual")
     costs = adaptive._Costs.of(tower)
-    z = adaptive._embedded(tower, images)
+    z = adaptive.embed_tokens(tower, images)
     y, flops = adaptive._masked(tower, policy, z, lambda logits: (logits > 0).float(), costs)
     alone, saved = run_policy(model, policy, images)
     assert_within(F.normalize(y, dim=1), F.normalize(alone, dim=1), ROUNDING)
@@ -177,5 +177,5 @@ def test_bad_input_is_refused() -> None:
         run_policy(model, all_run(), images[:0])
     with pytest.raises(ValueError, match="policy must be for 3 blocks, got 2"):
         run_policy(model, Policy(2, D), images)
-    with pytest.raises(NotImplementedError, match="by its class token.* pool_type 'avg'"):
+    with pytest.raises(NotImplementedError, match="by its class token.* pooling 'mean'"):
         run_policy(make_model(**VARIANTS["pool_avg"]), all_run(), images)

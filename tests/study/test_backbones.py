@@ -34,7 +34,7 @@ def test_the_last_projection_is_the_embedding() -> None:
 
 def test_a_tower_without_class_token_is_refused() -> None:
     tower = make_model(vision={"pool_type": "avg"}).visual
-    with pytest.raises(NotImplementedError, match="pool_type 'avg'"):
+    with pytest.raises(NotImplementedError, match="pooling 'mean'"):
         projected(tower, make_images(1).flatten(1)[:, :64])
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lraee.cli.main import app
 from lraee.data.classes import Classes
 from lraee.data.sources import DataError
-from lraee.evaluation.evaluate import write_json
+from lraee.storage.json import write_json
 from lraee.study import command, schema
 from lraee.study.page import read_report
 from lraee.study.protocol import Protocol

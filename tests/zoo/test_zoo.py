@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lraee import zoo
-from lraee.data.classes import class_features
 from lraee.data.photos import decode
+from lraee.towers.prompts import class_features
 from tests.image_files import encoded
 from tests.support import assert_same
 

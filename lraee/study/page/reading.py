@@ -4,15 +4,34 @@ import base64
 import binascii
 import types
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
-from lraee.storage.files import parse_json, read_regular, refuse
+from lraee.storage.files import refusing, require
+from lraee.storage.json import read_json
+from lraee.storage.schema import (
+    FLAG,
+    STRING,
+    Items,
+    Kind,
+    Nullable,
+    Record,
+    Scalar,
+    Table,
+    check,
+    integer,
+)  # fmt: skip
 from lraee.study import schema
 from lraee.study.schema import Report
 
 MAX_BYTES = 32 << 20
-_LARGEST = 1e15  # of any number: no figure of a study is larger, and drawings stay finite
+_LARGEST = 10**15  # of any number: no figure of a study is larger, and drawings stay finite
 _JPEG = (b"\xff\xd8\xff", b"\xff\xd9")  # how one begins and ends
+_NUMBER = Scalar(
+    f"a finite number of at most {_LARGEST:g}",
+    lambda v: type(v) in (int, float) and -_LARGEST <= v <= _LARGEST,  # which NaN is not
+    build=float,
+)
+_SCALARS = {float: _NUMBER, int: integer(-_LARGEST, _LARGEST), bool: FLAG, str: STRING}
 
 
 def read_report(path: Path | str) -> Report:
@@ -23,75 +42,35 @@ def read_report(path: Path | str) -> Report:
     Raises: lraee.CheckpointError naming the field, on any other.
     """
     path = Path(path)
-    raw = parse_json(path, read_regular(path, MAX_BYTES))
-    if raw.get("schema") != schema.SCHEMA:
-        refuse(path, f"schema must be {schema.SCHEMA!r}", raw.get("schema"))
-    report: Report = _checked(path, "the report", raw, Report)
-    for i, example in enumerate(report["examples"]):
-        _require_jpeg(path, f"examples[{i}].jpeg", example["jpeg"])
+    with refusing(path, "write it again with lraee report"):
+        raw = read_json(path, MAX_BYTES)
+        is_known = raw.get("schema") == schema.SCHEMA
+        require(is_known, f"schema must be {schema.SCHEMA!r}", raw.get("schema"))
+        report = cast(Report, check(_kind(Report), raw))
+        for i, example in enumerate(report["examples"]):
+            is_jpeg = _is_jpeg(example["jpeg"])
+            require(is_jpeg, f"examples[{i}].jpeg must be a JPEG in base64", example["jpeg"])
     return report
 
 
-def _checked(path: Path, where: str, value: Any, kind: Any) -> Any:
-    """The value as this type of the schema has it."""
-    origin = get_origin(kind)
-    if is_typeddict(kind):
-        return _object(path, where, value, kind)
+def _kind(hint: Any) -> Kind:
+    """What JSON must hold where the schema has this type."""
+    origin, of = get_origin(hint), get_args(hint)
+    if is_typeddict(hint):
+        return Record({key: _kind(each) for key, each in get_type_hints(hint).items()})
     if origin in (Union, types.UnionType):
-        (other,) = (each for each in get_args(kind) if each is not types.NoneType)
-        return None if value is None else _checked(path, where, value, other)
+        (other,) = (each for each in of if each is not types.NoneType)
+        return Nullable(_kind(other))
     if origin is list:
-        return _list(path, where, value, get_args(kind)[0])
+        return Items(_kind(of[0]), build=list)
     if origin is tuple:
-        if type(value) is not list or len(value) != len(get_args(kind)):
-            refuse(path, f"{where} must be a list of {len(get_args(kind))}", value)
-        pairs = enumerate(zip(value, get_args(kind), strict=True))
-        return tuple(_checked(path, f"{where}[{i}]", v, k) for i, (v, k) in pairs)
-    if origin is dict:
-        if type(value) is not dict:
-            refuse(path, f"{where} must be an object", value)
-        of = get_args(kind)[1]
-        return {key: _checked(path, f"{where}.{key[:40]}", v, of) for key, v in value.items()}
-    return _scalar(path, where, value, kind)
+        return Items(_kind(of[0]), len(of), len(of))
+    return Table(_kind(of[1])) if origin is dict else _SCALARS[hint]
 
 
-def _object(path: Path, where: str, value: Any, kind: Any) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    if type(value) is not dict:
-        refuse(path, f"{where} must be an object", value)
-    for key in hints:
-        if key not in value:
-            refuse(path, f"{where} must have the key {key}", sorted(value))
-    unknown = sorted(set(value) - set(hints))
-    if unknown:
-        refuse(path, f"{where} must have no key but its own", unknown)
-    prefix = "" if kind is Report else f"{where}."
-    return {key: _checked(path, prefix + key, value[key], of) for key, of in hints.items()}
-
-
-def _list(path: Path, where: str, value: Any, kind: Any) -> list[Any]:
-    if type(value) is not list:
-        refuse(path, f"{where} must be a list", value)
-    return [_checked(path, f"{where}[{i}]", each, kind) for i, each in enumerate(value)]
-
-
-def _scalar(path: Path, where: str, value: Any, kind: Any) -> Any:
-    if kind is float and type(value) in (int, float):
-        if not -_LARGEST <= value <= _LARGEST:  # which NaN is not either
-            refuse(path, f"{where} must be a finite number of at most {_LARGEST:g}", value)
-        return float(value)
-    if type(value) is not kind:
-        names = {float: "a number", int: "an integer", bool: "true or false", str: "a string"}
-        refuse(path, f"{where} must be {names[kind]}", value)
-    if kind is int and not -_LARGEST <= value <= _LARGEST:
-        refuse(path, f"{where} must be an integer of at most {_LARGEST:g}", value)
-    return value
-
-
-def _require_jpeg(path: Path, where: str, text: str) -> None:
+def _is_jpeg(text: str) -> bool:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        data = b""
-    if not (data.startswith(_JPEG[0]) and data.endswith(_JPEG[1])):
-        refuse(path, f"{where} must be a JPEG in base64", text)
+        return False
+    return data.startswith(_JPEG[0]) and data.endswith(_JPEG[1])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lraee.evaluation.evaluate import write_json
+from lraee.storage.json import write_json
 from lraee.study.page import pictures
 from lraee.study.page.page import write_page
 from lraee.study.schema import Report
@@ -13,7 +13,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
     Args:
       report: as study makes it.
-      folder: made if it is not there.
+      folder: created if missing.
     Returns: the files written.
     Raises: ImportError without jinja2 or matplotlib; report.json is there then.
     """

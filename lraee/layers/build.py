@@ -1,0 +1,148 @@
+"""Builds the int8 block of a BlockSpec, and the int8 patch embedding."""
+
+from collections.abc import Callable
+from typing import cast
+
+from torch import Tensor, nn
+
+from lraee.layers.batch_invariant import RowwiseLinear
+from lraee.layers.int8_attention import Int8Attention, Int8MultiheadAttention
+from lraee.layers.int8_block import Int8Block
+from lraee.layers.int8_linear import Int8Linear
+from lraee.layers.int8_patch_embedding import Int8PatchEmbedding, require_by_patch
+from lraee.layers.modules import Take, carry_hooks, shell, subclass
+from lraee.layers.scheme import Scheme, quantize_weight
+from lraee.layers.spec import BlockSpec, Linear
+from lraee.ops.backend import Backend
+
+Quantize = Callable[[str, Tensor], tuple[Tensor, Tensor]]
+"""Name of a linear, such as the block's name and its path in the block, or the path of the patch
+embedding, and its float weight [N, K] -> w_q int8 [N, K], w_scale float32 [N]."""
+
+
+def build_block(
+    block: nn.Module,
+    spec: BlockSpec,
+    name: str,
+    *,
+    scheme: Scheme,
+    backend: Backend,
+    take: Take,
+    quantize: Quantize | None = None,
+) -> Int8Block:
+    """The int8 block that stands for a float one; an instance of the float block's class.
+
+    Args:
+      block: the float block.
+      spec: of this block.
+      name: its name in the tower, which the names of its linears begin with.
+      scheme: how to quantize.
+      backend: which implementation to run on.
+      take: brings the parts that stay float (norms, activation, hooks) into the fast model.
+      quantize: where the int8 weights come from; None quantizes the float ones by the scheme.
+    """
+    return _Builder(block, spec, name, scheme, backend, take, quantize).block()
+
+
+class _Builder:
+    """One block on its way; arguments as build_block's."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        spec: BlockSpec,
+        name: str,
+        scheme: Scheme,
+        backend: Backend,
+        take: Take,
+        quantize: Quantize | None,
+    ) -> None:
+        self._float, self._spec, self._name = block, spec, name
+        self._scheme, self._backend, self._take = scheme, backend, take
+        self._quantize = quantize
+        self._linears = {linear.path: linear for linear in spec.linears}
+
+    def block(self) -> Int8Block:
+        """The whole."""
+        kind = subclass(Int8Block, type(self._float))
+        children = {name: self._part(name, m) for name, m in self._float.named_children()}
+        result = cast(Int8Block, shell(self._float, kind, children, self._take))
+        result.set_up(self._spec, self._backend)
+        carry_hooks(self._float, result, self._take)
+        return result
+
+    def _part(self, path: str, module: nn.Module) -> nn.Module:
+        """What stands for one submodule of the float block."""
+        if path == self._spec.attention.path:
+            return self._attention()
+        if path in self._linears:
+            return self._linear(self._linears[path])
+        if not any(inner.startswith(f"{path}.") for inner in self._replaced()):
+            return self._take(module)
+        children = {name: self._part(f"{path}.{name}", m) for name, m in module.named_children()}
+        return cast(nn.Module, shell(module, type(module), children, self._take))
+
+    def _replaced(self) -> list[str]:
+        return [self._spec.attention.path, *self._linears]
+
+    def _attention(self) -> Int8Attention:
+        spec = self._spec.attention
+        children = {linear.path: self._linear(linear) for linear in (spec.in_proj, spec.out_proj)}
+        norms = [path for path in (spec.q_norm, spec.k_norm, spec.inner_norm) if path is not None]
+        children |= {path: self._take(self._float.get_submodule(path)) for path in norms}
+        kind = Int8MultiheadAttention if spec.call is None else Int8Attention
+        return kind(
+            spec,
+            {path.removeprefix(f"{spec.path}."): module for path, module in children.items()},
+            is_int8=self._scheme.attention == "int8",
+            is_sequence_first=self._spec.call.is_sequence_first,
+            backend=self._backend,
+        )
+
+    def _linear(self, linear: Linear) -> nn.Module:
+        weight, bias = linear.weight(self._float), linear.bias(self._float)
+        name = f"{self._name}.{linear.path}"
+        if name in self._scheme.keep_float:
+            b = None if bias is None else self._take(_parameter(bias))
+            return RowwiseLinear.of(self._take(_parameter(weight)), b, self._backend)
+        if self._quantize is None:
+            w_q, w_scale = quantize_weight(weight, self._scheme, self._backend)
+        else:
+            w_q, w_scale = self._quantize(name, weight)
+        rounding = self._scheme.rounding(linear.site)
+        return Int8Linear(
+            w_q, w_scale, bias, dtype=weight.dtype, rounding=rounding, backend=self._backend
+        )
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """The parameter itself, or one of rows that were cut or stacked."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+
+
+def build_patch_embedding(
+    embedding: nn.Module,
+    name: str,
+    *,
+    scheme: Scheme,
+    backend: Backend,
+    take: Take,
+    quantize: Quantize | None = None,
+) -> Int8Linear:
+    """The int8 patch embedding that stands for a Conv2d or Linear; arguments as build_block's.
+
+    Raises: NotImplementedError if it is no linear of each patch.
+    """
+    require_by_patch(embedding, name)
+    weight = cast(nn.Conv2d | nn.Linear, embedding).weight.flatten(1)
+    if quantize is None:
+        w_q, w_scale = quantize_weight(weight, scheme, backend)
+    else:
+        w_q, w_scale = quantize(name, weight)
+    if isinstance(embedding, nn.Conv2d):
+        result: Int8Linear = Int8PatchEmbedding(embedding, name, w_q, w_scale, backend=backend)
+    else:
+        bias = cast(nn.Linear, embedding).bias
+        result = Int8Linear(w_q, w_scale, bias, dtype=weight.dtype, backend=backend)
+    carry_hooks(embedding, result.eval(), take)
+    return result

@@ -1,0 +1,160 @@
+"""Self-attention with int8 projections."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lraee.layers.modules import put_module
+from lraee.layers.spec import Attention, Call, Rope
+from lraee.ops.backend import Backend, operators
+
+PLAIN_CALL = Call(("x", "attn_mask"), mask="attn_mask")
+
+
+class Int8Attention(nn.Module):
+    """Self-attention, called as `spec.call` says; never of the library's own attention class.
+
+    transformers keeps hooks on every module of its attention classes, and a hooked block does not
+    run fused.
+
+    Args:
+      spec: of the float attention; its linears and norms become children of the same paths.
+      children: the int8 (or float) linears in_proj and out_proj, and norms, by path in the
+        attention.
+      is_int8: Q K^T in int8; else all of attention in float.
+      is_sequence_first: tokens are [L, B, D]; else [B, L, D].
+      backend: which implementation of int8_attention to run on.
+    """
+
+    def __init__(
+        self,
+        spec: Attention,
+        children: dict[str, nn.Module],
+        *,
+        is_int8: bool = True,
+        is_sequence_first: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        for path, module in children.items():
+            put_module(self, path, module)
+        self.spec = spec
+        self.call = spec.call or PLAIN_CALL
+        self.is_int8 = is_int8
+        self.is_sequence_first = is_sequence_first
+        self.backend: Backend = backend
+        self.training = False
+
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.spec.num_heads
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Any float type [B, L, D] -> the same, as `spec.call` says; the mask None or causal."""
+        x, mask, rope = self.call.read(type(self).__name__, args, named)
+        return self.call.wrap(self.project(x, mask, rope))
+
+    def project(self, x: Tensor, mask: Tensor | None = None, rope: Any = None) -> Tensor:
+        """out_proj(attention(in_proj(x))), tokens in and out in the order of the float module."""
+        qkv = self._child(self.spec.in_proj.path)(x)
+        qkv = qkv.transpose(0, 1) if self.is_sequence_first else qkv
+        qkv = self.placed(qkv, rope)
+        causal = self.spec.is_causal or is_causal(mask, qkv.shape[1], type(self).__name__)
+        y = self.attend(qkv, is_causal=causal)
+        y = y.transpose(0, 1) if self.is_sequence_first else y
+        if self.spec.inner_norm is not None:
+            y = self._child(self.spec.inner_norm)(y)
+        return cast(Tensor, self._child(self.spec.out_proj.path)(y))
+
+    def attend(self, qkv: Tensor, *, is_causal: bool) -> Tensor:
+        """softmax(Q K^T / sqrt(d)) V: [B, L, 3 H d] -> [B, L, H d]."""
+        if self.is_int8:
+            return operators(self.backend).int8_attention(  # type: ignore[no-any-return]
+                qkv, num_heads=self.num_heads, causal=is_causal
+            )
+        B, L, width = qkv.shape
+        heads = qkv.view(B, L, 3, self.num_heads, width // (3 * self.num_heads))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        return y.transpose(1, 2).reshape(B, L, width // 3)
+
+    def _child(self, path: str) -> nn.Module:
+        """By its path in the block."""
+        return self.get_submodule(path.removeprefix(f"{self.spec.path}."))
+
+    def placed(self, qkv: Tensor, rope: Any = None) -> Tensor:
+        """Queries and keys normed per head and rotated, where they are: [B, L, 3 H d]."""
+        is_rotated = self.spec.rope is not None and rope is not None
+        if not is_rotated and self.spec.q_norm is None and self.spec.k_norm is None:
+            return qkv
+        heads = qkv.unflatten(2, (3, self.spec.num_heads, self.spec.head_dim))
+        q, k, v = heads.unbind(2)
+        q = q if self.spec.q_norm is None else self._child(self.spec.q_norm)(q)
+        k = k if self.spec.k_norm is None else self._child(self.spec.k_norm)(k)
+        if self.spec.rope is not None and rope is not None:
+            q, k = (rotated(each, rope, self.spec.rope) for each in (q, k))
+        return torch.stack([q, k, v], dim=2).view(qkv.shape)
+
+
+class Int8MultiheadAttention(Int8Attention):
+    """The same, called as torch's nn.MultiheadAttention is: self-attention without weights."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """(y, None): the attention weights are not kept."""
+        others = [t for t in (key, value) if t is not None and t is not query]
+        if others or key_padding_mask is not None or need_weights:
+            raise NotImplementedError(
+                "Int8MultiheadAttention: only self-attention without padding mask and without"
+                " need_weights runs in int8; use the float model (lraee.restore) for these"
+            )
+        return self.project(query, attn_mask), None
+
+
+def rotated(x: Tensor, rope: Any, spec: Rope) -> Tensor:
+    """x * cos + rotate(x) * sin in float32, per token and pair of channels, in the type of x.
+
+    Args:
+      x: queries or keys [B, L, H, d].
+      rope: cosines and sines [L - prefix, d] each, a pair; or one tensor [L - prefix, 2 d], sines
+        first, as timm has it.
+      spec: which tokens and which pairs.
+    """
+    sin, cos = rope.chunk(2, -1) if isinstance(rope, Tensor) else (rope[1], rope[0])
+    cos, sin = (each.reshape(-1, 1, each.shape[-1]).float() for each in (cos, sin))
+    prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :].float()
+    if spec.layout == "half":
+        first, second = patches.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+    else:
+        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], -1).flatten(-2)
+    return torch.cat([prefix, (patches * cos + turned * sin).to(x.dtype)], dim=1)
+
+
+def is_causal(attn_mask: Tensor | None, L: int, owner: str = "Int8Block") -> bool:
+    """False for None, True for the causal mask of L tokens.
+
+    Raises: NotImplementedError on any other mask.
+    """
+    if attn_mask is None:
+        return False
+    is_hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+    is_shown = ~is_hidden if attn_mask.dtype == torch.bool else attn_mask == 0
+    causal = torch.ones(L, L, dtype=torch.bool, device=attn_mask.device).triu(1)
+    if attn_mask.shape != (L, L) or not (is_hidden.equal(causal) and is_shown.equal(~causal)):
+        raise NotImplementedError(
+            f"{owner}: attn_mask must be None or the causal mask [L, L] = [{L}, {L}],"
+            f" got another one of shape {list(attn_mask.shape)}"
+        )
+    return True

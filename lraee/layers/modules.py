@@ -1,0 +1,135 @@
+"""Modules taken apart and put together: subclasses made at run time, hooks, parts by path."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar, cast
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+class Take(Protocol):
+    """How a part of the float model enters the fast one: copied, or as it is."""
+
+    def __call__(self, part: T) -> T:
+        """The part for the fast model."""
+        ...
+
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
+class Adapter(nn.Module):
+    """What a class of a library becomes in an accelerated model: `subclass(adapter, base)`.
+
+    An instance is one of the library's class, which code and hooks of that library look for.
+    pickle and deepcopy name both classes, since the one made of them is in no module.
+    """
+
+    adapter_prefix: ClassVar[str] = "Int8"
+    _classes: ClassVar[tuple[type["Adapter"], type[nn.Module]]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The two classes, and the state."""
+        return _blank, self._classes, self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything."""
+        return self.__dict__
+
+
+_subclasses: dict[tuple[type, type], type[Adapter]] = {}
+
+
+def subclass(adapter: type[Adapter], base: type[nn.Module]) -> type[Adapter]:
+    """The class whose methods are the adapter's, then the base's; the same one at every call."""
+    if (adapter, base) not in _subclasses:
+        name = f"{adapter.adapter_prefix}{base.__name__}"
+        namespace = {"__module__": adapter.__module__, "_classes": (adapter, base)}
+        # setdefault: of two threads that come here at once, both get one class
+        _subclasses.setdefault((adapter, base), type(name, (adapter, base), namespace))
+    return _subclasses[adapter, base]
+
+
+def adopt(module: nn.Module, adapter: type[Adapter]) -> Adapter:
+    """Turns a module of a library into the adapter's subclass of its class; numbers stay."""
+    module.__class__ = subclass(adapter, type(module))
+    return cast(Adapter, module)
+
+
+def release(module: nn.Module) -> None:
+    """The way back from adopt; leaves any other module alone."""
+    if isinstance(module, Adapter):
+        module.__class__ = type(module)._classes[1]
+
+
+def _blank(adapter: type[Adapter], base: type[nn.Module]) -> Adapter:
+    kind = subclass(adapter, base)
+    return kind.__new__(kind)
+
+
+def shell(
+    module: nn.Module, kind: type[nn.Module], children: Mapping[str, nn.Module], take: Take
+) -> Any:
+    """A module of class `kind` with the attributes, parameters and buffers of another.
+
+    Args:
+      module: whose attributes are taken; its children and hooks are not.
+      kind: class of the result; none of its __init__ runs.
+      children: its children.
+      take: brings attributes and tensors into the fast model.
+    """
+    result = kind.__new__(kind)
+    nn.Module.__init__(result)
+    attributes = {k: v for k, v in module.__dict__.items() if k not in result.__dict__}
+    result.__dict__.update({name: take(value) for name, value in attributes.items()})
+    result._parameters = {name: take(p) for name, p in module._parameters.items()}
+    result._buffers = {name: take(b) for name, b in module._buffers.items()}
+    result._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    for name, child in children.items():
+        result.add_module(name, child)
+    result.training = False
+    return result
+
+
+def put_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Sets the submodule of this path; parents that are not there become plain modules."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = cast(nn.Module, root._modules[parent])
+    if isinstance(root, nn.ModuleList | nn.Sequential):
+        root._modules[name] = module
+    else:
+        setattr(root, name, module)
+
+
+def carry_hooks(source: nn.Module, target: nn.Module, take: Take) -> None:
+    """Gives each module of target the forward hooks of the module of that name in source."""
+    modules = dict(source.named_modules())
+    for name, module in target.named_modules():
+        if name in modules and module is not modules[name]:
+            for attribute in HOOKS:
+                module.__dict__[attribute] = take(modules[name].__dict__[attribute])
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook sees the calls of this very module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def without_numbers(part: nn.Module) -> nn.Module:
+    """The module on the meta device, without hooks: all that restore needs besides the weights."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in part.parameters()
+    }
+    for module in part.modules():
+        for attribute in HOOKS:
+            memo[id(module.__dict__[attribute])] = OrderedDict()
+    return copy.deepcopy(part, memo)

@@ -1,0 +1,105 @@
+"""restore: an accelerated model to the float one that it was made of."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lraee.layers.modules import carry_hooks
+from lraee.model.acceleration import (
+    Acceleration,
+    acceleration_of,
+    copier,
+    mark_float,
+    replaced_parts,
+)
+from lraee.model.text import base_weights
+from lraee.towers import runner
+from lraee.towers.families import family_of, find_tower
+from lraee.towers.state import tower_hash
+from lraee.towers.text import TextTower, find_text
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) -> Model:
+    """The float model again: image and text tower as they were before accelerate, bit for bit.
+
+    The fast model holds no float weights. They come from the original model, if it is still alive
+    and was not changed, or from `base`. All that accelerate copied (a float text tower, logit
+    scale) is copied from the fast model.
+
+    Args:
+      model: an accelerated model; it stays as it is.
+      base: the original model, or its state dict.
+    Returns: a new float model.
+    Raises: ValueError if model is float, or if the weights are not those that accelerate saw;
+      LookupError if the original is gone and base is not given.
+    """
+    fast_tower = find_tower(model)
+    record = acceleration_of(model)
+    if record is None:
+        raise ValueError("restore: model must be accelerated, got a float one")
+    weights = _base_weights(fast_tower, record, base)
+    base_hash = tower_hash(weights)
+    if base_hash != record.base_hash:
+        raise ValueError(
+            f"restore: {'base' if base is not None else 'the original model'} must hold the weights"
+            f" that accelerate saw (sha256 {record.base_hash[:12]}), got {base_hash[:12]}; give"
+            " base=<model or state dict with the original weights>"
+        )
+    text = None if record.text is None else base_weights(model, record.text, base)
+    memo: dict[int, Any] = {}
+    parts = _float_shells(replaced_parts(fast_tower, record.scheme), record.skeletons, memo)
+    text_blocks: list[nn.Module] = []
+    if record.text is not None:
+        fast_blocks = cast(TextTower, find_text(model)).blocks
+        text_blocks = _float_shells(fast_blocks, record.text.skeletons, memo)
+    result = copy.deepcopy(model, memo)
+    runner.detach_exits(find_tower(result))
+    device = next(fast_tower.parameters()).device
+    _load(find_tower(result), weights, device)
+    if text is not None:
+        _load(cast(TextTower, find_text(result)).blocks, text, device)
+    mark_float(result, parts, text_blocks)
+    return result
+
+
+def _float_shells(
+    fast_parts: Iterable[nn.Module], skeletons: Sequence[nn.Module], memo: dict[int, Any]
+) -> list[nn.Module]:
+    """Float parts without numbers, with the hooks of the fast ones, whose place they take."""
+    parts = [copy.deepcopy(skeleton) for skeleton in skeletons]
+    for fast_part, part in zip(fast_parts, parts, strict=True):
+        carry_hooks(fast_part, part, copier(memo))
+        memo[id(fast_part)] = part
+    return parts
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in weights.items()}
+    module.load_state_dict(copies, assign=True)
+
+
+def _base_weights(
+    tower: nn.Module, record: Acceleration, base: nn.Module | Mapping[str, Tensor] | None
+) -> Any:
+    """State dict of the float tower."""
+    if isinstance(base, nn.Module):
+        return find_tower(base).state_dict()
+    if base is not None:
+        for path in family_of(tower).paths:
+            prefix = f"{path}."
+            inside = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}
+            if inside:
+                return inside
+        return base
+    original = None if record.original is None else record.original()
+    if original is None:
+        raise LookupError(
+            "restore: the original model is gone, and the fast one holds no float weights; give"
+            " base=<the original model or its state dict>"
+        )
+    return original.state_dict()
