@@ -6,8 +6,12 @@ from lraee.diagnostics.selftest_inputs import generator, quantized_linear
 from lraee.ops.error_bounds import EPS32, HALF_STEP, first_difference
 
 __all__ = [
-    "EPS32", "HALF_STEP", "assert_same", "assert_within", "generator", "quantized_linear",
+    "EPS32", "HALF_STEP", "TEXT_BOUND", "assert_same", "assert_within", "generator",
+    "quantized_linear",
 ]  # fmt: skip
+
+TEXT_BOUND = 1e-5
+"""Between a float32 text tower cut at the end of the texts and the whole one."""
 
 
 def assert_same(actual: Tensor, expected: Tensor, **parameters: object) -> None:

@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,26 +89,30 @@ def serve(
 
     image_bytes = round(max_image_mb * (1 << 20))
     _check_scheme(scheme)
-    settings = Settings(
-        body_bytes=max(2 * image_bytes, 1 << 20), image_bytes=image_bytes, max_batch=max_batch,
-        queue_s=queue_s, deadline_s=deadline_s,
-        decoding=Limits(max_bytes=image_bytes, max_pixels=round(max_megapixels * 1e6)),
-        url_hosts=tuple(allow_url_host or ()), token=_token(token_file),
-        allowed_hosts=_allowed_hosts(host, allow_host or []),
-    )  # fmt: skip
-    library = None
-    if photos is not None:
-        library = Library(read_embeddings(photos), photos_from)
-    mode: Mode = "exact" if exact else "fast"
-    choices = [ModelChoice(each, pretrained, scheme, exits, text, mode) for each in names]
-    encoders = [choice.open() for choice in choices]
-    kept = Path("thumbnails") if photos is None else photos.with_suffix(".thumbnails")
-    app = create_app(encoders, settings, library, thumbnails=kept)
-    for encoder in encoders:
-        line("model", f"{encoder.name}: {encoder.width} numbers")
-    if library is not None:
-        line("photos", f"{len(library)}, {library.index.name} search")
-    _run(app, host, port, has_page=library is not None)
+    with _bind(host, port) as listener:
+        settings = Settings(
+            body_bytes=max(2 * image_bytes, 1 << 20), image_bytes=image_bytes, max_batch=max_batch,
+            queue_s=queue_s, deadline_s=deadline_s,
+            decoding=Limits(max_bytes=image_bytes, max_pixels=round(max_megapixels * 1e6)),
+            url_hosts=tuple(allow_url_host or ()), token=_token(token_file),
+            allowed_hosts=_allowed_hosts(host, allow_host or []),
+        )  # fmt: skip
+        library = None
+        if photos is not None:
+            library = Library(read_embeddings(photos), photos_from)
+            library.require_photos()
+        mode: Mode = "exact" if exact else "fast"
+        choices = [ModelChoice(each, pretrained, scheme, exits, text, mode) for each in names]
+        encoders = [choice.open() for choice in choices]
+        kept = Path("thumbnails") if photos is None else photos.with_suffix(".thumbnails")
+        app = create_app(encoders, settings, library, thumbnails=kept)
+        for encoder in encoders:
+            line("model", f"{encoder.name}: {encoder.width} numbers")
+        if library is not None:
+            line("photos", f"{len(library)}, {library.index.name} search")
+        if settings.token is None and not _is_loopback(host):
+            line("note", f"{host} is open to its network: no token is set")
+        _run(app, listener, has_page=library is not None)
 
 
 def _require_extra() -> None:
@@ -144,21 +149,39 @@ def _token(path: Path | None) -> str | None:
 
 def _allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
     """Host headers: on loopback its names, so that no web page reaches it by a name of its own."""
+    return (*_LOOPBACK_NAMES, host, *more) if _is_loopback(host) else tuple(more)
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        is_loopback = False
-    return (*_LOOPBACK_NAMES, host, *more) if is_loopback else tuple(more)
+        return False
 
 
-def _run(app: "Starlette", host: str, port: int, *, has_page: bool) -> None:
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket of this address, before a model is loaded in vain; raises OSError in one line."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise OSError(
+            f"serve: --host and --port must be free to listen on, got {host}:{port}: {reason}"
+        ) from error
+    return listener
+
+
+def _run(app: "Starlette", listener: socket.socket, *, has_page: bool) -> None:
     import uvicorn
 
     class Server(uvicorn.Server):
         """Says where it listens, in one line on stdout, once it does."""
 
-        async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-            await super().startup()
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
             if self.started and not self.should_exit:
                 bound = self.servers[0].sockets[0].getsockname()
                 name = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
@@ -168,7 +191,7 @@ def _run(app: "Starlette", host: str, port: int, *, has_page: bool) -> None:
 
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # else each bad form is a line
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, server_header=False,
+        app, log_level="warning", access_log=False, server_header=False,
         date_header=False, limit_concurrency=1024, timeout_keep_alive=30, lifespan="on",
         timeout_graceful_shutdown=60, ws="none",
     )  # fmt: skip
@@ -176,6 +199,6 @@ def _run(app: "Starlette", host: str, port: int, *, has_page: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     server = Server(config)
-    server.run()
+    server.run(sockets=[listener])
     if not server.started:
-        raise OSError(f"serve: the server did not start on {host}:{port}")
+        raise OSError("serve: the server did not start, as the line above says")

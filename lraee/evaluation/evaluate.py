@@ -18,6 +18,7 @@ from lraee.measurement import machine
 from lraee.measurement.neighbours import other_neighbours
 from lraee.measurement.timing import ImageEncoder
 from lraee.model.trace import ExitStats, Trace, has_exits, trace
+from lraee.towers.families import as_input
 
 SCHEMA = "lraee.evaluate/2"
 FLOAT = "float"
@@ -28,7 +29,8 @@ class Row:
     """One form of the model over all photos; shares are in percent.
 
     Args:
-      scheme: "float", the quantization scheme, or "exits" and the kind of gate.
+      scheme: "float", the quantization scheme, or "exits" and the kind of gate; with "text int8"
+        where the class texts are those of an int8 text tower.
       top1: zero-shot answers that are the label; None without labels, as top5.
       agreement: zero-shot answers equal to float's; None without class texts.
       neighbours: photos whose nearest other photo by cosine is float's; None below 3 photos.
@@ -115,26 +117,33 @@ def embed(
 
 
 def compare(
-    embedded: Embedded, models: Mapping[str, nn.Module], class_rows: Tensor | None
+    embedded: Embedded,
+    models: Mapping[str, nn.Module],
+    class_rows: Tensor | None,
+    texts: Mapping[str, tuple[str, Tensor]] | None = None,
 ) -> list[Row]:
-    """One row per model, each against the one named "float".
+    """One row per model, each against the one named "float" with `class_rows`.
 
     Args:
+      embedded: photos, by all models.
+      models: name -> model.
       class_rows: unit text features float32 [K, E], or None.
+      texts: more rows: name -> name of a model and the class texts that its photos meet, [K, E].
     """
+    forms = {name: (name, class_rows) for name in models} | dict(texts or {})
     base = embedded.embeddings[FLOAT]
     base_top = None if class_rows is None else (base @ class_rows.T).argmax(dim=1)
     base_near = other_neighbours(base, 1) if len(base) >= 3 else None
     known = [i for i, label in enumerate(embedded.labels) if label is not None]
     labels = torch.tensor([embedded.labels[i] for i in known], dtype=torch.int64)
     rows = []
-    for name, model in models.items():
+    for title, (name, text_rows) in forms.items():
         rows_of = embedded.embeddings[name]
         finite = rows_of.isfinite().all(dim=1)
         y = rows_of.nan_to_num(0.0, 0.0, 0.0)
         top1 = top5 = agreement = neighbours = None
-        if class_rows is not None and base_top is not None:
-            ranked = (y @ class_rows.T).topk(min(5, len(class_rows)), dim=1).indices
+        if text_rows is not None and base_top is not None:
+            ranked = (y @ text_rows.T).topk(min(5, len(text_rows)), dim=1).indices
             agreement = _percent((ranked[:, 0] == base_top) & finite)
             if known:
                 right = (ranked[known] == labels[:, None]) & finite[known, None]
@@ -145,7 +154,7 @@ def compare(
         cosine = (y * base).sum(dim=1)
         rows.append(
             Row(
-                name,
+                title,
                 top1,
                 top5,
                 agreement,
@@ -153,7 +162,7 @@ def compare(
                 cosine.mean().item(),
                 cosine.quantile(0.01).item() if len(cosine) < 1 << 24 else cosine.min().item(),
                 1e3 * statistics.median(embedded.seconds_per_photo[name]),
-                tower_bytes(model),
+                tower_bytes(models[name]),
                 100 * embedded.exits[name].flops_saved if name in embedded.exits else None,
                 int((~finite).sum()),
             )
@@ -189,9 +198,8 @@ def report(
 
 
 def _encode(model: nn.Module, images: Tensor) -> Tensor:
-    first = next(model.parameters())
     encoder = cast(ImageEncoder, model)
-    return encoder.encode_image(images.to(first.device, first.dtype), normalize=True).float().cpu()
+    return encoder.encode_image(as_input(model, images), normalize=True).float().cpu()
 
 
 def _percent(hits: Tensor) -> float:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lraee.kernels.operands import BlockOperands, Norm
 from lraee.layers.composed import Composed
+from lraee.layers.gradients import without_gradient
 from lraee.layers.int8_attention import Int8Attention, is_causal
 from lraee.layers.int8_linear import Int8Linear, packed_linear
 from lraee.layers.modules import Adapter, is_hooked
@@ -49,6 +50,20 @@ class Int8Block(Adapter):
         """Tokens of any float type -> the same, as `block_spec.call` says; mask None or causal."""
         call = self.block_spec.call
         x, mask, rope = call.read("Int8Block", args, named)
+        result = self._forward(x, mask, rope, args, named)
+        if isinstance(result, tuple):
+            return (without_gradient(result[0], (x,)), *result[1:])
+        return without_gradient(result, (x,))
+
+    def _forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rope: Any,
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> Any:
+        call = self.block_spec.call
         wiring = self._wired() if self.can_fuse else None
         if wiring is None or wiring.has_hooks():
             return self._forward_by_child(x, mask, args, named)

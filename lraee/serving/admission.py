@@ -33,8 +33,15 @@ class Admission:
             self.body_bytes -= size_bytes
 
     @contextmanager
-    def work(self, seconds: float) -> Iterator[None]:
-        """Reserve time of the model; raises 429 with the time to wait beyond queue_s."""
+    def work(self, seconds: float, *, inputs: int = 1) -> Iterator[None]:
+        """Reserve time of the model; raises 429 with the time to wait beyond queue_s.
+
+        Several inputs that cannot be done within deadline_s get 413.
+        """
+        if inputs > 1 and seconds > self._settings.deadline_s:
+            raise ServiceError(
+                413, f"these inputs take about {seconds:.0f} s; send fewer at a time", "too_large"
+            )
         over_s = self.work_s + seconds - self._settings.queue_s
         if self._requests and over_s > 0:
             raise ServiceError(

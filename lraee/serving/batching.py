@@ -58,7 +58,8 @@ class Batcher:
     """One model's queue and worker thread.
 
     A call starts when the worker is free and a batch is full, or nothing else is being decoded for
-    it, or its oldest input has waited `settings.max_wait_s`. Inputs of cancelled clients and those
+    it, or its oldest input has waited `settings.max_wait_s`. Kinds take turns, so that a thousand
+    class names do not hold up an image. Inputs of cancelled clients and those
     past their deadline leave the queue. An input on which the model fails harms itself only: its
     batch is run again one by one. If the worker dies, all inputs get 503 and `is_alive` is False.
 
@@ -79,6 +80,7 @@ class Batcher:
         self._is_closed = False
         self._busy_since: float | None = None
         self._seconds: dict[Kind, float] = {}
+        self._last_kind: Kind | None = None
         self._thread = threading.Thread(target=self._work, name=f"lraee-{name}", daemon=True)
 
     def start(self) -> None:
@@ -161,9 +163,11 @@ class Batcher:
                 if self._is_closed:
                     return None
                 self._changed.wait()
-            kind = self._queue[0].kind
+            others = (job for job in self._queue if job.kind != self._last_kind)
+            first = next(others, self._queue[0])
+            kind = self._last_kind = first.kind
             limit = min(self._encoder.batch_limit(kind), self._settings.max_batch)
-            latest = self._queue[0].enqueued + self._settings.max_wait_s
+            latest = first.enqueued + self._settings.max_wait_s
             while self._arriving and kind == "image" and not self._is_closed:
                 left_s = latest - time.monotonic()
                 if left_s <= 0 or sum(job.kind == kind for job in self._queue) >= limit:

@@ -1,8 +1,11 @@
-"""Image towers: what they are made of, how they run. The only room that knows other libraries."""
+"""Image and text towers: what they are made of, how they run. The only room that knows other
+libraries.
+"""
 
-from lraee.towers import open_clip, timm
+from lraee.towers import open_clip, open_clip_text, text, timm
 from lraee.towers.families import register
 
 register(open_clip.FAMILY)
 register(timm.TIMM_MODEL)
 register(timm.TRUNK)
+text.register(open_clip_text.FAMILY)

@@ -4,7 +4,7 @@ A family is one file of this room with a Family record; the room's __init__ regi
 code speaks to a tower through the functions here and the specs that they return.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import Scheme
-from lraee.layers.spec import BlockSpec, tensor_at
+from lraee.layers.spec import BlockSpec, Linear, tensor_at
 from lraee.ops.rules import FLOAT_TYPES
 from lraee.towers.spec import TowerSpec
 
@@ -173,9 +173,47 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     return tower_spec(find_tower(model)).image_size
 
 
+def embedding_size(tower: nn.Module) -> int:
+    """E of a tower that projects one vector per image.
+
+    Raises: NotImplementedError on another one.
+    """
+    spec = tower_spec(tower)
+    if spec.embedding_size is None:
+        raise NotImplementedError(
+            f"exits: the tower must be {spec.family}'s own {spec.float_class.__name__} with one"
+            f" projected vector per image, got {type(tower).__name__} with pooling"
+            f" {spec.pooling.kind!r}"
+        )
+    return spec.embedding_size
+
+
 def embed_tokens(tower: nn.Module, images: Tensor) -> Tensor:
     """Tokens [B, L, D] before the first block of a tower, float or accelerated."""
     return family_of(tower).embed(tower, images)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's image tower, float or accelerated."""
+    return next(find_tower(model).parameters()).device
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The float type that the model's image tower computes in: that of its patch embedding.
+
+    Norms may have another one (open_clip keeps them float32 in "fp16" and "bf16"), so no other
+    parameter tells it.
+    """
+    tower = find_tower(model)
+    embedding = tower.get_submodule(tower_spec(tower).patch_embedding.path)
+    if isinstance(embedding, Int8Linear):
+        return embedding.dtype
+    return next(p.dtype for p in embedding.parameters() if p.is_floating_point())
+
+
+def as_input(model: nn.Module, images: Tensor) -> Tensor:
+    """The images on the device and in the type that the model's image tower takes."""
+    return images.to(device_of(model), compute_dtype(model))
 
 
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
@@ -206,29 +244,48 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
 # What the scheme quantizes
 
 
-def require_supported(tower: nn.Module, scheme: Scheme) -> None:
+def require_supported(tower: nn.Module, scheme: Scheme, others: Iterable[str] = ()) -> None:
     """Raises one line unless each block has its int8 kernels and each kept layer exists.
 
+    Args:
+      tower: from find_tower, float.
+      scheme: how it is to be quantized.
+      others: names of linears outside the tower that the scheme may keep float.
     Raises: NotImplementedError, ValueError.
     """
     family, spec = family_of(tower), tower_spec(tower)
-    known: set[str] = set()
+    known = set(others)
     for i, block in enumerate(blocks_of(tower)):
-        try:
-            block_spec = family.read_block(block)
-            _require_numbers(block, block_spec)
-        except UnsupportedBlockError as error:
-            raise NotImplementedError(
-                f"accelerate: {family.name_of(spec.blocks)}.{i} {error}; use a model without it,"
-                " or serve this one in float"
-            ) from error
-        known |= {f"{spec.block_name(i)}.{linear.path}" for linear in block_spec.linears}
+        path = f"{family.name_of(spec.blocks)}.{i}"
+        linears = supported_linears(block, family.read_block, path)
+        known |= {f"{spec.block_name(i)}.{linear.path}" for linear in linears}
     for kept in scheme.keep_float:
         if kept not in known:
             example = min(known, default="")
             raise ValueError(
                 f"Scheme: keep_float must name linears such as {example!r}, got {kept!r}"
             )
+
+
+def supported_linears(
+    block: nn.Module, read_block: Callable[[nn.Module], BlockSpec], path: str
+) -> tuple[Linear, ...]:
+    """The linears of a float block whose int8 kernels there are.
+
+    Args:
+      block: the float block.
+      read_block: as in Family.
+      path: of the block in the model, for messages.
+    Raises: NotImplementedError on a block without int8 kernels, or with NaN or Inf.
+    """
+    try:
+        spec = read_block(block)
+        _require_numbers(block, spec)
+    except UnsupportedBlockError as error:
+        raise NotImplementedError(
+            f"accelerate: {path} {error}; use a model without it, or serve this one in float"
+        ) from error
+    return spec.linears
 
 
 def _require_numbers(block: nn.Module, spec: BlockSpec) -> None:

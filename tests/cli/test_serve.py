@@ -1,6 +1,7 @@
 """The commands `lraee serve` and `lraee index`: what they refuse, and what they say."""
 
 import builtins
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 
 def test_a_model_that_is_not_there_is_one_line() -> None:
-    assert "one of open_clip's" in one_line(run("serve", "--model", "no-such-model"))
+    assert "one of open_clip's" in one_line(run("serve", "--port", 0, "--model", "no-such-model"))
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn", "orjson", "prometheus_client"])
@@ -50,15 +51,37 @@ def test_a_missing_extra_is_one_line(missing: str, monkeypatch: pytest.MonkeyPat
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    line = one_line(run("serve"))
+    line = one_line(run("serve", "--port", 0))
     assert line == (f"lraee: error: serve: {missing} is not installed: pip install 'lraee[serve]'")
+
+
+def test_a_port_in_use_is_one_line_before_any_model_is_loaded() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        line = one_line(run("serve", "--port", port, "--model", "no-such-model"))
+    assert line == (
+        "lraee: error: serve: --host and --port must be free to listen on, got"
+        f" 127.0.0.1:{port}: Address already in use"
+    )
 
 
 def test_photos_of_another_kind_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "photos.parquet"
     path.write_text("no parquet")
-    assert "must be what `lraee embed` wrote" in one_line(run("serve", "--photos", path))
+    assert "must be what `lraee embed` wrote" in one_line(
+        run("serve", "--port", 0, "--photos", path)
+    )
     assert "must be what `lraee embed` wrote" in one_line(run("index", "--check", path))
+
+
+def test_photos_that_are_elsewhere_are_one_line(tmp_path: Path) -> None:
+    rows = np.eye(2, 256, dtype=np.float32)
+    path = embeddings.write(tmp_path / "e.parquet", ["a.jpg", "b.jpg"], rows, model="lraee-tiny")
+    line = one_line(run("serve", "--port", 0, "--photos", path))
+    assert "a.jpg cannot be read" in line or "b.jpg cannot be read" in line
+    assert line.endswith("give --photos-from FOLDER")
 
 
 def test_index_prints_recall(tmp_path: Path) -> None:

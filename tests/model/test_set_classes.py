@@ -18,7 +18,7 @@ from lraee.exits.plan import Plan
 from lraee.model.set_classes import unit_classes
 from tests.clip_models import CONTEXT, VOCABULARY, make_images, make_model
 from tests.exits.random_exits import make_exits
-from tests.support import assert_same, assert_within, generator
+from tests.support import TEXT_BOUND, assert_same, assert_within, generator
 
 E = 24
 
@@ -98,8 +98,10 @@ def test_texts(model: nn.Module, fast: nn.Module) -> None:
     texts = ["a photo of a dog", "a cat", "zebra"]
     fast.set_classes(texts, tokenizer)
     with torch.no_grad():
-        expected = model.encode_text(tokenizer(texts), normalize=True)
+        whole = model.encode_text(tokenizer(texts), normalize=True)
+        expected = fast.encode_text(tokenizer(texts), normalize=True)
     assert_same(classes_now(fast), unit_classes("x", expected, E))
+    assert_within(expected, whole, TEXT_BOUND)
     fast.set_classes(("one",), tokenizer)
     assert classes_now(fast).shape == (1, E)
 

@@ -20,8 +20,11 @@ from lraee.evaluation.demo import sample_photos
 from lraee.serving.encoder import ClipEncoder, ModelChoice
 from lraee.serving.server import create_app
 from lraee.serving.service import Service
+from lraee.serving.settings import Settings
 
 MODEL = "lraee-tiny"
+PATIENT = {"queue_s": 1000.0, "deadline_s": 600.0}
+"""No answer of a test depends on how busy the machine is."""
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +82,8 @@ def running(app: Starlette) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def server(encoder: ClipEncoder) -> Iterator[Running]:
-    """One server with default settings."""
-    with running(create_app([encoder])) as server:
+    """One server of one model."""
+    with running(create_app([encoder], Settings(**PATIENT))) as server:
         yield server
 
 

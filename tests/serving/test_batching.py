@@ -48,7 +48,7 @@ def test_waiting_inputs_become_one_batch_in_order() -> None:
     run(scene())
 
 
-def test_batches_are_bounded_and_of_one_kind() -> None:
+def test_batches_are_bounded_and_kinds_take_turns() -> None:
     async def scene() -> None:
         encoder = FakeEncoder(text_limit=1)
         batcher = make(encoder, max_batch=3)
@@ -57,7 +57,7 @@ def test_batches_are_bounded_and_of_one_kind() -> None:
         futures = [batcher.submit(kind, i) for kind, i in inputs]  # type: ignore[arg-type]
         encoder.gate.set()
         await asyncio.gather(first, *futures)
-        assert encoder.batches == [[0], [1, 3, 5], [2], [4], [6]]
+        assert encoder.batches == [[0], [2], [1, 3, 5], [4], [6]]
         batcher.close()
 
     run(scene())
@@ -142,11 +142,11 @@ def test_inputs_past_their_deadline_get_504() -> None:
 def test_a_dead_worker_answers_all_and_takes_no_more() -> None:
     async def scene() -> None:
         encoder = FakeEncoder()
-        batcher = make(encoder)
+        batcher = make(encoder, max_batch=1)
         assert batcher.is_alive
         first = await hold(batcher, encoder)
         dying = batcher.submit("image", "die")
-        waiting = batcher.submit("text", 1)
+        waiting = batcher.submit("image", 1)
         encoder.gate.set()
         await first
         for future in (dying, waiting):

@@ -17,9 +17,10 @@ from lraee.model.accelerate import accelerate
 from lraee.model.trace import trace
 from lraee.serving.encoder import ClipEncoder, ModelChoice
 from lraee.serving.server import create_app
+from lraee.serving.settings import Settings
 from lraee.zoo.opening import ModelError
-from tests.exits.made_exits import make_exits
-from tests.serving.conftest import running
+from tests.exits.random_exits import make_exits
+from tests.serving.conftest import PATIENT, running
 
 
 def test_images_have_the_same_bits_in_any_batch(
@@ -68,7 +69,7 @@ def test_exits_are_served_and_counted(tmp_path: Path, photo_files: dict[str, byt
     encoder = ModelChoice("lraee-tiny", exits=tmp_path).open()
     alone = [encoder.encode("image", [image])[0] for image in images]
     assert len({result.exit_block for result in alone}) > 1
-    with running(create_app([encoder])) as server, server.client() as client:
+    with running(create_app([encoder], Settings(**PATIENT))) as server, server.client() as client:
         files = [("image", ("photo", data)) for data in photo_files.values()]
         form = {"model": "lraee-tiny"}
         rows = client.post("/v1/embeddings", data=form, files=files).json()["data"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lraee.serving.encoder import ClipEncoder
 from lraee.serving.server import create_app
 from lraee.serving.settings import Settings
-from tests.serving.conftest import MODEL, Running, running
+from tests.serving.conftest import MODEL, PATIENT, Running, running
 from tests.serving.hostile import requests
 from tests.serving.test_server import data_uri
 
@@ -66,7 +66,7 @@ def attack(server: Running, count: int) -> Counter[int]:
 def check(
     encoder: ClipEncoder, data: bytes, expected: NDArray[np.float32], *, count: int, growth: int
 ) -> None:
-    app = create_app([encoder], Settings(body_s=1.0))
+    app = create_app([encoder], Settings(body_s=1.0, **PATIENT))
     with running(app) as server, server.client() as client:
         attack(server, 40)  # what is allocated once is no growth
         before = resident_bytes()

@@ -118,6 +118,18 @@ def test_only_indexed_names_inside_the_folder_are_read(
     assert Library(read_embeddings(path)).read(2) == b"secret"
 
 
+def test_titles_hide_the_folders_of_the_server(tmp_path: Path) -> None:
+    for names, titles in (
+        (["/home/me/a/1.jpg", "/home/me/b/2.jpg"], ["a/1.jpg", "b/2.jpg"]),
+        (["/1.jpg", "/b/2.jpg"], ["1.jpg", "b/2.jpg"]),
+        (["/home/me/1.jpg"], ["1.jpg"]),
+        (["a/1.jpg", "a/\0ff.jpg"], ["a/1.jpg", "a/?.jpg"]),
+    ):
+        path = embeddings.write(tmp_path / "e.parquet", names, unit_rows(len(names), 8))
+        library = Library(read_embeddings(path))
+        assert [library.title(row) for row in range(len(names))] == titles
+
+
 def test_similar_leaves_the_row_itself_out(tmp_path: Path) -> None:
     rows = unit_rows(4, 8)
     path = embeddings.write(tmp_path / "e.parquet", list("abcd"), rows)

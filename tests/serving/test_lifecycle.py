@@ -94,6 +94,15 @@ def test_overload_gets_429_and_when_to_come_again() -> None:
         assert server.service.admission.work_s == 0
 
 
+def test_more_than_the_deadline_allows_gets_413() -> None:
+    _, context = serve_fake(deadline_s=3.0)
+    with context as server, server.client() as client:
+        batcher_of(server)._seconds["text"] = 2.0
+        texts = {"model": "fake", "input": ["1", "2"]}
+        assert "send fewer" in error_of(client.post("/v1/embeddings", json=texts), 413)
+        assert ask(server, "1").status_code == 200
+
+
 def test_bodies_in_flight_are_bounded() -> None:
     encoder, context = serve_fake(inflight_bytes=1000, body_bytes=900)
     with context as server, ThreadPoolExecutor(4) as pool:
@@ -186,7 +195,8 @@ def test_class_rows_are_kept() -> None:
 def test_sigterm_finishes_accepted_requests(photo_files: dict[str, bytes]) -> None:
     """`lraee serve` as a user starts it; SIGTERM while sixteen requests are on their way."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lraee", "serve", "--port", "0"], cwd=ROOT, text=True,
+        [sys.executable, "-m", "lraee", "serve", "--port", "0", "--queue-s", "1000",
+         "--deadline-s", "600"], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None

@@ -16,7 +16,8 @@ import pytest
 
 from lraee.serving.encoder import ClipEncoder
 from lraee.serving.server import create_app
-from tests.serving.conftest import MODEL, running
+from lraee.serving.settings import Settings
+from tests.serving.conftest import MODEL, PATIENT, running
 from tests.serving.test_server import data_uri
 
 CONFIG = Path(__file__).parents[2] / "docs" / "nginx.conf"
@@ -76,8 +77,8 @@ def test_no_request_is_lost_when_one_of_two_ends(
                 row = answer.json()["data"][0]["embedding"]
                 rows.append(np.array(row, np.float32))
 
-    with running(create_app([encoder])) as first:
-        with running(create_app([encoder])) as second:
+    with running(create_app([encoder], Settings(**PATIENT))) as first:
+        with running(create_app([encoder], Settings(**PATIENT))) as second:
             upstreams = [each.url.removeprefix("http://") for each in (first, second)]
             with nginx(tmp_path, upstreams) as url:
                 threads = [threading.Thread(target=client, args=(url,)) for _ in range(8)]

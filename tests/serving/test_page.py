@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from bench.check_page import _PALE, _WIDTH, browser_program
 from lraee.serving.encoder import ClipEncoder
 from lraee.serving.search.library import Library
-from tests.serving.conftest import Running
+from lraee.serving.server import create_app
+from lraee.serving.settings import Settings
+from tests.serving.conftest import Running, running
 from tests.serving.test_search import HOSTILE, library, page
 
 __all__ = ["library", "page"]
@@ -182,6 +185,27 @@ def test_errors_are_shown(
         assert message in tab.text_content("#notice-text")
         assert tab.is_visible("#retry") == can_retry and names(tab) == []
         tab.unroute(pattern)
+
+
+def test_a_token_opens_the_page(
+    chromium: Any, encoder: ClipEncoder, library: Library, tmp_path: Path
+) -> None:
+    app = create_app([encoder], Settings(token="correct horse"), library, thumbnails=tmp_path)
+    with running(app) as server:
+        context = chromium.new_context()
+        tab = context.new_page()
+        tab.goto(server.url)
+        tab.wait_for_selector("#login:not([hidden])")
+        assert tab.text_content("#notice-title") == "A token is needed"
+        tab.fill("#token", "wrong horse")
+        tab.keyboard.press("Enter")
+        tab.wait_for_function("() => document.body.textContent.includes('not the token')")
+        tab.fill("#token", "correct horse")
+        tab.keyboard.press("Enter")
+        tab.wait_for_selector("#grid img.loaded")
+        assert not tab.is_visible("#notice")
+        assert tab.evaluate("document.cookie") == ""  # HttpOnly
+        context.close()
 
 
 def test_no_server_and_no_photos(open_tab: OpenTab, encoder: ClipEncoder) -> None:

@@ -12,7 +12,7 @@ from lraee.serving.search.library import Library, read_embeddings
 from lraee.serving.server import create_app
 from lraee.serving.settings import Settings
 from tests.serving import embeddings
-from tests.serving.conftest import Running, running, write_photos
+from tests.serving.conftest import PATIENT, Running, running, write_photos
 from tests.serving.test_server import error_of
 
 HOSTILE = '<img src=x onerror="document.title=1">&amp;.png'
@@ -43,7 +43,7 @@ def library(
 @pytest.fixture(scope="module")
 def page(library: Library, encoder: ClipEncoder) -> Iterator[Running]:
     kept = library.embeddings.folder / "thumbnails"
-    with running(create_app([encoder], library=library, thumbnails=kept)) as server:
+    with running(create_app([encoder], Settings(**PATIENT), library, thumbnails=kept)) as server:
         yield server
 
 

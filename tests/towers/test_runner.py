@@ -21,7 +21,7 @@ from lraee.towers.flops import PartFlops
 from lraee.towers.state import tower_hash
 from tests.clip_models import VARIANTS, make_images, make_model, make_texts
 from tests.exits.random_exits import make_exits, make_head
-from tests.support import assert_same
+from tests.support import TEXT_BOUND, assert_same, assert_within
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_forward_and_intermediates_know_of_exits(model: nn.Module) -> None:
     images, texts = make_images(6), make_texts(2)
     features = fast.encode_image(images, normalize=True)
     assert_same(fast(images, texts)[0], features)
-    assert_same(fast.encode_text(texts), model.encode_text(texts))
+    assert_within(fast.encode_text(texts), model.encode_text(texts), TEXT_BOUND)
     plain = lraee.accelerate(model)
     with lraee.full_depth(fast):
         found = fast.forward_intermediates(images, texts)
@@ -190,7 +190,7 @@ def test_towers_that_give_more_than_one_vector(variant: str) -> None:
     with pytest.raises(
         NotImplementedError, match="^exits: the tower must be open_clip's own VisionTransformer"
     ):
-        vision.embedding_size(tower)
+        embedding_size(tower)
 
 
 @torch.no_grad()

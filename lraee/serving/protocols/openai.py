@@ -60,7 +60,7 @@ async def _embeddings(call: Call) -> Response:
     cost_s = service.cost_s(
         request.model, images=request.images, texts=len(request.inputs) - request.images
     )
-    with service.admission.work(cost_s):
+    with service.admission.work(cost_s, inputs=len(request.inputs)):
         results = await _each(_embed(service, request.model, each) for each in request.inputs)
     tokens = sum(result.tokens for result in results if isinstance(result, Result))
     return answer(
@@ -80,8 +80,9 @@ async def _classify(call: Call) -> Response:
     names = _labels(request.options.get("labels"))
     if request.images < len(request.inputs):
         raise bad_request('"input" must be images')
-    cost_s = service.cost_s(request.model, images=request.images, classes=len(names))
-    with service.admission.work(cost_s):
+    missing = sum(name not in request.model.classes for name in set(names))
+    cost_s = service.cost_s(request.model, images=request.images, classes=missing)
+    with service.admission.work(cost_s, inputs=request.images + missing):
         rows = await service.class_rows(request.model, names)
         results = await _each(_embed(service, request.model, each) for each in request.inputs)
     scale = request.model.encoder.logit_scale

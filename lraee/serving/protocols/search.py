@@ -124,10 +124,8 @@ class _Search:
         return data
 
     def _row(self, row: int) -> dict[str, Any]:
-        embeddings = self.library.embeddings
-        width, height = embeddings.sizes[row].tolist()
-        name = embeddings.names[row].encode("utf-8", "replace").decode("utf-8")
-        return {"row": row, "name": name, "width": width, "height": height}
+        width, height = self.library.embeddings.sizes[row].tolist()
+        return {"row": row, "name": self.library.title(row), "width": width, "height": height}
 
 
 def routes(service: Service, library: Library, thumbnails: Path) -> list[Route]:

@@ -1,6 +1,7 @@
 """Photos and their embeddings, as `lraee embed` writes them: rows are known by number alone."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lraee.data.names import from_stored
+from lraee.data.names import from_stored, printable
 from lraee.data.sources import DataError, Limits, first_line
 from lraee.serving.search.index import Exact, Hits, Quantized, make_index
 from lraee.serving.search.reader import open_reader
@@ -91,6 +92,13 @@ def _matrix(column: Any) -> NDArray[np.float32]:
     return rows
 
 
+def _common_folder(names: Sequence[str]) -> int:
+    """Length of the folder that all of these paths begin with; 0 where one is not absolute."""
+    if not names or not all(name.startswith("/") for name in names):
+        return 0
+    return len(os.path.commonpath([os.path.dirname(name) for name in names]).rstrip("/")) + 1
+
+
 def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     about = json.loads(metadata.get(b"lraee", b"{}"))
     if not isinstance(about, dict):
@@ -115,11 +123,32 @@ class Library:
         """See the class."""
         self.embeddings = embeddings
         self.index: Exact | Quantized = make_index(embeddings.rows)
+        self._hidden = _common_folder(embeddings.names)
         self._read = open_reader(source, embeddings.folder, limits or Limits())
 
     def __len__(self) -> int:
         """How many rows there are."""
         return len(self.embeddings.names)
+
+    def require_photos(self) -> None:
+        """Raises DataError where none of eight photos, spread evenly, can be read."""
+        step = max(1, len(self) // 8)
+        for row in range(0, len(self), step):
+            try:
+                self.read(row)
+                return
+            except DataError as error:
+                reason = f"{printable(self.title(row))} {error}"
+        if len(self):
+            raise DataError(
+                "search: photos must lie where the embeddings name them, got none"
+                f" ({reason}); give --photos-from FOLDER"
+            )
+
+    def title(self, row: int) -> str:
+        """What clients see of a name: without the folders that all absolute names begin with."""
+        name = self.embeddings.names[row][self._hidden :]
+        return name.encode("utf-8", "replace").decode("utf-8")
 
     def search(self, query: NDArray[np.float32], k: int) -> Hits:
         """The k rows nearest to a unit query [E]."""
