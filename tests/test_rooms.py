@@ -46,7 +46,12 @@ EXTRA = {
 }
 """Imports inside functions that an extra of the package installs, by room."""
 
-BROUGHT_BY_CORE = {"torchvision": "open_clip", "PIL": "open_clip", "rich": "typer"}
+BROUGHT_BY_CORE = {
+    "torchvision": "open_clip",
+    "timm": "open_clip",
+    "PIL": "open_clip",
+    "rich": "typer",
+}
 """Imports that the package's dependencies install, and which of them does."""
 
 

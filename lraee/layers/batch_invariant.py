@@ -89,9 +89,29 @@ def by_patch(images: Tensor, kernel: tuple[int, int], linear: Callable[[Tensor],
 
 
 class RowwiseLinear(nn.Linear):
-    """A linear that a scheme keeps float. `of` makes one from the parameters of another module."""
+    """A linear that stays float: in a block by the scheme, or after the blocks.
+
+    `of` makes one from the parameters of another module; a plain nn.Linear becomes one by `adopt`.
+    """
 
     backend: Backend
+
+    @classmethod
+    def adopt(cls, linear: nn.Module, backend: Backend) -> None:
+        """Turns a plain nn.Linear into this class; leaves any other module alone."""
+        if type(linear) is nn.Linear:
+            linear.__class__ = cls
+            adopted = cast(RowwiseLinear, linear)
+            adopted.backend = backend
+            _lay_by_step(adopted.weight)
+
+    @classmethod
+    def release(cls, linear: nn.Module) -> None:
+        """The way back."""
+        if isinstance(linear, cls):
+            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            del linear.backend
+            linear.weight.data = linear.weight.data.contiguous()
 
     @classmethod
     def of(

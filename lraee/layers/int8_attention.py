@@ -62,8 +62,7 @@ class Int8Attention(nn.Module):
         """out_proj(attention(in_proj(x))), tokens in and out in the order of the float module."""
         qkv = self._child(self.spec.in_proj.path)(x)
         qkv = qkv.transpose(0, 1) if self.is_sequence_first else qkv
-        if self.spec.rope is not None or self.spec.q_norm is not None:
-            qkv = self._with_positions(qkv, rope)
+        qkv = self.placed(qkv, rope)
         causal = self.spec.is_causal or is_causal(mask, qkv.shape[1], type(self).__name__)
         y = self.attend(qkv, is_causal=causal)
         y = y.transpose(0, 1) if self.is_sequence_first else y
@@ -87,8 +86,11 @@ class Int8Attention(nn.Module):
         """By its path in the block."""
         return self.get_submodule(path.removeprefix(f"{self.spec.path}."))
 
-    def _with_positions(self, qkv: Tensor, rope: Any) -> Tensor:
-        """Queries and keys normed per head and rotated: [B, L, 3 H d] -> the same."""
+    def placed(self, qkv: Tensor, rope: Any = None) -> Tensor:
+        """Queries and keys normed per head and rotated, where they are: [B, L, 3 H d]."""
+        is_rotated = self.spec.rope is not None and rope is not None
+        if not is_rotated and self.spec.q_norm is None and self.spec.k_norm is None:
+            return qkv
         B, L, _ = qkv.shape
         heads = qkv.view(B, L, 3, self.spec.num_heads, self.spec.head_dim)
         q, k, v = heads.unbind(2)
@@ -122,7 +124,7 @@ class Int8MultiheadAttention(Int8Attention):
 
 
 def rotated(x: Tensor, rope: Any, spec: Rope) -> Tensor:
-    """x * cos + rotate(x) * sin, per token and pair of channels.
+    """x * cos + rotate(x) * sin in float32, per token and pair of channels, in the type of x.
 
     Args:
       x: queries or keys [B, L, H, d].
@@ -131,14 +133,14 @@ def rotated(x: Tensor, rope: Any, spec: Rope) -> Tensor:
       spec: which tokens and which pairs.
     """
     sin, cos = rope.chunk(2, -1) if isinstance(rope, Tensor) else (rope[1], rope[0])
-    cos, sin = (each.reshape(-1, 1, each.shape[-1]).to(x.dtype) for each in (cos, sin))
-    prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :]
+    cos, sin = (each.reshape(-1, 1, each.shape[-1]).float() for each in (cos, sin))
+    prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :].float()
     if spec.layout == "half":
         first, second = patches.chunk(2, -1)
         turned = torch.cat([-second, first], -1)
     else:
         turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], -1).flatten(-2)
-    return torch.cat([prefix, patches * cos + turned * sin], dim=1)
+    return torch.cat([prefix, (patches * cos + turned * sin).to(x.dtype)], dim=1)
 
 
 def is_causal(attn_mask: Tensor | None, L: int, owner: str = "Int8Block") -> bool:

@@ -5,10 +5,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lraee.layers.composed import Composed
 from lraee.layers.int8_attention import Int8Attention, is_causal
 from lraee.layers.int8_linear import Int8Linear, parts_of
 from lraee.layers.modules import Adapter, is_hooked
 from lraee.layers.spec import BlockSpec
+from lraee.layers.watch import Place, Watch, place_of
 from lraee.ops.backend import Backend, operators
 
 TRAIN_REFUSED = (
@@ -21,17 +23,18 @@ class Int8Block(Adapter):
     """A transformer block in int8: a subclass of the float block's class (see `build_block`).
 
     Children have the names of the float block's, and each is a real module. As a rule the block
-    calls none of them: it runs the operator int8_block. It runs the float class's own forward over
-    the int8 children where a child carries a hook, so that the hook sees what it would have seen,
-    where the scheme cannot be fused (a linear kept float, one step per batch), and where the
-    structure is more than the operator computes. Both ways agree within rounding: fused, LayerNorm
-    reaches its quantizer, and each sum its activation or residual, in float32 instead of x's type.
+    calls none of them: it runs the operator int8_block, or, where its structure is more than that
+    operator computes, the smaller operators one after the other (see `Composed`). It runs the float
+    class's own forward over the int8 children where a child carries a hook, so that the hook sees
+    what it would have seen, and where the scheme cannot be fused (a linear kept float, one step per
+    batch). All ways agree within rounding: fused, LayerNorm reaches its quantizer, and each sum its
+    activation or residual, in float32 instead of x's type.
     """
 
     block_spec: BlockSpec
     int8_backend: Backend
     can_fuse: bool
-    _wiring: "Wiring | None"
+    _wiring: "Wiring | Composed | None"
 
     def set_up(self, spec: BlockSpec, backend: Backend) -> None:
         """To be called once, when all children are in place."""
@@ -48,22 +51,26 @@ class Int8Block(Adapter):
         wiring = self._wired() if self.can_fuse else None
         if wiring is None or wiring.has_hooks():
             return self._forward_by_child(x, mask, args, named)
-        if not call.is_sequence_first:
-            return call.wrap(self._forward_fused(x, mask, wiring))
-        y = self._forward_fused(x.transpose(0, 1), mask, wiring)
-        return call.wrap(y.transpose(0, 1))
+        tokens = call.by_image(x)
+        causal = self.block_spec.attention.is_causal or is_causal(mask, tokens.shape[1])
+        return call.wrap(call.by_image(wiring.run(tokens, causal=causal, rope=rope)))
 
     def gives_first_alone(self) -> bool:
         """Whether `first_token` may stand for a call: fused, and no hook would see the call."""
         return self.can_fuse and not is_hooked(self) and not self._wired().has_hooks()
 
-    def first_token(self, x: Tensor) -> Tensor:
+    def first_token(self, x: Tensor, rope: Any = None) -> Tensor:
         """Of [B, L, D], in whichever order the tower calls it, the first token after: [B, 1, D].
 
         The bits of forward(x)[:, :1]. The other tokens stay keys and values: three quarters of the
         block's products are not made. Needs `gives_first_alone`.
+
+        Args:
+          x: tokens [B, L, D].
+          rope: rotary positions, where the tower calls the block with them.
         """
-        return self._forward_fused(x, None, self._wired(), first_only=True)
+        causal = self.block_spec.attention.is_causal
+        return self._wired().run(x, causal=causal, rope=rope, first_only=True)
 
     def train(self, mode: bool = True) -> "Int8Block":
         """Raises: an int8 block has no gradients."""
@@ -80,21 +87,11 @@ class Int8Block(Adapter):
         """All but what is found again in the copy."""
         return {**self.__dict__, "_wiring": None}
 
-    def _wired(self) -> "Wiring":
+    def _wired(self) -> "Wiring | Composed":
         wiring = self._wiring
         if wiring is None or not wiring.is_of(self):
-            wiring = self._wiring = Wiring(self)
+            wiring = self._wiring = Wiring(self) if self._is_one_operator() else Composed(self)
         return wiring
-
-    def _forward_fused(
-        self, x: Tensor, mask: Tensor | None, wiring: "Wiring", *, first_only: bool = False
-    ) -> Tensor:
-        attention, mlp = self.block_spec.attention, self.block_spec.mlp
-        causal = attention.is_causal or is_causal(mask, x.shape[1])
-        arguments = (
-            x, *wiring.arguments(), attention.num_heads, causal, mlp.activation, first_only,
-        )  # fmt: skip
-        return operators(self.int8_backend).int8_block(*arguments)  # type: ignore[no-any-return]
 
     def _forward_by_child(
         self, x: Tensor, mask: Tensor | None, args: tuple[Any, ...], named: dict[str, Any]
@@ -124,56 +121,48 @@ class Int8Block(Adapter):
         )
 
     def _can_fuse(self) -> bool:
+        """Whether all steps are operators that work row by row."""
+        return self.is_by_row
+
+    def _is_one_operator(self) -> bool:
+        """Whether the operator int8_block computes it."""
         spec = self.block_spec
-        if not spec.is_plain or not self.is_by_row:
-            return False
         norms = [self.get_submodule(norm.path) for norm in (spec.norm_1, spec.norm_2)]
         in_proj = cast(Int8Linear, self.get_submodule(spec.attention.in_proj.path))
         return (
-            all(isinstance(m, nn.LayerNorm) for m in norms)
+            spec.is_plain
+            and all(isinstance(m, nn.LayerNorm) for m in norms)
             and all(m.weight is not None and m.bias is not None for m in norms)
             and spec.attention.num_heads * spec.attention.head_dim == in_proj.in_features
         )
 
 
-class Wiring:
-    """The dicts in which a block and its children keep tensors, children and hooks.
-
-    Looking through the twenty modules of a block takes 28 us, and 72 us where a tower's weights
-    have pushed them out of the caches: 6 % of a ViT-B/32 at batch 1 (2 threads of a Zen 4). The
-    dicts are a module's own for its life, so a call reads from them what is there now.
+class Wiring(Watch):
+    """The operands of the operator int8_block, as the children of one block hold them.
 
     Args:
-      block: one that can_fuse.
+      block: one that can_fuse and is one operator.
     """
 
     def __init__(self, block: Int8Block) -> None:
         """See the class."""
+        super().__init__(block)
         spec = block.block_spec
-        inside = [m for name, m in block.named_modules() if name]
-        self._of_block = block._modules
-        self._families = [m._modules for m in (block, *inside) if m._modules]
-        self._children = self._children_now()
-        self._hooks = [h for m in inside for h in (m._forward_hooks, m._forward_pre_hooks)]
         linears = [cast(Int8Linear, block.get_submodule(linear.path)) for linear in spec.linears]
         self._linears = [linear._buffers for linear in linears]
         paths = (spec.norm_1.path, spec.norm_2.path)
         self._norms = [cast(nn.LayerNorm, block.get_submodule(path)) for path in paths]
-        self._scales = [_place(block, name) for name in (spec.scale_1, spec.scale_2)]
+        self._scales = [place_of(block, name) for name in (spec.scale_1, spec.scale_2)]
         self._symmetric = [linear.rounding == "row_symmetric" for linear in linears]
+        self._num_heads, self._activation = spec.attention.num_heads, spec.mlp.activation
+        self._backend = block.int8_backend
 
-    def _children_now(self) -> list[nn.Module | None]:
-        return [child for children in self._families for child in children.values()]
+    def run(self, x: Tensor, *, causal: bool, rope: Any = None, first_only: bool = False) -> Tensor:
+        """Tokens [B, L, D] after the block; with first_only the first, [B, 1, D]."""
+        arguments = (x, *self._arguments(), self._num_heads, causal, self._activation, first_only)
+        return operators(self._backend).int8_block(*arguments)  # type: ignore[no-any-return]
 
-    def is_of(self, block: Int8Block) -> bool:
-        """Whether the block still has the children that were looked up."""
-        return block._modules is self._of_block and self._children_now() == self._children
-
-    def has_hooks(self) -> bool:
-        """Whether a child carries a hook."""
-        return any(self._hooks)
-
-    def arguments(self) -> tuple[Any, ...]:
+    def _arguments(self) -> tuple[Any, ...]:
         """norm_1 to eps and symmetric of int8_block, as they are now."""
         norm_1, norm_2 = self._norms
         in_proj, out_proj, fc1, fc2 = self._linears
@@ -183,17 +172,6 @@ class Wiring:
             _vectors(norm_2._parameters), parts_of(fc1), (*parts_of(fc2), _gamma(scale_2)),
             (norm_1.eps, norm_2.eps), self._symmetric,
         )  # fmt: skip
-
-
-Place = tuple[dict[str, nn.Parameter | None], str]
-
-
-def _place(block: nn.Module, name: str | None) -> Place | None:
-    """The dict that holds the parameter of this name, and its name there."""
-    if name is None:
-        return None
-    parent, _, leaf = name.rpartition(".")
-    return block.get_submodule(parent)._parameters, leaf
 
 
 def _vectors(parameters: dict[str, nn.Parameter | None]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from lraee.layers.scheme import Rounding, quantize_activation
 from lraee.ops.backend import Backend, operators, require_backend
 from lraee.ops.checked import Activation
 from lraee.ops.reference import Quantized
+from lraee.ops.registry import PANEL_N
 
 _WEIGHT_KEY = "w_q"
 
@@ -91,6 +92,13 @@ class Int8Linear(nn.Module):
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """w, w_scale, w_sum and bias, as operators take them."""
         return parts_of(self._buffers)  # a module's own look-up takes 1 us for each
+
+    def rows(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The parts of outputs first..end - 1: views, both limits multiples of PANEL_N."""
+        w, w_scale, w_sum, bias = self.parts
+        panel = PANEL_N if w.dim() == 4 else 1
+        b = None if bias is None else bias[first:end]
+        return w[first // panel : end // panel], w_scale[first:end], w_sum[first:end], b
 
     @property
     def w_q(self) -> Tensor:

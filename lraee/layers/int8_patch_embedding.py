@@ -71,5 +71,6 @@ def require_by_patch(embedding: nn.Module, name: str) -> None:
     if not is_by_patch(embedding) and type(embedding) is not nn.Linear:
         raise NotImplementedError(
             f"accelerate: scheme.patch_embedding must be 'float' for a {name} that is no plain"
-            f" Conv2d with a stride of its kernel and no Linear, got {embedding}"
+            f" Conv2d with a stride of its kernel and no Linear, got"
+            f" {str(embedding).splitlines()[0].rstrip('(')}"
         )

@@ -56,6 +56,18 @@ def subclass(adapter: type[Adapter], base: type[nn.Module]) -> type[Adapter]:
     return _subclasses[adapter, base]
 
 
+def adopt(module: nn.Module, adapter: type[Adapter]) -> Adapter:
+    """Turns a module of a library into the adapter's subclass of its class; numbers stay."""
+    module.__class__ = subclass(adapter, type(module))
+    return cast(Adapter, module)
+
+
+def release(module: nn.Module) -> None:
+    """The way back from adopt; leaves any other module alone."""
+    if isinstance(module, Adapter):
+        module.__class__ = type(module)._classes[1]
+
+
 def _blank(adapter: type[Adapter], base: type[nn.Module]) -> Adapter:
     kind = subclass(adapter, base)
     return kind.__new__(kind)

@@ -232,28 +232,29 @@ class Mlp:
 
     Args:
       fc1, fc2: the linears; a gate and its fc1 that are one product are one linear, `fc1`.
-      activation: its name, one of ACTIVATIONS where the operators know it.
-      is_gated: whether a half of the hidden channels gates the other.
+      activation: its name: one of ACTIVATIONS, or "silu" where it is gated.
+      is_gated: whether one half of the rows of fc1 gates the other.
+      is_gate_last: the gate is the second half of those rows; else the first.
       gate: the linear of the gate, where it is one of its own.
       inner_norm: path of a norm before fc2, or None.
+      input_norm: path of a norm before fc1, behind the block's own, or None.
     """
 
     fc1: Linear
     fc2: Linear
     activation: str
     is_gated: bool = False
+    is_gate_last: bool = False
     gate: Linear | None = None
     inner_norm: str | None = None
+    input_norm: str | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the operator int8_block computes it."""
-        return (
-            not self.is_gated
-            and self.gate is None
-            and self.inner_norm is None
-            and self.activation in ACTIVATIONS
-        )
+        parts = (self.gate, self.inner_norm, self.input_norm)
+        is_bare = not self.is_gated and all(part is None for part in parts)
+        return is_bare and self.activation in ACTIVATIONS
 
 
 @dataclass(frozen=True)

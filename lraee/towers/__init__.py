@@ -1,6 +1,8 @@
 """Image towers: what they are made of, how they run. The only room that knows other libraries."""
 
-from lraee.towers import open_clip
+from lraee.towers import open_clip, timm
 from lraee.towers.families import register
 
 register(open_clip.FAMILY)
+register(timm.TIMM_MODEL)
+register(timm.TRUNK)

@@ -61,6 +61,10 @@ class Family:
     encode_text: Encode | None = None
     refusal: Callable[[nn.Module], str | None] = lambda tower: None
 
+    def name_of(self, path: str) -> str:
+        """How messages name a module of a tower by its path there."""
+        return f"{self.paths[0]}.{path}" if self.paths else path
+
 
 FAMILIES: list[Family] = []
 """In the order in which they are tried."""
@@ -107,17 +111,18 @@ def find_tower(model: nn.Module) -> nn.Module:
     for tower in inner:
         if _family(tower) is not None:
             return tower
-    if not inner:
+    reasons = ((t, family.refusal(t)) for t in (*inner, model) for family in FAMILIES)
+    tower, reason = next((each for each in reasons if each[1]), (None, None))
+    if tower is None and not inner:
         where = " or ".join(f"`.{path}`" for path in _paths())
         raise TypeError(
             f"accelerate: model must have an image tower at {where}, got {type(model).__name__};"
             f" known are {_names()}"
         )
-    reasons = (family.refusal(inner[0]) for family in FAMILIES)
-    reason = next((r for r in reasons if r), "INT8 has no kernels for it")
     raise NotImplementedError(
-        f"accelerate: the image tower must be one of {_names()}, got {_kind(inner[0])}: {reason};"
-        " use a supported model, or serve this one in float"
+        f"accelerate: the image tower must be one of {_names()}, got {_kind(tower or inner[0])}:"
+        f" {reason or 'INT8 has no kernels for it'}; use a supported model, or serve this one in"
+        " float"
     )
 
 
@@ -214,7 +219,7 @@ def require_supported(tower: nn.Module, scheme: Scheme) -> None:
             _require_numbers(block, block_spec)
         except UnsupportedBlockError as error:
             raise NotImplementedError(
-                f"accelerate: {family.paths[0]}.{spec.blocks}.{i} {error}; use a model without it,"
+                f"accelerate: {family.name_of(spec.blocks)}.{i} {error}; use a model without it,"
                 " or serve this one in float"
             ) from error
         known |= {f"{spec.block_name(i)}.{linear.path}" for linear in block_spec.linears}

@@ -220,7 +220,7 @@ class OpenClipTower(RowwiseTower):
         pooled, tokens = self._pool(self._runs_blocks(self._embeds(x)))
         return self._project(pooled), tokens
 
-    def _runs_blocks(self, z: Tensor) -> Tensor:
+    def _runs_blocks(self, z: Tensor, rope: Any = None) -> Tensor:
         return cast(Tensor, self.transformer(z))
 
     def _ends_with_class_token(self) -> bool:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lraee.exits.head import Int8Head
 from lraee.exits.router import EAGER, Block, Router, Runner
-from lraee.layers.batch_invariant import RowwiseConv2d, rowwise_linear
+from lraee.layers.batch_invariant import RowwiseConv2d, RowwiseLinear, rowwise_linear
 from lraee.layers.int8_block import Int8Block
-from lraee.layers.modules import Adapter, is_hooked, subclass
+from lraee.layers.modules import Adapter, adopt, is_hooked, release
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.towers import cuda_graphs as graphs
@@ -41,11 +41,19 @@ class RowwiseTower(Adapter):
         """
         raise NotImplementedError
 
-    def _runs_blocks(self, z: Tensor) -> Tensor:
+    def _runs_blocks(self, z: Tensor, rope: Any) -> Tensor:
         """Tokens [B, L, D] through all blocks, as the float tower runs them: hooks see it."""
-        for block in self._blocks_by_image():
+        for block in self._blocks_by_image(rope):
             z = block(z)
         return z
+
+    def _rope(self, x: Tensor) -> Any:
+        """Rotary positions that every block is called with for these images, or None."""
+        return None
+
+    def _is_rope_lasting(self) -> bool:
+        """Whether these positions outlive the call, so that a CUDA graph may read them."""
+        return True
 
     def _ends_with_class_token(self) -> bool:
         """Whether nothing but the class token is read after the last block."""
@@ -91,15 +99,16 @@ class RowwiseTower(Adapter):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """Images -> tokens after the last block, or the class token alone where it is enough."""
-        z, last = self._embeds(x), _last_for_class_token(self)
+        z, rope, last = self._embeds(x), self._rope(x), _last_for_class_token(self)
         if last is None:
-            return self._runs_blocks(z)
-        for block in self._blocks_by_image()[:-1]:
+            return self._runs_blocks(z, rope)
+        for block in self._blocks_by_image(rope)[:-1]:
             z = block(z)
-        return last.first_token(z)
+        return last.first_token(z, rope)
 
     def _route(self, router: Router, x: Tensor, run: Runner) -> Tensor:
-        return cast(Tensor, router(self._blocks(), x, self._finish, embed=self._embeds, run=run))
+        blocks = self._blocks(self._rope(x))
+        return cast(Tensor, router(blocks, x, self._finish, embed=self._embeds, run=run))
 
     def _is_for_graphs(self, x: Tensor) -> bool:
         """Whether graphs may be made of this call; a tower that was refused runs without them."""
@@ -109,6 +118,7 @@ class RowwiseTower(Adapter):
             and self.cuda_graphs
             and implementation(self.rowwise_backend, x.device) == "triton"
             and graphs.is_plain_call(x)
+            and self._is_rope_lasting()
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RowwiseTower":
@@ -116,13 +126,17 @@ class RowwiseTower(Adapter):
         graphs.drop(self)
         return cast(RowwiseTower, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _blocks(self) -> list[Block]:
+    def _blocks(self, rope: Any) -> list[Block]:
         """The blocks on [B, L, D], in whichever order the tower calls them."""
-        blocks, last = self._blocks_by_image(), _last_for_class_token(self)
-        return blocks if last is None else [*blocks[:-1], last.first_token]
+        blocks, last = self._blocks_by_image(rope), _last_for_class_token(self)
+        if last is None:
+            return blocks
+        first = last.first_token if rope is None else lambda z: last.first_token(z, rope)
+        return [*blocks[:-1], first]
 
-    def _blocks_by_image(self) -> list[Block]:
-        return [_by_image(block) for block in self.get_submodule(self.tower_spec.blocks).children()]
+    def _blocks_by_image(self, rope: Any) -> list[Block]:
+        blocks = self.get_submodule(self.tower_spec.blocks).children()
+        return [_by_image(block, rope) for block in blocks]
 
     def _project(self, pooled: Tensor) -> Tensor:
         """The projection of the spec, if there is one: [..., K] -> [..., N]."""
@@ -136,14 +150,15 @@ class RowwiseTower(Adapter):
         return rowwise_linear(pooled, w, bias, self.rowwise_backend)
 
 
-def _by_image(block: nn.Module) -> Block:
+def _by_image(block: nn.Module, rope: Any) -> Block:
     """The block on [B, L, D], tokens in and out: itself where that is how it is called."""
     if not isinstance(block, Int8Block):
         return block
     call = block.block_spec.call
-    if call.outputs is None and not call.is_sequence_first:
+    if call.outputs is None and not call.is_sequence_first and rope is None:
         return block
-    return lambda z: call.unwrap(block(call.by_image(z).contiguous()))
+    named = {} if rope is None or call.rope is None else {call.rope: rope}
+    return lambda z: call.unwrap(block(call.by_image(z).contiguous(), **named))
 
 
 _BYTES_PER_THREAD = 3 * 2**20
@@ -203,9 +218,11 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     RowwiseConv2d.adopt(tower.get_submodule(spec.patch_embedding.path), backend)
     for path in spec.pooling.attention:
         RowwiseAttention.adopt(tower.get_submodule(path), backend)
+    RowwiseLinear.adopt(_projection(tower, spec), backend)
+    for path, kind in spec.adapters:
+        cast(Any, adopt(tower.get_submodule(path), kind)).rowwise_backend = backend
     if type(tower) is spec.float_class:
-        tower.__class__ = subclass(adapter, spec.float_class)
-        rowwise = cast(RowwiseTower, tower)
+        rowwise = cast(RowwiseTower, adopt(tower, adapter))
         rowwise.rowwise_backend, rowwise.tower_spec = backend, spec
 
 
@@ -215,11 +232,22 @@ def unmake_rowwise(tower: nn.Module) -> None:
     RowwiseConv2d.release(tower.get_submodule(spec.patch_embedding.path))
     for path in spec.pooling.attention:
         RowwiseAttention.release(tower.get_submodule(path))
+    RowwiseLinear.release(_projection(tower, spec))
+    for path, _ in spec.adapters:
+        part = tower.get_submodule(path)
+        release(part)
+        part.__dict__.pop("rowwise_backend", None)
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
-        del tower.rowwise_backend, tower.tower_spec
-        tower.__dict__.pop("cuda_graphs", None)
-        tower.__class__ = spec.float_class  # type: ignore[assignment]
+        release(tower)
+        for name in ("rowwise_backend", "tower_spec", "cuda_graphs"):
+            tower.__dict__.pop(name, None)
+
+
+def _projection(tower: nn.Module, spec: TowerSpec) -> nn.Module:
+    """The module that holds the last product: a linear, or where it is no module its owner."""
+    name = "" if spec.projection is None else spec.projection.weight
+    return tower.get_submodule(name.rpartition(".")[0])
 
 
 # Exits
@@ -256,7 +284,7 @@ def require_no_tokens(tower: nn.Module) -> None:
         )
     if _are_parents_hooked(tower, spec):
         raise NotImplementedError(
-            f"exits: {family_of(tower).paths[0]}.{spec.block_parents[0]} must have no hooks, got"
+            f"exits: {family_of(tower).name_of(spec.block_parents[0])} must have no hooks, got"
             " some: images pass its blocks at different depths; hook the blocks, or use"
             " lraee.full_depth"
         )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import nn
 
+from lraee.layers.modules import Adapter
 from lraee.layers.spec import (
     Attention,
     BlockSpec,
@@ -92,6 +93,8 @@ class TowerSpec:
       embedding_size: E where an image has one embedding, of a class that exits are known to fit;
         else None.
       extra_output: the option by which this tower returns more than embeddings, or None.
+      adapters: path of a float module beside the blocks, and what its class is mixed with in an
+        accelerated tower so that it has the same bits in any batch; inner modules first.
     """
 
     family: str
@@ -107,6 +110,7 @@ class TowerSpec:
     final_norm: str | None
     embedding_size: int | None
     extra_output: str | None = None
+    adapters: tuple[tuple[str, type[Adapter]], ...] = ()
 
     @property
     def macs_after_blocks(self) -> int:
