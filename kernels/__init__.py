@@ -1,4 +1,7 @@
 """Triton kernels for NVIDIA GPUs, installed as lraee.kernels; importing this touches no device."""
 
 if __name__ != "lraee.kernels":
-    raise ImportError(f"these kernels must be imported as lraee.kernels, got {__name__}")
+    # transformers looks for another package of this name, and beside a checkout it finds this one:
+    # too old for it, and with nothing inside
+    __version__ = "0"
+    __path__ = []

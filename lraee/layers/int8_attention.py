@@ -1,5 +1,6 @@
 """Self-attention with int8 projections."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee.layers.modules import put_module
+from lraee.layers.padding import by_valid_tokens, split_mask
 from lraee.layers.spec import Attention, Call, Rope
 from lraee.ops.backend import Backend, operators
 
@@ -54,7 +56,7 @@ class Int8Attention(nn.Module):
         return self.spec.num_heads
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        """Any float type [B, L, D] -> the same, as `spec.call` says; the mask None or causal."""
+        """Any float type [B, L, D] -> the same, as `spec.call` says, which may name a mask."""
         x, mask, rope = self.call.read(type(self).__name__, args, named)
         return self.call.wrap(self.project(x, mask, rope))
 
@@ -63,8 +65,14 @@ class Int8Attention(nn.Module):
         qkv = self._child(self.spec.in_proj.path)(x)
         qkv = qkv.transpose(0, 1) if self.is_sequence_first else qkv
         qkv = self.placed(qkv, rope)
-        causal = self.spec.is_causal or is_causal(mask, qkv.shape[1], type(self).__name__)
-        y = self.attend(qkv, is_causal=causal)
+        owner, (B, L) = type(self).__name__, qkv.shape[:2]
+        mask, valid = split_mask(mask, B, L, owner)
+        if valid is not None:
+            require_no_rope(rope, owner)
+            attend = partial(self.attend, is_causal=self.spec.is_causal)
+            y = by_valid_tokens(qkv, valid, attend, torch.zeros_like(qkv[..., : qkv.shape[2] // 3]))
+        else:
+            y = self.attend(qkv, is_causal=self.spec.is_causal or is_causal(mask, L, owner))
         y = y.transpose(0, 1) if self.is_sequence_first else y
         if self.spec.inner_norm is not None:
             y = self._child(self.spec.inner_norm)(y)
@@ -141,6 +149,15 @@ def rotated(x: Tensor, rope: Any, spec: Rope) -> Tensor:
     else:
         turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], -1).flatten(-2)
     return torch.cat([prefix, (patches * cos + turned * sin).to(x.dtype)], dim=1)
+
+
+def require_no_rope(rope: Any, owner: str) -> None:
+    """Raises NotImplementedError where tokens that are left out have rotary positions."""
+    if rope is not None:
+        raise NotImplementedError(
+            f"{owner}: attention_mask must be None with rotary positions, got one; use the float"
+            " model (lraee.restore)"
+        )
 
 
 def is_causal(attn_mask: Tensor | None, L: int, owner: str = "Int8Block") -> bool:

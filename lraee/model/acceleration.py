@@ -13,7 +13,7 @@ from lraee.layers.modules import T, Take, put_module
 from lraee.layers.scheme import Scheme
 from lraee.ops.backend import Backend
 from lraee.towers import runner
-from lraee.towers.families import blocks_of, find_tower, tower_spec
+from lraee.towers.families import blocks_of, family_of, find_tower, tower_spec
 
 _ATTRIBUTE = "lraee"
 
@@ -107,6 +107,7 @@ def mark_fast(model: nn.Module, record: Acceleration) -> None:
     tower = find_tower(model)
     set_record(tower, record)
     runner.make_rowwise(tower, record.backend)
+    family_of(tower).settle(model)
     for module in _guarded(model):
         module.__dict__["train"] = _TrainGuard(module)
 
@@ -120,6 +121,7 @@ def mark_float(model: nn.Module, float_parts: list[nn.Module]) -> None:
         put_module(tower, path, part)
     delattr(tower, _ATTRIBUTE)
     runner.unmake_rowwise(tower)
+    family_of(tower).settle(model)
     for module in _guarded(model):
         module.__dict__.pop("train", None)
         module.__dict__.pop("set_classes", None)

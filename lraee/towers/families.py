@@ -45,9 +45,11 @@ class Family:
       embed: tower, float or accelerated, and images [B, 3, H, W] -> tokens [B, L, D] before the
         first block.
       adapter: what runs an accelerated tower; its class becomes one of this and float_class.
-      encode_image: of a model without the method encode_image(images), tower excluded.
+      encode_image: of a model or tower without the method encode_image(images); None calls it with
+        them.
       encode_text: to unit rows, of a model without encode_text(tokens, normalize=True).
       refusal: for a tower that this family knows by sight and cannot run: the reason, else None.
+      settle: called with a model whose layers were swapped, to drop what its library keeps of them.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Family:
     encode_image: Encode | None = None
     encode_text: Encode | None = None
     refusal: Callable[[nn.Module], str | None] = lambda tower: None
+    settle: Callable[[nn.Module], None] = lambda model: None
 
     def name_of(self, path: str) -> str:
         """How messages name a module of a tower by its path there."""
@@ -182,9 +185,8 @@ def encode_image(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings [B, …] of preprocessed images [B, 3, H, W], by the model or a bare tower."""
     encode = getattr(model, "encode_image", None)
     if encode is None:
-        tower = find_tower(model)
-        own = family_of(tower).encode_image
-        encode = model if own is None or tower is model else partial(own, model)
+        own = family_of(find_tower(model)).encode_image
+        encode = model if own is None else partial(own, model)
     result = encode(images)
     return cast(Tensor, result[0] if isinstance(result, tuple) else result)
 
