@@ -51,7 +51,7 @@ def by_valid_tokens(
     """
     result = padding.clone()
     counts = valid.sum(1)
-    for n in counts.unique().tolist():
+    for n in sorted(set(counts.tolist())):
         if n:
             images = counts == n
             tokens = valid & images[:, None]

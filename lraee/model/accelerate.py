@@ -41,6 +41,7 @@ from lraee.towers.families import (
 )
 from lraee.towers.flops import count_macs
 from lraee.towers.state import tower_hash
+from lraee.towers.wrappers import require_own_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -165,6 +166,7 @@ def checked_tower(model: nn.Module, scheme: Scheme, backend: Backend) -> nn.Modu
         raise ValueError("accelerate: model must be float, got one that is accelerated already")
     if model.training or tower.training:
         raise ValueError("accelerate: model must be in eval mode, got train mode; call .eval()")
+    require_own_weights(tower)
     require_supported(tower, scheme)
     require_backend(backend, next(tower.parameters()).device)
     return tower

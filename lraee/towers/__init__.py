@@ -1,9 +1,10 @@
 """Image towers: what they are made of, how they run. The only room that knows other libraries."""
 
-from lraee.towers import hugging_face, open_clip, timm
+from lraee.towers import hugging_face, open_clip, openai_clip, timm
 from lraee.towers.families import register
 
 register(open_clip.FAMILY)
+register(openai_clip.FAMILY)
 register(timm.TIMM_MODEL)
 register(timm.TRUNK)
 for family in hugging_face.FAMILIES:

@@ -18,6 +18,7 @@ from lraee.layers.scheme import Scheme
 from lraee.layers.spec import BlockSpec, tensor_at
 from lraee.ops.checked import FLOAT_TYPES
 from lraee.towers.spec import TowerSpec
+from lraee.towers.wrappers import require_eager, unwrapped
 
 if TYPE_CHECKING:
     from lraee.towers.runner import RowwiseTower
@@ -66,7 +67,7 @@ class Family:
 
     def name_of(self, path: str) -> str:
         """How messages name a module of a tower by its path there."""
-        return f"{self.paths[0]}.{path}" if self.paths else path
+        return f"{self.paths[0]}.{path}" if len(self.paths) == 1 else path
 
 
 FAMILIES: list[Family] = []
@@ -98,6 +99,12 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def _inside(model: nn.Module) -> list[nn.Module]:
+    """Modules at places where a family holds towers."""
+    inner = (_submodule(model, path) for path in _paths())
+    return [unwrapped(module) for module in inner if module is not None]
+
+
 def find_tower(model: nn.Module) -> nn.Module:
     """The image tower: the model itself, or where its family holds it.
 
@@ -108,22 +115,25 @@ def find_tower(model: nn.Module) -> nn.Module:
             f"accelerate: model must be a torch module of one of {_names()}, got"
             f" {type(model).__name__}"
         )
+    require_eager(model)
+    model = unwrapped(model)
     if _family(model) is not None:
         return model
-    inner = [tower for tower in (_submodule(model, path) for path in _paths()) if tower is not None]
-    for tower in inner:
+    inner = _inside(model)
+    for tower in (*inner, *(deeper for outer in inner for deeper in _inside(outer))):
         if _family(tower) is not None:
             return tower
     reasons = ((t, family.refusal(t)) for t in (*inner, model) for family in FAMILIES)
-    tower, reason = next((each for each in reasons if each[1]), (None, None))
-    if tower is None and not inner:
-        where = " or ".join(f"`.{path}`" for path in _paths())
+    refused, reason = next((each for each in reasons if each[1]), (None, None))
+    if refused is None and not inner:
+        where = ", ".join(f"`.{path}`" for path in _paths()[:3])
         raise TypeError(
-            f"accelerate: model must have an image tower at {where}, got {type(model).__name__};"
+            f"accelerate: model must have an image tower at {where} or the like, got"
+            f" {type(model).__name__};"
             f" known are {_names()}"
         )
     raise NotImplementedError(
-        f"accelerate: the image tower must be one of {_names()}, got {_kind(tower or inner[0])}:"
+        f"accelerate: the image tower must be one of {_names()}, got {_kind(refused or inner[0])}:"
         f" {reason or 'INT8 has no kernels for it'}; use a supported model, or serve this one in"
         " float"
     )
@@ -198,10 +208,9 @@ def can_encode_text(model: nn.Module) -> bool:
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Unit text embeddings [n, E] of token ids, by a model that can."""
-    if hasattr(model, "encode_text"):
-        return cast(Any, model).encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
     encode = family_of(find_tower(model)).encode_text
-    assert encode is not None  # see can_encode_text
+    if encode is None:
+        return cast(Any, model).encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
     return encode(model, tokens)
 
 

@@ -60,10 +60,9 @@ PROJECTED = ("CLIPVisionModelWithProjection", "MetaClip2VisionModelWithProjectio
 """Classes that hold a vision model and its projection."""
 
 PATHS = (
-    "vision_model", "vision_tower", "model.vision_tower", "model.vision_model", "model.vision",
+    "vision_model", "vision_tower", "model.vision_tower", "model.vision_model",
     "vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "owlvit", "owlv2", "clip",
-    "blip", "siglip", "vision_tower.vision_tower", "encoder.model",
-    "0.model", "0.auto_model", "0.auto_model.vision_model",
+    "model", "auto_model", "0.model", "0.auto_model",
 )  # fmt: skip
 """Where models of transformers and of its users hold one; sentence-transformers has `0`."""
 

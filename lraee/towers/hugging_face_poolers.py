@@ -13,7 +13,7 @@ from lraee.layers.pooling import Latents, RowwiseMap, rowwise_activation
 class SiglipMap(RowwiseMap):
     """Siglip(2)MultiheadAttentionPoolingHead."""
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Tokens [B, N, D] and which of them are valid [B, N] -> [B, D].
 
         An image without a valid token gives zeros.
@@ -23,7 +23,7 @@ class SiglipMap(RowwiseMap):
             return cast(Tensor, super().forward(x))
         pooled = x.new_zeros(len(x), x.shape[2])
         counts = valid.sum(1)
-        for n in counts.unique().tolist():
+        for n in sorted(set(counts.tolist())):
             if n:
                 images = counts == n
                 tokens = x[images][valid[images]].view(-1, n, x.shape[2])
