@@ -23,6 +23,24 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
+_OPTIONS = frozenset({
+    "output_hidden_states", "output_attentions", "return_dict", "interpolate_pos_encoding",
+    "use_cache",
+})  # fmt: skip
+"""What a vision model may be called with besides its own arguments."""
+
+
+def require_known(module: nn.Module, named: dict[str, Any]) -> None:
+    """Raises TypeError on an argument that the model does not know: the library ignores some."""
+    known = _OPTIONS.union(parameter_names(module))
+    for name, value in named.items():
+        if name not in known and value is not None:
+            raise TypeError(
+                f"{float_class(module).__name__}: arguments must be among"
+                f" {', '.join(sorted(known))}, got {name}"
+            )
+
+
 def require_no_attentions(module: nn.Module, named: dict[str, Any]) -> None:
     """Raises NotImplementedError where a call or the config wants attention weights."""
     wanted = named.get("output_attentions")

@@ -21,6 +21,7 @@ from lraee.towers.hugging_face_checks import (
     parameter_names,
     register_recorders,
     require_images,
+    require_known,
     require_no_attentions,
 )
 from lraee.towers.hugging_face_layouts import Vision, float_class, layout_of, vision_path
@@ -114,6 +115,7 @@ class VisionModel(Adapter):
         Raises: NotImplementedError where attention weights are wanted, or tokens of images that
           leave early; ValueError on images or a mask of a wrong shape.
         """
+        require_known(self, named)
         require_no_attentions(self, named)
         x = args[0] if args else named.get("pixel_values")
         vision = Vision(self)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lraee
 from lraee.towers.families import find_tower
 from lraee.towers.hugging_face_running import patches_of, vision_of
 
@@ -116,6 +117,12 @@ def _made(name: str) -> nn.Module:
         elif p.dim() == 1:
             p.data = torch.randn(p.shape, generator=generator) * 0.1
     return model.requires_grad_(False)
+
+
+@cache
+def accelerated(name: str) -> nn.Module:
+    """Of `make(name)`; for tests that change nothing of it."""
+    return lraee.accelerate(_made(name))
 
 
 def pictures(n: int = 5, seed: int = 2) -> Tensor:

@@ -20,6 +20,7 @@ from tests.towers.hugging_face_models import (
     IS_5,
     MODELS,
     PREFIX,
+    accelerated,
     given,
     make,
     pictures,
@@ -68,7 +69,7 @@ def test_embeddings_are_close_and_have_the_same_bits_in_any_batch(name: str) -> 
 @every
 def test_blocks_are_instances_of_the_library_s_classes(name: str) -> None:
     model = make(name)
-    fast = lraee.accelerate(model)
+    fast = accelerated(name)
     spec = tower_spec(find_tower(fast))
     assert spec.prefix_tokens == PREFIX.get(name, 1)
     for mine, theirs in zip(blocks_of(find_tower(fast)), blocks_of(find_tower(model)), strict=True):
@@ -79,7 +80,7 @@ def test_blocks_are_instances_of_the_library_s_classes(name: str) -> None:
 @every
 def test_restored_copied_and_pickled(name: str) -> None:
     model, x = make(name), pictures(2)
-    fast = lraee.accelerate(model)
+    fast = accelerated(name)
     y = encode_image(fast, x)
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert_same(encode_image(other, x), y)
@@ -106,15 +107,13 @@ def test_int8_patches(name: str) -> None:
     expected, y = encode_image(model, x), encode_image(fast, x)
     assert 0 < (y - expected).norm() / expected.norm() < (0.07 if name in _GATED else 0.05)
     assert_same(encode_image(fast, x[2:3])[0], y[2])
-    assert (
-        count_macs(find_tower(fast)).linear > count_macs(find_tower(lraee.accelerate(model))).linear
-    )
+    assert count_macs(find_tower(fast)).linear > count_macs(find_tower(accelerated(name))).linear
 
 
 @every
 def test_nan_stays_in_its_image(name: str) -> None:
-    model, x = make(name), pictures()
-    fast = lraee.accelerate(model)
+    x = pictures()
+    fast = accelerated(name)
     y = encode_image(fast, x)
     x[2, 1, 5, 7] = torch.nan
     z = encode_image(fast, x)
@@ -151,7 +150,7 @@ def test_hidden_states_are_all_there(name: str, when: str) -> None:
 @every
 def test_hidden_states_through_the_fused_block(name: str) -> None:
     """The states that are recorded are those of the same call without recording."""
-    fast, x = lraee.accelerate(make(name)), pictures(2)
+    fast, x = accelerated(name), pictures(2)
     plain = _vision_call(fast, x)
     recorded = _vision_call(fast, x, output_hidden_states=True)
     assert_same(recorded.last_hidden_state, plain.last_hidden_state)
@@ -160,7 +159,7 @@ def test_hidden_states_through_the_fused_block(name: str) -> None:
 
 @every
 def test_attention_weights_are_refused(name: str) -> None:
-    fast, x = lraee.accelerate(make(name)), pictures(2)
+    fast, x = accelerated(name), pictures(2)
     with pytest.raises(NotImplementedError, match=r"output_attentions must be .*lraee.restore"):
         _vision_call(fast, x, output_attentions=True)
 
@@ -168,7 +167,7 @@ def test_attention_weights_are_refused(name: str) -> None:
 @every
 def test_the_order_of_outputs_without_return_dict(name: str) -> None:
     model, x = make(name), pictures(2)
-    fast = lraee.accelerate(model)
+    fast = accelerated(name)
     if not IS_5:
         pytest.skip("version 4 has return_dict in some of its classes only")
     expected = _vision_call(model, x, return_dict=False)
@@ -181,7 +180,7 @@ def test_the_order_of_outputs_without_return_dict(name: str) -> None:
 @every
 def test_hooks_see_what_they_saw(name: str) -> None:
     """A hook inside a block runs the library's own forward over int8 children."""
-    fast, x = lraee.accelerate(make(name)), pictures(2)
+    fast, x = accelerated(name), pictures(2)
     y, seen = encode_image(fast, x), []
     block = blocks_of(find_tower(fast))[1]
     spec = block.block_spec
@@ -207,7 +206,7 @@ def test_a_linear_stays_float(name: str) -> None:
 @pytest.mark.parametrize("name", ["CLIPModel", "ViTModel", "BlipVisionModel", "SiglipVisionModel"])
 def test_positions_are_interpolated(name: str) -> None:
     model = make(name)
-    fast = lraee.accelerate(model)
+    fast = accelerated(name)
     x = torch.randn(2, 3, 48, 40)
     expected = _vision_call(model, x, interpolate_pos_encoding=True).last_hidden_state
     y = _vision_call(fast, x, interpolate_pos_encoding=True).last_hidden_state
@@ -218,7 +217,7 @@ def test_positions_are_interpolated(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "Dinov2Model", "SiglipModel"])
 def test_wrong_arguments_are_one_line(name: str) -> None:
-    fast, x = lraee.accelerate(make(name)), pictures(2)
+    fast, x = accelerated(name), pictures(2)
     for bad in (
         {"pixel_values": x, "some_thing": x},
         {"pixel_values": None},
