@@ -10,7 +10,7 @@ CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
-.PHONY: help setup demo doctor test test-slow test-gpu check format docs bench bench-tower regressions
+.PHONY: help setup demo serve doctor test test-slow test-gpu check format docs bench bench-tower regressions
 .PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
 
 help:  ## Lists the targets.
@@ -43,11 +43,22 @@ setup: $(VENV)/.extension  ## Makes .venv with torch, open_clip and this package
 # What users run
 
 # DATA=folder: own photos; MODEL=ViT-B-32 PRETRAINED=openai: any tag that open_clip can fetch.
-DEMO_ARGS = $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)") \
-  $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+MODEL_ARGS = $(if $(MODEL),--model "$(MODEL)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+DEMO_ARGS = $(if $(DATA),--data "$(DATA)") $(MODEL_ARGS)
 
 demo: setup  ## Runs a real CLIP on real photos, float against INT8 (DATA=, MODEL=, PRETRAINED=).
 	@$(BIN)/lraee demo $(DEMO_ARGS)
+
+# DATA=folder: own photos, instead of those that scikit-image ships.
+SAMPLES = import os, skimage; from lraee.evaluation.demo import SAMPLES; \
+  print(*(os.path.join(os.path.dirname(skimage.__file__), "data", name) for name in SAMPLES), sep="\n")
+
+serve: setup  ## A page to search photos, and their embeddings over HTTP (DATA=, MODEL=, PRETRAINED=).
+	@mkdir -p $(RESULTS)
+	@$(if $(DATA),$(BIN)/lraee embed "$(DATA)",$(PY) -c '$(SAMPLES)' | $(BIN)/lraee embed -) \
+	  --out $(RESULTS)/photos.parquet $(MODEL_ARGS)
+	@$(BIN)/lraee serve --photos $(RESULTS)/photos.parquet $(if $(DATA),--photos-from "$(DATA)") \
+	  $(MODEL_ARGS)
 
 doctor: setup  ## Says which implementation of each operator runs here, and why the others do not.
 	@$(BIN)/lraee doctor

@@ -21,6 +21,7 @@ from bench.harness import Variant, Work, compare, record
 from bench.shapes import B32, TINY, Tower, tower_batches
 from lraee import ops, zoo
 from lraee.exits.head import contrasts
+from lraee.kernels.operands import Norm, PackedLinear, ProbeHead
 from lraee.ops import reference
 from tests.support import assert_same, assert_within
 
@@ -71,37 +72,32 @@ def float_probe(z: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     return embedding, top.indices[:, 0], torch.sigmoid(features @ head.gate)
 
 
-Int8Layer = tuple[Tensor, Tensor, Tensor, None]
-
-
-def int8_layer(w: Tensor, pack: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Int8Layer:
-    """Weight as `pack` lays it out, its scale and sum, and no bias."""
+def int8_layer(w: Tensor, pack: Callable[[Tensor], tuple[Tensor, Tensor]]) -> PackedLinear:
+    """A weight as `pack` lays it out; no bias."""
     w_q, w_scale, _ = ops.quantize_rows(w, symmetric=True)
     packed, w_sum = pack(w_q)
-    return packed, w_scale, w_sum, None
+    return PackedLinear(packed, w_scale, w_sum)
+
+
+def int8_head(head: Head, pack: Callable[[Tensor], tuple[Tensor, Tensor]]) -> ProbeHead:
+    """The operands of exit_probe."""
+    layers = int8_layer(head.w1, pack), int8_layer(head.w2, pack)
+    norm = Norm(head.gamma, head.beta)
+    return ProbeHead(norm, *layers, contrasts(head.classes), LOGIT_SCALE, head.gate)
 
 
 def int8_probe(z: Tensor, head: Head) -> Callable[[], tuple[Tensor, ...]]:
     """The operator on this head."""
-    layers = *int8_layer(head.w1, ops.pack_weight), *int8_layer(head.w2, ops.pack_weight)
-    classes = contrasts(head.classes)
-    return lambda: ops.exit_probe(
-        z, head.gamma, head.beta, *layers, classes, head.gate, logit_scale=LOGIT_SCALE
-    )
+    operands = int8_head(head, ops.pack_weight)
+    return lambda: ops.exit_probe(z, operands)
 
 
-def check_probe(found: tuple[Tensor, ...], z: Tensor, head: Head) -> None:
-    """Raises unless the operator found what its definition finds."""
-    layers = (
-        *int8_layer(head.w1, reference.pack_weight),
-        *int8_layer(head.w2, reference.pack_weight),
-    )
-    expected = reference.exit_probe(
-        z, head.gamma, head.beta, 1e-5, *layers, contrasts(head.classes), LOGIT_SCALE, head.gate
-    )
+def check_probe(actual: tuple[Tensor, ...], z: Tensor, head: Head) -> None:
+    """Raises unless the operator agrees with its definition."""
+    expected = reference.exit_probe(z, int8_head(head, reference.pack_weight))
     # One step of the hidden layer may round the other way after GELU's polynomial.
-    assert_within(found[0], expected[0], 0.02 * float(expected[0].abs().max()))
-    assert_same(found[4], expected[4])
+    assert_within(actual[0], expected[0], 0.02 * float(expected[0].abs().max()))
+    assert_same(actual[4], expected[4])
 
 
 @pytest.mark.parametrize("has_class_token", [False, True], ids=["mean", "class-token"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.harness import Variant, Work, compare, copies, record
 from bench.shapes import Linear, Tower, linear_batches
 from lraee import ops
+from lraee.kernels.operands import PackedLinear
 from lraee.ops import reference
 from tests.support import assert_within
 
@@ -40,15 +41,14 @@ def bench_int8_linear(benchmark: Any, tower: Tower, linear: Linear, batch: int) 
 
     def run_int8(w: Tensor, w_sum: Tensor) -> Tensor:
         return ops.int8_linear(
-            x_q, x_scale, x_zero, w, w_scale, w_sum, b,
+            x_q, x_scale, x_zero, PackedLinear(w, w_scale, w_sum, b),
             residual=residual if has_residual else None,
             activation="gelu" if linear.name == "mlp.fc1" else "none",
         )  # fmt: skip
 
     def check() -> None:
-        product = reference.int8_linear(
-            x_q, x_scale, x_zero, w_q, w_scale, w_q.sum(1, dtype=torch.int32), b
-        )
+        plain = PackedLinear(w_q, w_scale, w_q.sum(1, dtype=torch.int32), b)
+        product = reference.int8_linear(x_q, x_scale, x_zero, plain)
         if linear.name == "mlp.fc1":
             product = F.gelu(product)
         elif has_residual:

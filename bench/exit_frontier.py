@@ -8,7 +8,7 @@ The exits of the first seed are saved in `exits` beside --out.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,9 +20,18 @@ from torch import Tensor
 
 from lraee import accelerate
 from lraee.calibration.collect import Pair
-from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task
+from lraee.calibration.pipeline import (
+    BEST,
+    PAPER,
+    Calibration,
+    Features,
+    Recipe,
+    Task,
+    collect_features,
+    make_plans,
+)
 from lraee.calibration.plans import Goal
-from lraee.calibration.scoring import Found, run_plan
+from lraee.calibration.scoring import ExitTable, run_plan
 from lraee.calibration.targets import judge
 from lraee.data.batches import PhotoImages
 from lraee.data.classes import read_classes
@@ -32,7 +41,7 @@ from lraee.measurement import machine
 from lraee.model.acceleration import acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
-from lraee.study.looks import KeptPair
+from lraee.study.cached_features import CachedFeatures
 from lraee.towers.prompts import class_features
 from lraee.zoo.opening import open_model
 
@@ -42,45 +51,41 @@ PAPER_LABELS_ONLY = replace(PAPER, head=replace(PAPER.head, training="labels"))
 PAPER_DISTILLED = replace(PAPER, head=replace(PAPER.head, training="distill"))
 
 
-class ExactPair(KeptPair):
-    """A KeptPair whose probes see the tokens themselves, not what was kept of them."""
+class ExactFeatures(CachedFeatures):
+    """CachedFeatures whose probes run on the tokens themselves, not on what was kept of them."""
 
     def probed(
-        self, heads: dict[int, HeadWeights], rows: Tensor, *, classes: Tensor, logit_scale: float
+        self, heads: Mapping[int, HeadWeights], rows: Tensor, *, classes: Tensor, logit_scale: float
     ) -> dict[str, Tensor]:
         """See Pair."""
-        return Pair.probed(self, heads, rows, classes=classes, logit_scale=logit_scale)
+        return self.pair.probed(heads, rows, classes=classes, logit_scale=logit_scale)
 
 
 def frontier_of(
-    name: str, calibration: Calibration, report: Pair, answers: dict[str, Tensor], task: Task,
+    name: str, features: Features, report: Pair, answers: dict[str, Tensor], task: Task,
     labels: Tensor,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows of one recipe and seed: each plan at each budget, on the report split."""
     rows = torch.ones(len(labels), dtype=torch.bool)
     assert task.classes is not None
-    probes = report.probed(
-        calibration.heads, rows, classes=task.classes, logit_scale=task.logit_scale
-    )
-    found: dict[str, Found] = {
+    probes = report.probed(features.heads, rows, classes=task.classes, logit_scale=task.logit_scale)
+    found: dict[str, ExitTable] = {
         "top1": judge(probes, answers, classes=task.classes, labels=labels),
         "agreement": judge(probes, answers, classes=task.classes, labels=None),
     }
     found["proof"] = judge(probes, answers, classes=task.classes, labels=None, is_proof=True)
-    blocks = list(calibration.heads)
+    blocks = list(features.heads)
     goals = [Goal(budget=1.0 - saved) for saved in SAVED]
     if task.labels is None:
         goals += [Goal(epsilon=epsilon) for epsilon in EPSILONS]
     for goal in goals:
         try:
-            plans, figures = calibration.plans(goal)
+            plans, figures = make_plans(features, goal, task.recipe.rules)
         except ValueError as error:
             typer.echo(f"{name}: {error}", err=True)
             continue
         for gate, plan in plans.items():
-            ran = {
-                key: run_plan(plan, blocks, each, calibration.costs) for key, each in found.items()
-            }
+            ran = {key: run_plan(plan, blocks, each, features.costs) for key, each in found.items()}
             yield {
                 "recipe": name, "gate": gate, "budget": goal.budget, "epsilon": goal.epsilon,
                 "exits": list(plan.blocks), "is_certified": figures[gate].get("is_certified"),
@@ -151,9 +156,8 @@ def main(
     learn = PhotoImages(Photos(train, classes=known, limit=limit), opened.with_margin)
     check = PhotoImages(Photos(report, classes=known, limit=limit), opened.with_margin)
     stages = Stages(work, {"train": train.name, "limit": limit, "photos": len(learn.names)})
-    pair = ExactPair(
-        opened.model, fast, learn, name="int8 learn", teacher_name="teacher learn", stages=stages
-    )
+    pair = Pair(opened.model, fast, learn, batch=64, progress=True)
+    source = ExactFeatures(pair, name="int8 learn", teacher_name="teacher learn", stages=stages)
     unseen = Pair(opened.model, fast, check, batch=64, progress=True)
     answers = unseen.embeddings()
     recipes: dict[str, tuple[Recipe, bool]] = {"best": (BEST, False), "paper": (PAPER, True)}
@@ -162,19 +166,20 @@ def main(
             "paper, labels only": (PAPER_LABELS_ONLY, True),
             "paper, distilled": (PAPER_DISTILLED, False),
         }
-    made = acceleration_of(fast)
-    assert made is not None
+    acceleration = acceleration_of(fast)
+    assert acceleration is not None
     scale = float(opened.model.get_parameter("logit_scale").detach().exp())
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         for name, (recipe, has_labels) in recipes.items():
             labels = learn.labels if has_labels else None
             task = Task(recipe, Goal(0.8), "learned", texts, labels, scale, seed, False)
-            calibration = Calibration(pair, made, task, Stages(None, None))
-            found = frontier_of(name, calibration, unseen, answers, task, check.labels)
-            rows += [{"seed": seed, **row} for row in found]
+            keep = Stages(None, None).get
+            features = collect_features(source, task, keep=keep, keep_head=keep)
+            points = frontier_of(name, features, unseen, answers, task, check.labels)
+            rows += [{"seed": seed, **row} for row in points]
             if seed == 0 and name == "best":
-                calibration.run().save(out.parent / "exits")
+                Calibration(source, acceleration, task, keep).run().save(out.parent / "exits")
             typer.echo(f"seed {seed}: {name} done", err=True)
     nothing = torch.zeros(len(check.names), 0)
     full = judge(

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import lraee
 from lraee import zoo
+from lraee.calibration.gate_fitting import fit_logistic
 from lraee.calibration.head_training import (
     BEST_HEAD,
     PAPER_HEAD,
@@ -37,7 +38,6 @@ from lraee.calibration.head_training import (
 from lraee.calibration.thresholds import ScoreTable, evaluate, quantile_grid, search
 from lraee.data.classes import read_classes
 from lraee.data.photos import Photos
-from lraee.exits.gate import fit_logistic
 from lraee.exits.head import HeadWeights, pool
 from lraee.measurement import machine
 from lraee.towers.families import blocks_of, find_tower
@@ -133,19 +133,19 @@ def collect(photos: Path, wnids: Path, blocks: Blocks, views: int, limit: int | 
     model, _, tokenizer = zoo.load(MODEL)
     fast = lraee.accelerate(model)
     source = torch.Generator().manual_seed(0)
-    views = []
+    looks: list[View] = []
     for view in range(views + 1):
         parts = tqdm(torch.split(images, 64), desc=f"view {view}", leave=False)
         crops = (
             augmented(part, size=SIZE, generator=source) if view else centred(part, SIZE)
             for part in map(torch.Tensor.float, parts)
         )
-        views.append(look(model, fast, blocks, crops))
+        looks.append(look(model, fast, blocks, crops))
     classes = class_features(model, tokenizer, read_classes(wnids).names, progress=False)
     tenth = len(images) // 10
     order = torch.randperm(len(images), generator=source)
     splits = torch.split(order, [len(images) - 2 * tenth, tenth, tenth])
-    return Data(blocks, views, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
+    return Data(blocks, looks, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
 
 
 def train(data: Data, block: int, options: HeadOptions) -> HeadWeights:

@@ -29,9 +29,10 @@ from bench.environment import describe
 from lraee.calibration.probe_time import measure
 from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
 from lraee.model.acceleration import acceleration_of
@@ -182,17 +183,17 @@ def main(
     else:
         images = torch.cat(list(PhotoImages(Photos(photos, limit=count), opened.preprocess)))
     leaving = leaving_of(leave)
-    exits = loaded or spread(opened.model, random_exits(plain, leaving), images, leaving)
-    fast = lraee.accelerate(opened.model, scheme=exits.scheme, exits=exits)
+    timed = loaded or spread(opened.model, random_exits(plain, leaving), images, leaving)
+    fast = lraee.accelerate(opened.model, scheme=timed.scheme, exits=timed)
     for key, value in describe().items():
         typer.echo(f"{key:<10} {value}")
-    gate = exits.plan.gate.kind
+    gate = timed.plan.gate.kind
     typer.echo(
-        f"{'plan':<10} {gate} gate after blocks {list(exits.plan.blocks)}; {len(images)} photos"
+        f"{'plan':<10} {gate} gate after blocks {list(timed.plan.blocks)}; {len(images)} photos"
     )
-    block, classes = exits.plan.blocks[0], exits.classes
+    block, classes = timed.plan.blocks[0], timed.classes
     assert classes is not None
-    time = measure(plain, block, exits.heads[block], classes, exits.logit_scale)
+    time = measure(plain, block, timed.heads[block], classes, timed.logit_scale)
     shares = [p / t for p, t in zip(time.probe_us, time.tower_us, strict=True)]
     typer.echo(
         f"{'probe':<10} {', '.join(f'{100 * share:.2f} %' for share in shares)} of the tower at"

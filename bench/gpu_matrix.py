@@ -26,20 +26,18 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from bench.launches import Launch, launches_of, meta
+from bench.launches import Launch, launches_of, meta, meta_linear
 from lraee.kernels import configs
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.float_linear import float_linear
+from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
-from lraee.kernels.int8_linear import (
-    int8_linear,
-    int8_linear_from_float,
-    int8_linear_quantized,
-)
+from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.measured import MEASURED
+from lraee.kernels.operands import AttentionOperands, Norm, PackedLinear, ProbeHead
 from lraee.kernels.quantize_rows import quantize_rows
 
 GOLDEN = Path(__file__).parent / "golden" / f"gpu_matrix_triton-{triton.__version__}.json"
@@ -83,42 +81,33 @@ class Record:
 
 def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     """Each config with everything fused that can be, alone and with its rows quantized after its
-    tiles, as blocks use it; the first of each bucket also with float rows quantized before them.
+    tiles, as blocks use it.
     """
     for M, rows in zip(ROWS_OF_BUCKET, configs.TABLE[arch.capability], strict=True):
         for row in rows:
             if configs.legal(row, Shape(M, 768, 3072), arch):
-                yield from _cells_of_config(f"M={M} {_label(row)}", M, row, row == rows[0])
+                yield from _cells_of_config(f"M={M} {_label(row)}", M, row)
     for rows_of_layer in MEASURED.get(arch.capability, {}).values():
         for _, numbers in rows_of_layer:
             row = Config(*numbers)
             yield from _cells_of_config(f"measured {_label(row)}", 1600, row)
 
 
-def _cells_of_config(
-    label: str, M: int, config: Config, has_float: bool = False
-) -> Iterator[tuple[str, Launch]]:
-    int8, int32, half = torch.int8, torch.int32, torch.float16
-
-    def arguments(N: int, K: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        layer = meta(N, K, dtype=int8), meta(N), meta(N, dtype=int32), meta(N)
-        return layer, {
-            "residual": meta(M, N, dtype=half), "layer_scale": meta(N), "config": config,
-            "activation": "gelu", "out_dtype": half,
-        }  # fmt: skip
+def _cells_of_config(label: str, M: int, config: Config) -> Iterator[tuple[str, Launch]]:
+    half = torch.float16
 
     def quantized(K: int) -> tuple[Tensor, ...]:
-        return meta(M, K, dtype=int8), meta(M), meta(M, dtype=int32)
+        return meta(M, K, dtype=torch.int8), meta(M), meta(M, dtype=torch.int32)
 
-    fc2, options = arguments(768, 3072)
-    yield label, launches_of(lambda: int8_linear(*quantized(3072), *fc2, **options))[0]
-    x = meta(M, 3072, dtype=half)
-    if has_float:
-        before = launches_of(lambda: int8_linear_from_float(x, False, *fc2, **options))
-        yield f"float {label}", before[0]
-    fc1, wide = arguments(3072, 768)
+    def options(N: int) -> dict[str, Any]:
+        residual = meta(M, N, dtype=half)
+        return {"residual": residual, "config": config, "activation": "gelu", "out_dtype": half}
+
+    fc2 = meta_linear(768, 3072, has_layer_scale=True)
+    yield label, launches_of(lambda: int8_linear(*quantized(3072), fc2, **options(768)))[0]
+    fc1 = meta_linear(3072, 768, has_layer_scale=True)
     after = launches_of(
-        lambda: int8_linear_quantized(*quantized(768), *fc1, symmetric=False, **wide)
+        lambda: int8_linear_quantized(*quantized(768), fc1, symmetric=False, **options(3072))
     )
     yield f"quantized {label}", after[0]
 
@@ -149,6 +138,11 @@ def row_cells() -> Iterator[tuple[str, Launch]]:
         x, gamma = meta(M, D, dtype=torch.float16), meta(D)
         call = lambda x=x, gamma=gamma: layer_norm_quantize(x, gamma, gamma, 1e-5, False)  # noqa: E731
         yield f"{M}x{D}", launches_of(call)[0]  # type: ignore[arg-type]
+    for M, H in ((197, 2048), (257, 2730), (257, 4096)):
+        x, gamma = meta(M, 2 * H, dtype=torch.float16), meta(H)
+        for norm in ((), (gamma, gamma, 1e-6)):
+            call = lambda x=x, norm=norm: gated_quantize(x, "silu", *norm)  # noqa: E731
+            yield f"{M}x{H}{' norm' if norm else ''}", launches_of(call)[0]  # type: ignore[arg-type]
 
 
 def attention_cells() -> Iterator[tuple[str, Launch]]:
@@ -159,36 +153,39 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
         config = configs.attention_config(L, d, L == 77)
         call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
         yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
-        call = lambda q=qkv, H=H, L=L, c=config: int8_attention_quantized(  # noqa: E731
-            q, H, L == 77, symmetric=False, config=c
+        operands = AttentionOperands(H, L == 77)
+        call = lambda q=qkv, o=operands, c=config: int8_attention_quantized(  # noqa: E731
+            q, o, symmetric=False, config=c
         )
         yield f"quantized B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+        rope = meta(2, L - 1, d)
+        mask = meta(B, L, dtype=torch.bool)
+        for name, options in (("rope", (rope, None)), ("mask", (None, mask))):
+            call = lambda q=qkv, H=H, o=options: int8_attention(q, H, False, *o)  # noqa: E731
+            yield f"{name} B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
 
 
 def probe_cells() -> Iterator[tuple[str, Launch]]:
     """The probe of one image and of many, with heads of two layers and of one, on the mean alone
     and with the class token beside it; the widest row is that of ViT-H/14 and its class token.
     """
-    int8, int32, half = torch.int8, torch.int32, torch.float16
 
-    def layer(N: int, K: int) -> tuple[Tensor, ...]:
-        return meta(N, K, dtype=int8), meta(N), meta(N, dtype=int32), meta(N)
+    def probe(
+        B: int, L: int, D: int, P: int, first: PackedLinear, second: PackedLinear | None = None
+    ) -> Launch:
+        E = (second or first).N
+        z, classes = meta(B, L, D, dtype=torch.float16), meta(1000, E, dtype=torch.float16)
+        head = ProbeHead(Norm(meta(P), meta(P)), first, second, classes, 100.0, meta(4))
+        return launches_of(lambda: exit_probe(z, head))[0]
 
-    def probe(B: int, L: int, D: int, P: int, E: int, *layers: Tensor | None) -> Launch:
-        z, gamma, classes = meta(B, L, D, dtype=half), meta(P), meta(1000, E, dtype=half)
-        return launches_of(
-            lambda: exit_probe(z, gamma, gamma, 1e-5, *layers, classes, 100.0, meta(4))  # type: ignore[arg-type]
-        )[0]
-
-    none = (None, None, None, None)
     for B, L, D, E in ((1, 50, 768, 512), (32, 257, 1280, 1024)):
-        affine = probe(B, L, D, 2 * D, E, *layer(E, 2 * D), *none)
+        affine = probe(B, L, D, 2 * D, meta_linear(E, 2 * D))
         yield f"B={B} L={L} D={D} E={E} affine", affine
     for B, L, D, E in ((1, 50, 768, 512), (32, 257, 1024, 768)):
-        two_layers = probe(B, L, D, 2 * D, E, *layer(512, 2 * D), *layer(E, 512))
+        two_layers = probe(B, L, D, 2 * D, meta_linear(512, 2 * D), meta_linear(E, 512))
         yield f"B={B} L={L} D={D} E={E} class token", two_layers
     B, L, D, E = 32, 50, 768, 512
-    yield f"B={B} L={L} D={D} E={E}", probe(B, L, D, D, E, *layer(D, D), *layer(E, D))
+    yield f"B={B} L={L} D={D} E={E}", probe(B, L, D, D, meta_linear(D, D), meta_linear(E, D))
 
 
 def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:

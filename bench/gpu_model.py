@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.launches import Launch, launches_of, meta
+from bench.launches import Launch, launches_of, meta, meta_linear
 from bench.shapes import B16, B32, L14, Tower
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Shape, attention_config, pick
@@ -27,6 +27,7 @@ from lraee.kernels.exit_probe import TILE_N, exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.operands import AttentionOperands, Norm, ProbeHead
 from lraee.kernels.quantize_rows import quantize_rows
 
 INT8_UTILISATION, FP16_UTILISATION, MEMORY_UTILISATION = 0.45, 0.70, 0.75
@@ -74,10 +75,6 @@ PARTS = (
 )
 
 
-def _weight(N: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return meta(N, K, dtype=torch.int8), meta(N), meta(N, dtype=torch.int32), meta(N)
-
-
 def block_launches(tower: Tower, batch: int, arch: Arch, *, is_fused: bool = True) -> list[Launch]:
     """The launches of one INT8 block in float16: seven, as int8_block makes them.
 
@@ -88,7 +85,12 @@ def block_launches(tower: Tower, batch: int, arch: Arch, *, is_fused: bool = Tru
     x, gamma, beta = meta(M, D, dtype=half), meta(D), meta(D)
 
     def linear(N: int, K: int, residual: Tensor | None, activation: str = "none") -> None:
-        given = (meta(M, K, dtype=torch.int8), meta(M), meta(M, dtype=torch.int32), *_weight(N, K))
+        given = (
+            meta(M, K, dtype=torch.int8),
+            meta(M),
+            meta(M, dtype=torch.int32),
+            meta_linear(N, K),
+        )
         options = {"activation": activation, "config": pick(Shape(M, N, K), arch)}
         if activation == "none":
             int8_linear(*given, residual=residual, out_dtype=half, **options)
@@ -102,7 +104,7 @@ def block_launches(tower: Tower, batch: int, arch: Arch, *, is_fused: bool = Tru
         config = attention_config(tower.L, D // heads)
         qkv = meta(batch, tower.L, 3 * D, dtype=half)
         if is_fused:
-            int8_attention_quantized(qkv, heads, symmetric=False, config=config)
+            int8_attention_quantized(qkv, AttentionOperands(heads), symmetric=False, config=config)
         else:
             quantize_rows(int8_attention(qkv, heads, config=config).flatten(0, 1), False)
 
@@ -122,11 +124,11 @@ def probe_launches(tower: Tower, batch: int, *, has_class_token: bool = False) -
     """The launch of one exit probe: the paper's head D -> D -> E, or 2 D -> 512 -> E."""
     D, E = tower.D, tower.E
     P, H = (2 * D, HIDDEN) if has_class_token else (D, D)
-    z, gamma, beta = meta(batch, tower.L, D, dtype=torch.float16), meta(P), meta(P)
+    z, norm = meta(batch, tower.L, D, dtype=torch.float16), Norm(meta(P), meta(P))
     classes = meta(CLASSES, E, dtype=torch.float16)
     return launches_of(
         lambda: exit_probe(
-            z, gamma, beta, 1e-5, *_weight(H, P), *_weight(E, H), classes, 100.0, meta(4)
+            z, ProbeHead(norm, meta_linear(H, P), meta_linear(E, H), classes, 100.0, meta(4))
         )
     )
 
@@ -154,7 +156,7 @@ def products_of(launch: Launch, tower: Tower) -> int:
     if launch.name == "int8_linear":
         return 2 * math.prod(_number(launch, name) for name in "MNK")
     if launch.name == "int8_attention":
-        return 4 * math.prod(_number(launch, name) for name in ("B", "H", "asked", "L", "d"))
+        return 4 * math.prod(_number(launch, name) for name in ("B", "H", "num_queries", "L", "d"))
     if launch.name == "exit_probe":
         P, H, E = (_number(launch, name) for name in "PHE")
         blocks = math.ceil(_number(launch, "B") / _number(launch, "ROWS"))
@@ -164,14 +166,14 @@ def products_of(launch: Launch, tower: Tower) -> int:
 
 def quantized_rows(launch: Launch) -> tuple[int, int, int]:
     """Rows that a launch quantizes after its tiles, their width, and programs that do it."""
-    if launch.constants.get("QUANTIZES") not in ("output", True):
+    if not launch.constants.get("QUANTIZES"):
         return 0, 0, 0
     if launch.name == "int8_linear":
         M, N = _number(launch, "M"), _number(launch, "N")
         return M, N, math.ceil(M / _number(launch, "PIECE_ROWS"))
-    B, asked = _number(launch, "B"), _number(launch, "asked")
+    B, num_queries = _number(launch, "B"), _number(launch, "num_queries")
     width = _number(launch, "H") * _number(launch, "d")
-    return B * asked, width, B * math.ceil(asked / _number(launch, "PIECE_ROWS"))
+    return B * num_queries, width, B * math.ceil(num_queries / _number(launch, "PIECE_ROWS"))
 
 
 def kernel_us(launch: Launch, part: Part, tower: Tower) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lraee.measurement.timing import WARM_S, warm_up
+from lraee.measurement.timing import WARM_S, Timing, warm_up
 
 BUDGET_S = 3.0
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
@@ -40,21 +40,6 @@ class Work:
 
     ops: int
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one variant: median and the percentiles that hold the middle 60 % of rounds."""
-
-    median: float
-    p20: float
-    p80: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Timing":
-        """The summary of all rounds."""
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(statistics.median(seconds), fifths[0], fifths[3])
 
 
 @dataclass(frozen=True)
@@ -125,14 +110,14 @@ def compare(
 
 def line(title: str, shape: str, result: Comparison, work: Work) -> str:
     """One aligned line: layer | time (p20-p80) | rate | traffic | ratio to each rival."""
-    unit, scale = ("us", 1e6) if result.ours.median < 1e-2 else ("ms", 1e3)
+    unit, scale = ("us", 1e3) if result.ours.median_ms < 10 else ("ms", 1.0)
     t = result.ours
-    time_text = f"{t.median * scale:8.1f} {unit} ({t.p20 * scale:.1f}-{t.p80 * scale:.1f})"
+    time_text = f"{t.median_ms * scale:8.1f} {unit} ({t.p20_ms * scale:.1f}-{t.p80_ms * scale:.1f})"
     cells = [
         f"{title:<20} {shape:<30}",
         f"{time_text:<30}",
-        *([f"{work.ops / t.median / 1e12:6.3f} TOPS"] if work.ops else []),
-        *([f"{work.size_bytes / t.median / 1e9:6.1f} GB/s"] if work.size_bytes else []),
+        *([f"{work.ops / t.median_ms / 1e9:6.3f} TOPS"] if work.ops else []),
+        *([f"{work.size_bytes / t.median_ms / 1e6:6.1f} GB/s"] if work.size_bytes else []),
         "  ".join(f"{ratio:5.2f}x {name}" for name, ratio in result.ratios.items()),
     ]
     return " | ".join(cells)

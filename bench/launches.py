@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 from lraee.kernels import launch
+from lraee.kernels.operands import PackedLinear
 
 POINTERS = {
     torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32",
@@ -102,3 +103,10 @@ def launches_of(call: Callable[[], object]) -> list[Launch]:
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor with a shape and no values."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def meta_linear(N: int, K: int, *, has_layer_scale: bool = False) -> PackedLinear:
+    """The operands of a linear [N, K], with shapes and no values."""
+    layer_scale = meta(N) if has_layer_scale else None
+    w, w_sum = meta(N, K, dtype=torch.int8), meta(N, dtype=torch.int32)
+    return PackedLinear(w, meta(N), w_sum, meta(N), layer_scale)

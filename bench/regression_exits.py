@@ -26,7 +26,7 @@ BUDGET_S = 15.0
 ATTEMPTS = 3
 """What else runs on the machine makes exits look worse, not better: slow code fails every time."""
 MOST_OVERHEAD = 0.10
-"""Of the probes that nobody leaves at, on ViT-B/32; 0.02 is promised on a quiet machine."""
+"""Of the probes at which no image exits, on ViT-B/32; 0.02 is promised on a quiet machine."""
 LEAST_SHARE = 0.5
 """Of the FLOPs saved, the time saved; 0.8 is promised on a quiet machine."""
 
@@ -69,7 +69,7 @@ def test_exits_save_time_and_cost_little(fast: nn.Module, images: torch.Tensor, 
         with lraee.full_depth(fast):
             run(fast, images, batch)
 
-    def nobody_leaves() -> None:
+    def no_image_exits() -> None:
         router.gate = closed
         run(fast, images, batch)
         router.gate = opened
@@ -80,7 +80,7 @@ def test_exits_save_time_and_cost_little(fast: nn.Module, images: torch.Tensor, 
         calls = {
             "full": at_full_depth,
             "exits": lambda: run(fast, images, batch),
-            "closed": nobody_leaves,
+            "closed": no_image_exits,
         }
         assert t.flops_saved > 0.02, "photos must leave for this to be a test"
         least = LEAST_SHARE * t.flops_saved - 0.02
@@ -94,7 +94,7 @@ def test_exits_save_time_and_cost_little(fast: nn.Module, images: torch.Tensor, 
 
 
 def ratios(seconds: dict[str, list[float]]) -> tuple[float, float]:
-    """Share of the time that exits save, and what they add where nobody leaves."""
+    """Share of the time that exits save, and what they add where no image exits."""
 
     def ratio(name: str) -> float:
         return median(a / b for a, b in zip(seconds[name], seconds["full"], strict=True))

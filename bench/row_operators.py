@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import open_clip
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 import lraee
 from bench.shapes import tower_batches
 from lraee import ops
+from lraee.kernels.operands import Norm, PackedLinear, ProbeHead
 
 ROUNDS = 11
 MIN_ROUND_S = 0.03
@@ -92,17 +92,18 @@ def probe() -> None:
     """exit_probe with a head D -> D -> E and 1,000 classes, as a share of ViT-B/32 in INT8."""
     visual = lraee.accelerate(open_clip.create_model("ViT-B-32").eval()).visual
     D, E = 768, 512
-    weights = [torch.randn(D, D) / math.sqrt(D), torch.randn(E, D) / math.sqrt(D)]
-    head: dict[str, Any] = {"b1": None, "b2": None}
-    for name, w in zip(("w1", "w2"), weights, strict=True):
-        w_q, head[f"{name}_scale"], _ = ops.quantize_rows(w, symmetric=True)
-        head[name], head[f"{name}_sum"] = ops.pack_weight(w_q)
-    head |= {"gamma": torch.ones(D), "beta": torch.zeros(D), "gate": torch.ones(4)}
-    head["classes"] = F.normalize(torch.randn(1000, E))
+    layers = []
+    for N, K in ((D, D), (E, D)):
+        w_q, w_scale, _ = ops.quantize_rows(torch.randn(N, K) / math.sqrt(K), symmetric=True)
+        w, w_sum = ops.pack_weight(w_q)
+        layers.append(PackedLinear(w, w_scale, w_sum))
+    classes = F.normalize(torch.randn(1000, E))
+    norm = Norm(torch.ones(D), torch.zeros(D))
+    head = ProbeHead(norm, layers[0], layers[1], classes, 100.0, torch.ones(4))
     for B in (1, 8, 32):
         images, z = torch.randn(B, 3, 224, 224), torch.randn(B, 50, D)
         us = times_us(
-            partial(ops.exit_probe, z, **head, logit_scale=100.0),
+            partial(ops.exit_probe, z, head),
             partial(visual, images),
         )
         print(f"exit_probe B={B} {us[0]:.0f} us | tower {us[1]:.0f} us | {us[0] / us[1]:.2%}")

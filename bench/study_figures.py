@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypedDict, cast
 import typer
 
 from lraee.storage.files import CheckpointError, replace_file
-from lraee.study.page import read_report, words
+from lraee.study.page import formatting, read_report
 from lraee.study.schema import Report
 
 SCHEMA = "lraee.study_summary/1"
@@ -107,8 +107,8 @@ def main_table(report: Summary) -> str:
     header = ("system", "backbone", "top-1, %", "as float, %", "FLOPs saved, %")
     rows = [
         (
-            row["name"], words.backbone(row["backbone"]), words.spread(row["top1"]),
-            words.spread(row["agreement"]), words.spread(row["flops_saved"], 1),
+            row["name"], formatting.backbone(row["backbone"]), formatting.spread(row["top1"]),
+            formatting.spread(row["agreement"]), formatting.spread(row["flops_saved"], 1),
         )
         for row in report["main"]
     ]  # fmt: skip
@@ -121,9 +121,9 @@ def quadrants(report: Summary) -> str:
               "95 % interval", "McNemar p")  # fmt: skip
     rows = [
         (
-            words.backbone(q["backbone"]), q["recipe"], f"{q['both']:,}", f"{q['rescue']:,}",
-            f"{q['loss']:,}", f"{q['neither']:,}", words.spread(q["margin"]),
-            words.interval(*q["interval"]), words.chance(q["mcnemar_p"]),
+            formatting.backbone(q["backbone"]), q["recipe"], f"{q['both']:,}", f"{q['rescue']:,}",
+            f"{q['loss']:,}", f"{q['neither']:,}", formatting.spread(q["margin"]),
+            formatting.interval(*q["interval"]), formatting.chance(q["mcnemar_p"]),
         )
         for q in report["quadrants"]
     ]  # fmt: skip

@@ -23,6 +23,7 @@ from lraee.kernels.archs import Arch
 from lraee.kernels.configs import Config, Shape, legal, pick, predicted_us
 from lraee.kernels.device import arch as arch_of
 from lraee.kernels.int8_linear import int8_linear
+from lraee.kernels.operands import PackedLinear
 from lraee.ops import reference
 
 COPIES = 12
@@ -85,15 +86,15 @@ def tune(
     x_q, weights = int8(M), [int8(N) for _ in range(COPIES)]
     x_scale = torch.rand(M, generator=source).to(device)
     w_scale = torch.rand(N, generator=source).to(device)
-    layers = [(w, w_scale, w.sum(1, dtype=torch.int32)) for w in weights]
-    expected = reference.int8_linear(x_q, x_scale, None, *layers[-1])
+    layers = [PackedLinear(w, w_scale, w.sum(1, dtype=torch.int32)) for w in weights]
+    expected = reference.int8_linear(x_q, x_scale, None, layers[-1])
     configs = sorted(space(shape, arch), key=lambda one: predicted_us(one, shape, arch))[:most]
     measured = []
     for config in configs:
 
         def call(config: Config = config) -> torch.Tensor:
-            made = [int8_linear(x_q, x_scale, None, *layer, config=config) for layer in layers]
-            return made[-1]
+            results = [int8_linear(x_q, x_scale, None, layer, config=config) for layer in layers]
+            return results[-1]
 
         assert torch.equal(call(), expected), f"{config} gives other numbers than the definition"
         us = timer(call) / COPIES

@@ -44,7 +44,8 @@ int64_t parts_per_head(int64_t heads, int64_t num_queries) {
 
 void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t num_queries) {
   const int64_t heads = B * args.H, parts = parts_per_head(heads, num_queries);
-  const int64_t scratch_bytes = cpu::int8_attention_scratch_bytes(args.L, args.d);
+  const int64_t scratch_bytes =
+      cpu::int8_attention_scratch_bytes(args.L, args.d, args.copies_keys());
   cpu::Int8Attention* const one_part = int8_attention_kernel();
   at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     at::Tensor scratch = at::empty({scratch_bytes}, at::kByte);
@@ -62,37 +63,76 @@ void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t num_queries) {
 
 }  // namespace
 
-at::Tensor int8_attention_of(const at::Tensor& qkv, int64_t num_heads, bool causal,
+AttentionOperands::AttentionOperands(std::string_view op, int64_t B, int64_t L, int64_t d,
+                                     int64_t heads, bool is_causal,
+                                     const std::optional<at::Tensor>& rope_of,
+                                     const std::optional<at::Tensor>& mask)
+    : num_heads(heads), causal(is_causal) {
+  if (rope_of.has_value()) {
+    TORCH_CHECK_TYPE(rope_of->scalar_type() == at::kFloat, op, ": rope must be float32, got ",
+                     rope_of->scalar_type());
+    TORCH_CHECK_VALUE(rope_of->dim() == 3 && rope_of->size(0) == 2 && rope_of->size(1) <= L &&
+                          rope_of->size(2) == d && d % 2 == 0,
+                      op, ": rope must have shape [2, R, d] with R <= ", L, " and even d = ", d,
+                      ", got ", rope_of->sizes());
+    rope = rope_of->contiguous();
+  }
+  if (mask.has_value()) {
+    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, op, ": key_mask must be bool, got ",
+                     mask->scalar_type());
+    TORCH_CHECK_VALUE(mask->dim() == 2 && mask->size(0) == B && mask->size(1) == L, op,
+                      ": key_mask must have shape [B, L] = [", B, ", ", L, "], got ",
+                      mask->sizes());
+    key_mask = mask->contiguous();
+  }
+}
+
+void AttentionOperands::fill(cpu::Int8AttentionArgs& args, int64_t b) const {
+  if (rope.has_value()) {
+    const int64_t rotated = rope->size(1);
+    args.cos = rope->const_data_ptr<float>();
+    args.sin = args.cos + rotated * args.d;
+    args.prefix = args.L - rotated;
+  }
+  if (key_mask.has_value()) args.key_mask = key_mask->const_data_ptr<bool>() + b * args.L;
+}
+
+at::Tensor int8_attention_of(const at::Tensor& qkv, const AttentionOperands& operands,
                              int64_t num_queries) {
   const cpu::FloatType type = float_type(qkv.scalar_type(), "int8_attention", "qkv");
-  const int64_t B = qkv.size(0), L = qkv.size(1), D = qkv.size(2) / 3, d = D / num_heads;
+  const int64_t B = qkv.size(0), L = qkv.size(1), D = qkv.size(2) / 3, d = D / operands.num_heads;
   const at::Tensor rows = with_contiguous_rows(qkv);
   at::Tensor y = at::empty({B, num_queries, D}, qkv.options());
-  const cpu::Int8AttentionArgs args{
-      .qkv = rows.const_data_ptr(),
-      .stride_b = rows.stride(0),
-      .stride_l = rows.stride(1),
-      .type = type,
-      .L = L,
-      .H = num_heads,
-      .d = d,
-      .is_causal = causal,
-      .root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d))),
-      .y = y.mutable_data_ptr(),
-      .y_stride = num_queries * D};
+  cpu::Int8AttentionArgs args{.qkv = rows.const_data_ptr(),
+                              .stride_b = rows.stride(0),
+                              .stride_l = rows.stride(1),
+                              .type = type,
+                              .L = L,
+                              .H = operands.num_heads,
+                              .d = d,
+                              .is_causal = operands.causal,
+                              .root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(d))),
+                              .y = y.mutable_data_ptr(),
+                              .y_stride = num_queries * D};
+  operands.fill(args, 0);
   run(args, B, num_queries);
   return y;
 }
 
 namespace {
 
-at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal) {
+at::Tensor int8_attention(const at::Tensor& qkv, int64_t num_heads, bool causal,
+                          const std::optional<at::Tensor>& rope,
+                          const std::optional<at::Tensor>& key_mask) {
   TORCH_CHECK_VALUE(qkv.dim() == 3 && qkv.size(1) >= 1 && num_heads >= 1 && qkv.size(2) > 0 &&
                         qkv.size(2) % (3 * num_heads) == 0,
                     "int8_attention: qkv must have shape [B, L >= 1, 3 * num_heads * d] with "
                     "num_heads = ",
                     num_heads, ", got ", qkv.sizes());
-  return int8_attention_of(qkv, num_heads, causal, qkv.size(1));
+  const int64_t d = qkv.size(2) / (3 * num_heads);
+  const AttentionOperands operands("int8_attention", qkv.size(0), qkv.size(1), d, num_heads, causal,
+                                   rope, key_mask);
+  return int8_attention_of(qkv, operands, qkv.size(1));
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 """Triton kernels for NVIDIA GPUs, installed as lraee.kernels; importing this touches no device."""
 
 if __name__ != "lraee.kernels":
-    # transformers looks for another package of this name, and beside a checkout it finds this one:
-    # too old for it, and with nothing inside
-    __version__ = "0"
+    # In a checkout this folder has the name of a package that transformers looks for and imports:
+    # an empty module of no version is none to it. Modules in here must come as lraee.kernels.
     __path__ = []

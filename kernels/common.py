@@ -2,8 +2,8 @@
 
 [NOTE: a row as chunks] A row of length D is held in registers as a tuple of ceil(D / 64) tiles
 [ROWS, 64], the missing part zero. Lane j of every tile then belongs to lane j of
-lraee.reference.lane_sum, so adding tiles in order and folding the last one in half gives that sum
-bit for bit, on any GPU and in the interpreter, whatever the layout of the tiles.
+lraee.ops.reference.lane_sum, so adding tiles in order and folding the last one in half gives that
+sum bit for bit, on any GPU and in the interpreter, whatever the layout of the tiles.
 
 Kernels are launched with enable_fp_fusion=False: a fused multiply-add would round once where the
 definition rounds twice.
@@ -59,7 +59,7 @@ def sum_16(x):
 
 @triton.jit
 def lane_sum(row):
-    """Sum of a row held as chunks, in the order of lraee.reference.lane_sum: [ROWS]."""
+    """Sum of a row held as chunks, in the order of lraee.ops.reference.lane_sum: [ROWS]."""
     lanes = row[0] + 0.0
     for c in tl.static_range(1, len(row)):
         lanes += row[c]
@@ -79,10 +79,13 @@ def load_row(ptr, offs_row, row_mask, D, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def normalise_row(row, gamma_ptr, beta_ptr, eps, D):
-    """LayerNorm of a row held as chunks: ((x - mean) * rstd) * gamma + beta, padding zero."""
+def normalise_row(row, gamma_ptr, beta_ptr, eps, D, HAS_BETA: tl.constexpr):
+    """LayerNorm of a row held as chunks: ((x - mean) * rstd) * gamma + beta, padding zero.
+
+    RMSNorm without beta: the mean counts as 0.
+    """
     size = tl.cast(D, tl.float32)
-    mean = tl.div_rn(lane_sum(row), size)
+    mean = tl.div_rn(lane_sum(row), size) if HAS_BETA else tl.zeros((row[0].shape[0],), tl.float32)
     centred = ()
     squares = ()
     for c in tl.static_range(len(row)):
@@ -96,8 +99,9 @@ def normalise_row(row, gamma_ptr, beta_ptr, eps, D):
     for c in tl.static_range(len(row)):
         cols = c * LANES + tl.arange(0, LANES)
         gamma = tl.load(gamma_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-        beta = tl.load(beta_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-        y = (centred[c] * rstd[:, None]) * gamma[None, :] + beta[None, :]
+        y = (centred[c] * rstd[:, None]) * gamma[None, :]
+        if HAS_BETA:
+            y += tl.load(beta_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
         result = result + (y,)  # type: ignore[assignment]
     return result
 
@@ -194,7 +198,9 @@ def quantize_tile(x, scale, zero, is_valid, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """none; gelu: y * Phi(y); gelu_tanh: its tanh form; quick_gelu: y * sigmoid(1.702 y)."""
+    """none; gelu: y * Phi(y); gelu_tanh: its tanh form; quick_gelu: y * sigmoid(1.702 y); silu."""
+    if ACTIVATION == "silu":
+        y = y / (1.0 + tl.exp(-y))
     if ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     if ACTIVATION == "gelu_tanh":

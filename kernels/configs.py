@@ -61,7 +61,7 @@ class RowConfig:
 class AttentionConfig:
     """Queries of one program of int8_attention, its warps and pipeline stages.
 
-    unroll: tokens whose keys are asked for at once while their mean is summed in order.
+    unroll: tokens whose keys are loaded at once while their mean is summed in order.
     """
 
     block_i: int
@@ -97,7 +97,7 @@ def accumulators_per_thread(config: Config) -> int:
 
 
 def legal(config: Config, shape: Shape, arch: Arch) -> bool:
-    """The single statement of what may be launched; pick, the tuner and the tests all ask here."""
+    """The single statement of what may be launched; pick, the tuner and the tests all call it."""
     blocks = (config.block_m, config.block_n, config.block_k)
     if any(block & (block - 1) for block in blocks) or min(blocks) < 16:
         return False  # Triton: tiles are powers of two, products at least 16 wide
@@ -124,7 +124,7 @@ def legal(config: Config, shape: Shape, arch: Arch) -> bool:
 
 
 LOAD_LATENCY_US = 0.7
-"""From asking for a tile in DRAM or L2 to having it; the time one pipeline stage hides."""
+"""From the request of a tile in DRAM or L2 to its arrival; the time one pipeline stage hides."""
 
 
 def predicted_us(config: Config, shape: Shape, arch: Arch) -> float:
@@ -217,16 +217,16 @@ def candidates(shape: Shape, arch: Arch) -> tuple[Config, ...]:
 def measured(shape: Shape, arch: Arch) -> Config | None:
     """The legal config that was measured to be the fastest for about this shape, if any was."""
     rows = MEASURED.get(arch.capability, {}).get((shape.N, shape.K), ())
-    found = next((Config(*row) for most, row in rows if shape.M <= most), None)
-    return found if found is not None and legal(found, shape, arch) else None
+    config = next((Config(*row) for most, row in rows if shape.M <= most), None)
+    return config if config is not None and legal(config, shape, arch) else None
 
 
 @functools.lru_cache(maxsize=4096)
 def pick(shape: Shape, arch: Arch) -> Config:
     """The config measured for this shape, or the one of the table that the model finds fastest."""
-    found = measured(shape, arch)
-    if found is not None:
-        return found
+    config = measured(shape, arch)
+    if config is not None:
+        return config
     rows = candidates(shape, arch)
     assert rows, f"no legal config for {shape} on sm_{arch.capability}"
     return min(rows, key=lambda row: predicted_us(row, shape, arch))

@@ -1,4 +1,4 @@
-"""The architecture of a device, asked once."""
+"""The architecture of a device, looked up once."""
 
 import functools
 

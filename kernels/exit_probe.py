@@ -1,7 +1,7 @@
 """exit_probe for CUDA: leave the tower here? One launch, tokens read once, no host round trip.
 
 Each part needs all of the part before it. Instead of ending a launch there, programs draw items in
-the order of the parts and wait for what theirs depends on (see meeting).
+the order of the parts and wait for what theirs depends on (see tickets).
 
 [NOTE: probe algebra] For each image, over its N patch tokens z_i (class token left out):
 
@@ -46,8 +46,9 @@ from lraee.kernels.common import activate
 from lraee.kernels.configs import ProbeConfig, probe_config
 from lraee.kernels.exit_probe_pool import normalise_pooled, pool_channels
 from lraee.kernels.exit_probe_score import classes_per_program, finish, score_classes
-from lraee.kernels.meeting import arrive, draw, last_to_arrive, wait_for
+from lraee.kernels.operands import PackedLinear, ProbeHead
 from lraee.kernels.quantize_rows import empty_quantized, quantize_block
+from lraee.kernels.tickets import arrive, draw, last_to_arrive, wait_for
 from lraee.kernels.workspace import Workspace
 
 Probe = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -196,37 +197,25 @@ def _floats(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def exit_probe(
     z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float,
-    w1: Tensor,
-    w1_scale: Tensor,
-    w1_sum: Tensor,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    w2_scale: Tensor | None,
-    w2_sum: Tensor | None,
-    b2: Tensor | None,
-    classes: Tensor,
-    logit_scale: float,
-    gate: Tensor,
+    head: ProbeHead,
     *,
     config: ProbeConfig | None = None,
     space: Workspace | None = None,
 ) -> Probe:
-    """Exit head and gate of one depth in one launch; see lraee.reference.exit_probe.
+    """Exit head and gate of one depth in one launch; see lraee.ops.reference.exit_probe.
 
     Args:
-      z, …, gate: as in lraee.reference.exit_probe; w1 int8 [H, P], w2 int8 [E, H] or None.
+      z, head: as in lraee.ops.reference.exit_probe; weights int8 [H, P] and [E, H].
       config: tiles and warps; chosen by shape when None.
-      space: where the programs of an image meet; that of the current stream when None.
+      space: tickets of the launch; those of the current stream when None.
     Returns: embedding, top1, confidence, margin, variance, score.
     """
+    (gamma, beta, eps), first, second, classes, logit_scale, gate = head
     (B, L, D), (K, E) = z.shape, classes.shape
-    H, P = w1_scale.shape[0], gamma.shape[0]
+    H, P = first.N, gamma.shape[0]
     assert P in (D, 2 * D), f"exit_probe: gamma must have shape [{D}] or [{2 * D}]"
-    assert w1.shape == (H, P), f"exit_probe: w1 must have the CUDA layout [{H}, {P}]"
-    assert w2 is None or w2.shape == (E, H), f"exit_probe: w2 must have the layout [{E}, {H}]"
+    assert first.w.shape == (H, P), f"exit_probe: first must have the CUDA layout [{H}, {P}]"
+    assert second is None or second.w.shape == (E, H), f"exit_probe: second must be [{E}, {H}]"
     z = z if D <= 1 or z.stride(2) == 1 else z.contiguous()
     confidence, margin, variance, score = _floats((4, B), z).unbind()
     top1 = torch.empty(B, dtype=torch.int64, device=z.device)
@@ -241,25 +230,31 @@ def exit_probe(
     assert needed <= space.tickets.numel(), f"exit_probe: too many images: {B}"
     embedding = _floats((B, E), z)
     # What an affine head leaves is the embedding itself
-    hidden = embedding if w2 is None else _floats((B, H), z)
+    hidden = embedding if second is None else _floats((B, H), z)
     x = empty_quantized(B, P, z.device)
-    hidden_q = x if w2 is None else empty_quantized(B, H, z.device)
-    layers = [w1, w1_scale, w1_sum, b1, w2, w2_scale, w2_sum, b2]
+    hidden_q = x if second is None else empty_quantized(B, H, z.device)
     programs = B * triton.cdiv(D, config.block_d) + blocks * parts
-    for width in (H,) if w2 is None else (H, E):
+    for width in (H,) if second is None else (H, E):
         programs += blocks * triton.cdiv(width, int(TILE_N))
     launch.start(
         _exit_probe_kernel, (programs,),
         z, gamma.contiguous(), beta.contiguous(), eps,
-        *(gate if part is None else part.contiguous() for part in layers),
+        *_layer_operands(first, gate), *_layer_operands(second, gate),
         classes.contiguous(), logit_scale, gate.contiguous(),
         _floats((B, P), z), _floats((B, D), z), *x,
         hidden, *hidden_q, _floats((blocks, parts, 4, config.rows), z),
         embedding, top1, confidence, margin, variance, score, space.tickets,
         B, L - 1, D, P, H, E, K, per_program, parts, z.stride(0), z.stride(1),
-        HAS_W2=w2 is not None, HAS_B1=b1 is not None, HAS_B2=b2 is not None,
+        HAS_W2=second is not None, HAS_B1=first.bias is not None,
+        HAS_B2=second is not None and second.bias is not None,
         HAS_CLASS_TOKEN=P != D, BLOCK_D=config.block_d, UNROLL=config.unroll,
         E_CHUNKS=triton.cdiv(E, 64), ROWS=config.rows, BLOCK_K=config.block_k,
         BLOCK_H=config.block_h, num_warps=config.num_warps,
     )  # fmt: skip
     return embedding, top1, confidence, margin, variance, score
+
+
+def _layer_operands(layer: PackedLinear | None, absent: Tensor) -> list[Tensor]:
+    """w, w_scale, w_sum and bias; `absent`, which is never read, for what is not there."""
+    operands = (None,) * 4 if layer is None else layer[:4]
+    return [absent if operand is None else operand.contiguous() for operand in operands]

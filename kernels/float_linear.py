@@ -84,7 +84,7 @@ def float_linear(
     splits: int | None = None,
     space: Workspace | None = None,
 ) -> Tensor:
-    """y = x @ w.T + bias, each output summed in one order of its own; see lraee.reference.
+    """y = x @ w.T + bias, each output summed in one order of its own; see lraee.ops.reference.
 
     Args:
       x: float32, bfloat16 or float16 [M, K].
@@ -92,7 +92,7 @@ def float_linear(
       bias: any float type [N] or None.
       config: tiling; that of the type and K when None.
       splits: 1, or all segments of K at once; chosen by shape when None; the same bits.
-      space: where the programs of a tile meet; that of the current stream when None.
+      space: partial sums and tickets; that of the current stream when None.
     Returns: [M, N] in the type of x. float32 is multiplied in three TF32 products, about 21 bits.
     """
     (M, K), N = x.shape, w.shape[0]

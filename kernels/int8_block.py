@@ -1,55 +1,42 @@
-"""int8_block for CUDA: seven launches. Float rows are quantized in the launch that made them."""
+"""int8_block for CUDA: seven launches, nine with a gated MLP.
 
-from collections.abc import Sequence
-from typing import cast
+Float rows are quantized in the launch that made them.
+"""
 
 from torch import Tensor
 
+from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.int8_attention import int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
-from lraee.kernels.quantize_rows import Quantized
-
-Parts = Sequence[Tensor | None]
-"""Of a linear: w, w_scale, w_sum, bias or None, and layer_scale where there is one."""
+from lraee.kernels.operands import AttentionOperands, BlockOperands
 
 
-def int8_block(
-    x: Tensor,
-    norm_1: Sequence[Tensor],
-    in_proj: Parts,
-    out_proj: Parts,
-    norm_2: Sequence[Tensor],
-    c_fc: Parts,
-    c_proj: Parts,
-    eps: Sequence[float],
-    symmetric: Sequence[bool],
-    num_heads: int,
-    causal: bool,
-    activation: str,
-    first_only: bool = False,
-) -> Tensor:
-    """A whole transformer block; see lraee.block."""
+def int8_block(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:
+    """A whole transformer block; see lraee.ops.reference."""
     B, L, D = x.shape
-    rows = x.reshape(B * L, D)
+    rows, dtype, symmetric = x.reshape(B * L, D), x.dtype, block.symmetric
+    num_queries = 1 if first_only else L
 
-    def linear(quantized: Quantized, layer: Parts, residual: Tensor | None) -> Tensor:
-        w, w_scale, w_sum, bias, *layer_scale = layer
-        assert w is not None and w_scale is not None and w_sum is not None
-        return cast(Tensor, int8_linear(
-            *quantized, w, w_scale, w_sum, bias, residual=residual,
-            layer_scale=layer_scale[0] if layer_scale else None, out_dtype=x.dtype,
-        ))  # fmt: skip
-
-    quantized = layer_norm_quantize(rows, *norm_1, eps[0], symmetric[0])
-    qkv = linear(quantized, in_proj, None)
-    asked = 1 if first_only else L
+    quantized = layer_norm_quantize(rows, *block.norm_1, symmetric[0])
+    qkv = int8_linear(*quantized, block.in_proj, out_dtype=dtype).view(B, L, 3 * D)
+    attention = AttentionOperands(block.num_heads, block.causal, block.rope, block.key_mask)
     quantized = int8_attention_quantized(
-        qkv.view(B, L, 3 * D), num_heads, causal, symmetric=symmetric[1], asked=asked
+        qkv, attention, symmetric=symmetric[1], num_queries=num_queries
     )
-    rows = linear(quantized, out_proj, x[:, 0] if first_only else rows)
-    quantized = layer_norm_quantize(rows, *norm_2, eps[1], symmetric[2])
+    rows = x[:, 0] if first_only else rows
+    rows = int8_linear(*quantized, block.out_proj, residual=rows, out_dtype=dtype)
+    quantized = layer_norm_quantize(rows, *block.norm_2, symmetric[2])
+    if block.gated:
+        y = int8_linear(*quantized, block.c_fc, out_dtype=dtype)
+        *quantized, r_q, r_scale = gated_quantize(y, block.activation, *(block.mlp_norm or ()))
+        second = block.c_proj._replace(bias=None)
+        rows = int8_linear(r_q, r_scale, None, second, residual=rows, out_dtype=dtype)
+        y = int8_linear(*quantized, block.c_proj, residual=rows, out_dtype=dtype)
+        return y.view(B, num_queries, D)
     quantized = int8_linear_quantized(
-        *quantized, *c_fc, activation=activation, out_dtype=x.dtype, symmetric=symmetric[3]
-    )
-    return linear(quantized, c_proj, rows).view(B, asked, D)
+        *quantized, block.c_fc, symmetric=symmetric[3], activation=block.activation,
+        out_dtype=dtype,
+    )  # fmt: skip
+    y = int8_linear(*quantized, block.c_proj, residual=rows, out_dtype=dtype)
+    return y.view(B, num_queries, D)

@@ -1,9 +1,11 @@
 """int8_linear for CUDA: tensor-core int8 product with everything after it fused.
 
-Also with rows quantized in the same launch: int8_linear_from_float those of its input,
-int8_linear_quantized those of its output, for the layer that follows (fc1 for fc2). Each row is
-read and quantized once, by programs of their own among those of the tiles (see meeting).
+int8_linear_quantized also quantizes the rows of its output in that launch, for the layer that
+follows (fc1 for fc2). Each row is read and quantized once, by programs of their own among those of
+the tiles (see tickets).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,8 +22,9 @@ from lraee.kernels.configs import (
     pick,
     piece_config,
 )
-from lraee.kernels.meeting import arrive, draw, last_to_arrive, leave, wait_for
+from lraee.kernels.operands import PackedLinear
 from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
+from lraee.kernels.tickets import arrive, draw, last_to_arrive, leave, wait_for
 from lraee.kernels.workspace import Workspace
 
 
@@ -86,23 +89,23 @@ def gather_partials(acc, partial_ptr, ticket_ptr, tile, split, SPLIT_K: tl.const
 
 @triton.jit
 def _quantize_piece(
-    float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, M, width, stride_fm,
+    y_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, M, N,
     SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr, PIECE_ROWS: tl.constexpr,
-    PIECE_K: tl.constexpr, CACHE: tl.constexpr,
+    PIECE_K: tl.constexpr,
 ):  # fmt: skip
-    """quantize_block of the next PIECE_ROWS float rows."""
+    """quantize_block of the next PIECE_ROWS rows of y."""
     rows = piece * PIECE_ROWS + tl.arange(0, PIECE_ROWS)
     quantize_block(
-        float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, rows, rows < M, width, stride_fm,
-        SYMMETRIC, IS_ONE_TILE, PIECE_K, CACHE,
+        y_ptr, q_ptr, q_scale_ptr, q_zero_ptr, rows, rows < M, N, N,
+        SYMMETRIC, IS_ONE_TILE, PIECE_K, ".cg",
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
 def _int8_linear_kernel(
     x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
-    residual_ptr, y_ptr, float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, partial_ptr, ticket_ptr,
-    M, N, K, width, stride_xm, stride_rm, stride_fm,
+    residual_ptr, y_ptr, q_ptr, q_scale_ptr, q_zero_ptr, partial_ptr, ticket_ptr,
+    M, N, K, stride_xm, stride_rm,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LAYER_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
     QUANTIZES: tl.constexpr, SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
@@ -113,37 +116,26 @@ def _int8_linear_kernel(
 
     The parts of a split tile are int32, so that their sum does not depend on the split; the last
     program to arrive adds them and stores y.
-    QUANTIZES: "none", or "input" or "output": float rows [M, width] are quantized into q, q_scale,
-    q_zero, PIECE_ROWS of them by a program, before the tiles of their row block, whose x they are,
-    or after them, whose y they were.
+    QUANTIZES: the rows of y [M, N] are quantized into q, q_scale, q_zero, PIECE_ROWS of them by a
+    program, after the tiles of their row block.
     """
     item = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     programs = tl.cdiv(M, BLOCK_M) * tiles_n * SPLIT_K
-    PIECES: tl.constexpr = BLOCK_M // PIECE_ROWS if QUANTIZES != "none" else 1
     row_ticket_ptr = ticket_ptr + 1
-    if QUANTIZES != "none":
+    if QUANTIZES:
+        PIECES: tl.constexpr = BLOCK_M // PIECE_ROWS
         item = draw(ticket_ptr, tl.num_programs(0))
         ticket_ptr += 1 + tl.cdiv(M, BLOCK_M)
-        pieces = tl.num_programs(0) - programs
-    if QUANTIZES == "input":
-        if item < pieces:
-            _quantize_piece(
-                float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, item, M, width, stride_fm,
-                SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K, "",
-            )  # fmt: skip
-            arrive(row_ticket_ptr + item // PIECES)
-            return
-        item -= pieces
-    if QUANTIZES == "output":
         if item >= programs:
+            pieces = tl.num_programs(0) - programs
             piece = item - programs
             row_ticket_ptr += piece // PIECES
             of_block = tl.minimum(pieces - piece // PIECES * PIECES, PIECES)
             wait_for(row_ticket_ptr, tiles_n)
             _quantize_piece(
-                float_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, M, width, stride_fm,
-                SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K, ".cg",
+                y_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, M, N,
+                SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K,
             )  # fmt: skip
             leave(row_ticket_ptr, tiles_n + of_block)
             return
@@ -159,11 +151,6 @@ def _int8_linear_kernel(
     col_mask = offs_n < N
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * K
-    if QUANTIZES == "input":
-        of_block = tl.minimum(pieces - pid_m * PIECES, PIECES)
-        wait_for(row_ticket_ptr, of_block)
-
-    CACHE: tl.constexpr = ".cg" if QUANTIZES == "input" else ""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     first = split * steps
@@ -172,7 +159,7 @@ def _int8_linear_kernel(
         x_mask, w_mask = row_mask[:, None], col_mask[:, None]
         if not EVEN_K:
             x_mask, w_mask = x_mask & (cols < K)[None, :], w_mask & (cols < K)[None, :]
-        x = tl.load(x_rows + cols[None, :], mask=x_mask, other=0, cache_modifier=CACHE)
+        x = tl.load(x_rows + cols[None, :], mask=x_mask, other=0)
         w = tl.load(w_rows + cols[None, :], mask=w_mask, other=0)
         acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
 
@@ -181,90 +168,78 @@ def _int8_linear_kernel(
     else:
         is_last = True
     if is_last:
-        x_scale = tl.load(x_scale_ptr + offs_m, mask=row_mask, other=0.0, cache_modifier=CACHE)
+        x_scale = tl.load(x_scale_ptr + offs_m, mask=row_mask, other=0.0)
         x_zero = tl.zeros((BLOCK_M,), tl.int32)
         if HAS_ZERO:
-            x_zero = tl.load(x_zero_ptr + offs_m, mask=row_mask, other=0, cache_modifier=CACHE)
+            x_zero = tl.load(x_zero_ptr + offs_m, mask=row_mask, other=0)
         _store_output(
             acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
             residual_ptr, y_ptr, offs_m, offs_n, M, N, stride_rm,
             HAS_ZERO, HAS_BIAS, HAS_LAYER_SCALE, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
-        if QUANTIZES == "output":
+        if QUANTIZES:
             arrive(row_ticket_ptr)
-    if QUANTIZES == "input":
-        leave(row_ticket_ptr, of_block + tiles_n * SPLIT_K)
+
+
+class _Quantizing(NamedTuple):
+    """Where a launch quantizes the rows of y to, and how."""
+
+    rows: Quantized
+    symmetric: bool
 
 
 def _launch(
-    x_q: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None,
+    x: tuple[Tensor, Tensor, Tensor | None],
+    linear: PackedLinear,
     residual: Tensor | None,
-    layer_scale: Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
-    config: Config,
+    config: Config | None,
     space: Workspace | None,
-    quantized: Quantized | None = None,
-    symmetric: bool = False,
-    x: Tensor | None = None,
+    quantizing: _Quantizing | None = None,
 ) -> Tensor:
-    """The launch that all doors share; absent pointers are replaced by w_scale and never read.
-
-    quantized: where the float rows x are quantized to, which x_q is then, or where x is None, y.
-    """
-    (M, K), N = x_q.shape, w_scale.shape[0]
+    """The launch that both launchers share; an absent pointer is w_scale, which is never read."""
+    x_q, x_scale, x_zero = x
+    (M, K), N = x_q.shape, linear.N
+    w, w_scale, w_sum, bias, layer_scale = linear
     assert w.shape == (N, K), f"int8_linear: w must have the CUDA layout [{N}, {K}], got {w.shape}"
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     if not M or not N:
         return y
+    x_q = x_q if K <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
-    if space is None and (config.split_k > 1 or quantized is not None):
+    config = config or pick(Shape(M, N, K), device.arch(x_q.device))
+    if space is None and (config.split_k > 1 or quantizing is not None):
         space = workspace.of_current_stream(x_q.device)
     row_blocks = triton.cdiv(M, config.block_m)
     programs = row_blocks * triton.cdiv(N, config.block_n) * config.split_k
-    rows = y if x is None else x
-    # Launches that quantize nothing must not compile anew for another piece
-    piece, width = PieceConfig(1, 16), 0
-    if quantized is not None:
-        width = rows.shape[1]
-        piece = piece_config(M, width, config.num_warps, config.block_m)
+    absent = w_scale
+    # Launches that quantize nothing must not compile anew for another piece or width
+    q: Quantized = (absent, absent, absent)
+    symmetric, piece, is_one_tile = False, PieceConfig(1, 16), True
+    if quantizing is not None:
+        q, symmetric = quantizing
+        piece = piece_config(M, N, config.num_warps, config.block_m)
+        is_one_tile = N <= piece.block_k
         assert row_blocks < WORKSPACE_TICKETS, f"int8_linear: too many rows to quantize: {M}"
         programs += triton.cdiv(M, piece.rows)
-    absent = w_scale
-    q, q_scale, q_zero = (absent, absent, absent) if quantized is None else quantized
+    operands = (x_scale, x_zero, w, w_scale, w_sum, bias, layer_scale)
     launch.start(
         _int8_linear_kernel,
         (programs,),
         x_q,
-        x_scale.contiguous(),
-        absent if x_zero is None else x_zero.contiguous(),
-        w.contiguous(),
-        w_scale.contiguous(),
-        w_sum.contiguous(),
-        absent if bias is None else bias.contiguous(),
-        absent if layer_scale is None else layer_scale.contiguous(),
+        *(absent if operand is None else operand.contiguous() for operand in operands),
         absent if residual is None else residual,
         y,
-        absent if quantized is None else rows,
-        q,
-        q_scale,
-        q_zero,
+        *q,
         absent if space is None else space.partials,
         absent if space is None else space.tickets,
-        M, N, K, width, x_q.stride(0), 0 if residual is None else residual.stride(0),
-        0 if quantized is None else rows.stride(0),
-        HAS_ZERO=x_zero is not None and not (x is not None and symmetric),
+        M, N, K, x_q.stride(0), 0 if residual is None else residual.stride(0),
+        HAS_ZERO=x_zero is not None,
         HAS_BIAS=bias is not None, HAS_LAYER_SCALE=layer_scale is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, EVEN_K=K % config.block_k == 0,
-        QUANTIZES="none" if quantized is None else "output" if x is None else "input",
-        SYMMETRIC=symmetric, IS_ONE_TILE=width <= piece.block_k,
+        QUANTIZES=quantizing is not None, SYMMETRIC=symmetric, IS_ONE_TILE=is_one_tile,
         PIECE_ROWS=piece.rows, PIECE_K=piece.block_k, SPLIT_K=config.split_k,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         GROUP_M=config.group_m,
@@ -273,22 +248,13 @@ def _launch(
     return y
 
 
-def _pick(x: Tensor, w_scale: Tensor) -> Config:
-    M, K = x.shape
-    return pick(Shape(M, w_scale.shape[0], K), device.arch(x.device))
-
-
 def int8_linear(
     x_q: Tensor,
     x_scale: Tensor,
     x_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None = None,
+    linear: PackedLinear,
     *,
     residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype = torch.float32,
     config: Config | None = None,
@@ -297,67 +263,24 @@ def int8_linear(
     """y = act((x_q @ w_q.T - x_zero * w_sum) * x_scale * w_scale + bias) * layer_scale + residual.
 
     Args:
-      x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation, out_dtype:
-        as in lraee.reference.int8_linear; w is int8 [N, K].
+      x_q, x_scale, x_zero, linear, residual, activation, out_dtype: as in
+        lraee.ops.reference.int8_linear; w is int8 [N, K].
       config: tiling; chosen by configs.pick when None.
-      space: where split-K programs meet; that of the current stream when None.
+      space: partial sums and tickets; that of the current stream when None.
     Returns: out_dtype [M, N].
     Accumulates in int32, exact for K <= 65_793.
     """
-    x_q = x_q if x_q.shape[1] <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
-    config = config or _pick(x_q, w_scale)
-    return _launch(
-        x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation,
-        out_dtype, config, space,
-    )  # fmt: skip
-
-
-def int8_linear_from_float(
-    x: Tensor,
-    symmetric: bool,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype = torch.float32,
-    config: Config | None = None,
-    space: Workspace | None = None,
-) -> Tensor:
-    """int8_linear(*quantize_rows(x, symmetric), w, …) in one launch, the same bits.
-
-    Args:
-      x: float32, bfloat16 or float16 [M, K].
-      symmetric: as in quantize_rows.
-      others: as in int8_linear.
-    Returns: out_dtype [M, N].
-    """
-    M, K = x.shape
-    x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
-    config = config or _pick(x, w_scale)
-    quantized = empty_quantized(M, K, x.device)
-    x_q, x_scale, x_zero = quantized
-    return _launch(
-        x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation,
-        out_dtype, config, space, quantized, symmetric, x,
-    )  # fmt: skip
+    return _launch((x_q, x_scale, x_zero), linear, residual, activation, out_dtype, config, space)
 
 
 def int8_linear_quantized(
     x_q: Tensor,
     x_scale: Tensor,
     x_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None = None,
+    linear: PackedLinear,
     *,
     symmetric: bool,
     residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype = torch.float32,
     config: Config | None = None,
@@ -370,10 +293,8 @@ def int8_linear_quantized(
       others: as in int8_linear; out_dtype is what the rows are before they are quantized.
     Returns: int8 [M, N], its scale float32 [M] and zero point int32 [M].
     """
-    x_q = x_q if x_q.shape[1] <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
-    quantized = empty_quantized(x_q.shape[0], w_scale.shape[0], x_q.device)
-    _launch(
-        x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale, activation,
-        out_dtype, config or _pick(x_q, w_scale), space, quantized, symmetric,
-    )  # fmt: skip
-    return quantized
+    rows = empty_quantized(x_q.shape[0], linear.N, x_q.device)
+    quantizing = _Quantizing(rows, symmetric)
+    x = (x_q, x_scale, x_zero)
+    _launch(x, linear, residual, activation, out_dtype, config, space, quantizing)
+    return rows

@@ -20,7 +20,7 @@ from lraee.kernels.quantize_rows import Quantized, empty_quantized
 @triton.jit(do_not_specialize=["M"])
 def _layer_norm_quantize_kernel(
     x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, D, stride_xm, eps,
-    SYMMETRIC: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_BETA: tl.constexpr, SYMMETRIC: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """x_q[m] = quantize(((x[m] - mean) * rstd) * gamma + beta) for BLOCK_M rows, each read once.
 
@@ -30,7 +30,7 @@ def _layer_norm_quantize_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = offs_m < M
     x = load_row(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, D, CHUNKS)
-    y = normalise_row(x, gamma_ptr, beta_ptr, eps, D)
+    y = normalise_row(x, gamma_ptr, beta_ptr, eps, D, HAS_BETA)
     lo, hi = row_range(y)
     scale, zero, is_valid = quantizer(lo, hi, SYMMETRIC)
     tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
@@ -45,17 +45,17 @@ def _layer_norm_quantize_kernel(
 def layer_norm_quantize(
     x: Tensor,
     gamma: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     eps: float,
     symmetric: bool,
     *,
     config: RowConfig | None = None,
 ) -> Quantized:
-    """quantize_rows(LayerNorm(x) * gamma + beta); see lraee.reference.
+    """quantize_rows(LayerNorm(x) * gamma + beta); see lraee.ops.reference.
 
     Args:
       x: float32, bfloat16 or float16 [M, D].
-      gamma, beta: any float type [D].
+      gamma, beta: any float type [D]; beta None: RMSNorm.
       eps: added to the variance.
       symmetric: as in quantize_rows.
       config: rows and warps of a program; chosen by shape when None.
@@ -69,8 +69,9 @@ def layer_norm_quantize(
         launch.start(
             _layer_norm_quantize_kernel,
             (triton.cdiv(M, config.block_m),),
-            x, gamma.contiguous(), beta.contiguous(), x_q, x_scale, x_zero, M, D, x.stride(0), eps,
-            SYMMETRIC=symmetric, CHUNKS=max(1, triton.cdiv(D, 64)), BLOCK_M=config.block_m,
-            num_warps=config.num_warps,
+            x, gamma.contiguous(), gamma if beta is None else beta.contiguous(), x_q, x_scale,
+            x_zero, M, D, x.stride(0), eps,
+            HAS_BETA=beta is not None, SYMMETRIC=symmetric, CHUNKS=max(1, triton.cdiv(D, 64)),
+            BLOCK_M=config.block_m, num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from lraee.kernels.operands import from_schema
+
 OLDEST_TRITON = (3, 4)
 """Tuples inside kernels and triton.knobs."""
 
@@ -17,6 +19,7 @@ LAUNCHERS = (
     "layer_norm_quantize",
     "int8_linear",
     "float_linear",
+    "gated_quantize",
     "int8_attention",
     "int8_block",
     "exit_probe",
@@ -77,12 +80,12 @@ def register(library: Library, definitions: Mapping[str, Callable[..., Any]]) ->
 
     Args:
       library: the one that defines the operators.
-      definitions: each operator in plain torch.
+      definitions: each operator in plain torch, of records (see operands).
     Returns: None, or the reason why nothing was registered.
     """
     reason = unavailable_reason()
     if reason is None:
         for name in LAUNCHERS:
             function = implementation(name, definitions[name])
-            library.impl(name, function, "CUDA")
+            library.impl(name, from_schema(name, function), "CUDA")
     return reason

@@ -1,4 +1,4 @@
-"""Memory that programs of one launch meet in: split-K partial sums and arrival tickets."""
+"""Memory shared by the programs of one launch: split-K partial sums and arrival tickets."""
 
 import threading
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ _given: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
 
 @contextmanager
 def using(space: Workspace) -> Iterator[None]:
-    """Inside, launches of this thread meet in `space`, on whatever stream: for a capture."""
+    """Inside, launches of this thread use `space`, on whatever stream: for a capture."""
     token = _given.set(space)
     try:
         yield

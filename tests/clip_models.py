@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def make_model(
     *,
     vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
     custom_text: bool = False,
     embed_dim: int = 24,
     **options: Any,
@@ -53,7 +54,10 @@ def make_model(
     """A CLIP (or CustomTextCLIP) in eval mode; every bias, norm and LayerScale is random too."""
     build = CustomTextCLIP if custom_text else CLIP
     model = build(
-        embed_dim=embed_dim, vision_cfg={**VISION, **(vision or {})}, text_cfg=TEXT, **options
+        embed_dim=embed_dim,
+        vision_cfg={**VISION, **(vision or {})},
+        text_cfg={**TEXT, **(text or {})},
+        **options,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

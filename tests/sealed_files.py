@@ -22,7 +22,7 @@ from lraee.exits.bundle import Exits
 from lraee.model import checkpoint
 from lraee.storage.sealed import Format
 from tests.clip_models import make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 
 FORMATS = ("checkpoint", "exits")
 

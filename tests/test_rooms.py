@@ -6,7 +6,7 @@ Everything here is read from the text of the files; nothing is imported.
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,12 @@ HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
 EXTRA = {
-    "exits": {"sklearn"},
+    "evaluation": {"clip_benchmark", "mteb"},
+    "data": {"simplejpeg", "pillow_heif"},
     "calibration": {"sklearn", "scipy"},
     "study": {"sklearn", "scipy", "jinja2", "matplotlib"},
+    "serving": {"starlette", "orjson", "prometheus_client", "pyarrow", "faiss", "ray"},
+    "cli": {"starlette", "orjson", "prometheus_client", "python_multipart", "uvicorn"},
 }
 """Imports inside functions that an extra of the package installs, by room."""
 
@@ -141,11 +144,61 @@ def test_packages_are_dependencies(source: Source) -> None:
         assert not source.packages & HUB_PACKAGES, f"only {KNOWS_TOWERS} know of model hubs"
 
 
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("lraee", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _is_for_types(node: ast.stmt) -> bool:
+    """Whether a statement is `if TYPE_CHECKING:`."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def _cycle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, in order; empty if none do."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(imports.get(name, ())):
+            if circle := visit(other, [*path, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(imports) if (circle := visit(name, []))), [])
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports inside functions count as well, those for a type checker alone do not; `from package
+    import module` is the module.
+    """
+    modules = {_module(source.path) for source in SOURCES}
+    imports: dict[str, set[str]] = {}
+    for source in SOURCES:
+        names = set()
+        tree = ast.parse(source.path.read_text())
+        tree.body = [node for node in tree.body if not _is_for_types(node)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names} - {"lraee._C"}
+                names |= {each if each in modules else node.module for each in whole}
+        imports[_module(source.path)] = names & modules
+    assert _cycle(imports) == []
+    assert _cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
 def test_floors_are_read() -> None:
     """The reading works: known imports are found, and an upward one would be reported."""
     by_name = {_name(source.path): source for source in SOURCES}
     assert "kernels" in by_name["lraee/ops/registry.py"].rooms
-    assert "torch" in by_name["lraee/ops/reference.py"].packages
+    assert "torch" in by_name["lraee/ops/reference/rows.py"].packages
     assert set(_imports(ast.parse("def f():\n  from lraee import cli"))) == {"lraee.cli"}
     assert FLOOR_OF["cli"] > FLOOR_OF["ops"]
 
@@ -199,3 +252,17 @@ def test_nothing_prints_in_the_library() -> None:
         calls = [n for n in ast.walk(ast.parse(source.path.read_text())) if isinstance(n, ast.Call)]
         names = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
         assert "print" not in names or source.room == "cli", _name(source.path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lraee").rglob("__init__.py")), ids=_name)
+def test_no_name_hides_a_module(path: Path) -> None:
+    """A package that binds `x` where it has a module `x.py` would hide the module."""
+    modules = {each.stem for each in path.parent.glob("*.py")} - {"__init__"}
+    modules |= {each.name for each in path.parent.iterdir() if (each / "__init__.py").exists()}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert node.name not in modules, node.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                is_module = node.module == ".".join(path.parent.relative_to(ROOT).parts)
+                assert is_module or (alias.asname or alias.name) not in modules, alias.name

@@ -12,13 +12,14 @@ from lraee.calibration.collect import Images, Pair
 from lraee.calibration.head_training import Training
 from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task, digest
 from lraee.calibration.plans import Goal
+from lraee.calibration.thresholds import MAX_EXITS
 from lraee.exits.bundle import Exits
 from lraee.exits.gate import CLASS_FREE, GateKind
 from lraee.model.accelerate import accelerate
 from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
-from lraee.towers.families import find_tower
+from lraee.towers.families import find_tower, tower_spec
 from lraee.towers.runner import RowwiseTower, embedding_size, require_no_tokens
 from lraee.towers.state import tower_hash
 
@@ -37,6 +38,7 @@ def calibrate(
     budget: float | None = None,
     epsilon: float | None = None,
     delta: float = 0.05,
+    num_exits: int | None = None,
     teacher: nn.Module | None = None,
     batch: int = 64,
     seed: int = 0,
@@ -49,15 +51,15 @@ def calibrate(
         exits = lraee.calibrate(fast, images, classes=text_features)
         fast = lraee.accelerate(model, exits=exits)
 
-    Heads learn to say what the float model says at full depth. A gate learns when a head's answer
-    is the float model's (with labels: the right one). Thresholds are chosen for the best agreement
-    within a budget of FLOPs, or proven to lose at most epsilon. Beside the plan of `gate`, the
-    result holds one for each rival (Exits.using), made from the same heads for the same goal.
+    Heads learn the float model's embedding at full depth. A gate learns when a head's answer is the
+    float model's (with labels: the right one). Thresholds are chosen for the best agreement within
+    a budget of FLOPs, or proven to lose at most epsilon. Beside the plan of `gate`, the result
+    holds one for each baseline (Exits.using), from the same heads for the same goal.
 
     Args:
       model: from lraee.accelerate; or a float model, which is then accelerated in `int8`.
-      images: preprocessed [n, 3, H, W], n >= 100, or an iterable of such batches that can be gone
-        through again; larger than the tower's input if crops may use what lies around the centre.
+      images: preprocessed [n, 3, H, W], n >= 100, or an iterable of such batches that can be
+        iterated again; larger than the tower's input if crops may use what lies around the centre.
       classes: text embeddings [K, E] for the gates; without them gates are class-free.
       labels: int64 [n], index of the right class, -1 unknown; needs classes. With them gates learn
         what is right.
@@ -71,6 +73,8 @@ def calibrate(
         loss of accuracy; without classes: another nearest image), at most so much with probability
         1 - delta for images drawn as these.
       delta: see epsilon.
+      num_exits: fixes how many exits are chosen, whatever their probes cost in time; 1 to 5, at
+        least 2 for agreement. None chooses the number, within 2 % of the tower's time.
       teacher: the float model; None takes the one that `model` was accelerated from.
       batch: images per call, where `images` is one tensor.
       seed: of splits, crops and heads; the same seed and machine give the same heads.
@@ -78,14 +82,16 @@ def calibrate(
         survivors pays; else take stated defaults.
       folder: keeps what is done there, so that a run cut off goes on; removed at the end.
       progress: show bars.
-    Raises: ValueError, TypeError on arguments that do not fit, LookupError if the float model is
-      gone, ImportError without scikit-learn.
+    Raises: ValueError, TypeError on arguments that do not fit, LookupError if the float model was
+      freed, ImportError without scikit-learn.
     """
-    recipe = _find_recipe(recipe, training)
+    recipe = _find_recipe(recipe, training, num_exits)
     goal = Goal(0.8 if budget is None and epsilon is None else budget, epsilon, delta)
     fast = model if acceleration_of(model) is not None else accelerate(model)
-    made = cast(Acceleration, acceleration_of(fast))
+    acceleration = cast(Acceleration, acceleration_of(fast))
     tower = cast(RowwiseTower, find_tower(fast))
+    if not tower_spec(tower).prefix_tokens:
+        recipe = replace(recipe, head=replace(recipe.head, has_class_token=False))
     E = embedding_size(tower)
     require_no_tokens(tower)
     if classes is not None:
@@ -95,21 +101,25 @@ def calibrate(
         kinds = ", ".join(get_args(GateKind))
         raise ValueError(f"calibrate: gate must be one of {kinds}, got {kind!r}")
     labels = _checked_labels(labels, classes, images)
+    if kind == "agreement" and num_exits == 1:
+        raise ValueError("calibrate: num_exits must be at least 2 for an agreement gate, got 1")
     _require_enough(kind, recipe, classes, labels)
     task = Task(recipe, goal, kind, classes, labels, _logit_scale(fast), seed, is_timed)
-    pair = Pair(_find_teacher(made, model, teacher), fast, images, batch=batch, progress=progress)
+    pair = Pair(
+        _find_teacher(acceleration, model, teacher), fast, images, batch=batch, progress=progress
+    )
     settings = {
-        "recipe": asdict(recipe), "seed": seed, "base": made.base_hash,
-        "scheme": asdict(made.scheme), "classes": digest(classes), "labels": digest(labels),
+        "recipe": asdict(recipe), "seed": seed, "base": acceleration.base_hash,
+        "scheme": asdict(acceleration.scheme), "classes": digest(classes), "labels": digest(labels),
         "logit_scale": task.logit_scale, "images": _digest_images(images, pair),
     }  # fmt: skip
     stages = Stages(None if folder is None else Path(folder), settings)
-    exits = Calibration(pair, made, task, stages).run()
+    exits = Calibration(pair, acceleration, task, stages.get).run()
     stages.clear()
     return exits
 
 
-def _find_recipe(recipe: str | Recipe, training: Training | None) -> Recipe:
+def _find_recipe(recipe: str | Recipe, training: Training | None, num_exits: int | None) -> Recipe:
     if isinstance(recipe, str):
         if recipe not in _RECIPES:
             names = ", ".join(_RECIPES)
@@ -117,6 +127,10 @@ def _find_recipe(recipe: str | Recipe, training: Training | None) -> Recipe:
                 f"calibrate: recipe must be one of {names} or a Recipe, got {recipe!r}"
             )
         recipe = _RECIPES[recipe]
+    if num_exits is not None:
+        if not 1 <= num_exits <= MAX_EXITS:
+            raise ValueError(f"calibrate: num_exits must be 1 to {MAX_EXITS}, got {num_exits}")
+        recipe = replace(recipe, rules=replace(recipe.rules, num_exits=num_exits))
     if training is None:
         return recipe
     return replace(recipe, head=replace(recipe.head, training=training))
@@ -148,7 +162,7 @@ def _checked_labels(labels: Tensor | None, classes: Tensor | None, images: Image
 def _require_enough(
     kind: GateKind, recipe: Recipe, classes: Tensor | None, labels: Tensor | None
 ) -> None:
-    """Raises ValueError where the gate or the training needs what was not given."""
+    """Raises ValueError where classes or labels that the gate or the training needs are missing."""
     if classes is None and kind not in CLASS_FREE:
         free = ", ".join(CLASS_FREE)
         raise ValueError(f"calibrate: classes must be given for a {kind} gate; {free} need none")
@@ -158,25 +172,27 @@ def _require_enough(
         )
 
 
-def _find_teacher(made: Acceleration, model: nn.Module, teacher: nn.Module | None) -> nn.Module:
+def _find_teacher(
+    acceleration: Acceleration, model: nn.Module, teacher: nn.Module | None
+) -> nn.Module:
     """The float model whose embeddings the heads learn.
 
-    Raises: LookupError if it is gone, ValueError if it is another one.
+    Raises: LookupError if it was freed, ValueError if it is another one.
     """
     if teacher is None and acceleration_of(model) is None:
         return model
-    if teacher is None:
-        teacher = None if made.original is None else made.original()
+    if teacher is None and acceleration.original is not None:
+        teacher = acceleration.original()
     if teacher is None:
         raise LookupError(
-            "calibrate: the float model is gone, and the fast one holds no float weights; give"
+            "calibrate: the float model was freed, and the fast one holds no float weights; give"
             " teacher=<the float model>"
         )
     base_hash = tower_hash(find_tower(teacher).state_dict())
-    if base_hash != made.base_hash:
+    if base_hash != acceleration.base_hash:
         raise ValueError(
             "calibrate: teacher must be the model that was accelerated (sha256"
-            f" {made.base_hash[:12]}), got {base_hash[:12]}"
+            f" {acceleration.base_hash[:12]}), got {base_hash[:12]}"
         )
     return teacher
 

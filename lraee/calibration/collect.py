@@ -1,8 +1,9 @@
-"""Runs a float tower and its int8 form over images, and keeps what calibration learns from."""
+"""Runs a float tower and its int8 form over images, and collects what calibration learns from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from lraee.calibration.head_training import augmented, centred
 from lraee.calibration.noise import BlockNoise, NoiseMeter
-from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
+from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool, probe_tokens
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.towers.families import (
@@ -21,15 +22,52 @@ from lraee.towers.families import (
     tower_spec,
 )
 
+_log = logging.getLogger("lraee")
+
 Images = Tensor | Iterable[Tensor]
 """Preprocessed images [n, 3, H, W], or their batches: any iterable that starts anew each time and
 gives the same images in the same order. They may be larger than what the tower takes."""
 
+MIN_IMAGES = 100
+
 _KINDS = "float [n, 3, H, W], or an iterable of such batches that starts anew each time"
 
 
+class FeatureSource(Protocol):
+    """What calibration learns from: a float model and its int8 form, run over images."""
+
+    @property
+    def fast(self) -> nn.Module:
+        """The accelerated model."""
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show bars."""
+
+    def embeddings(self) -> dict[str, Tensor]:
+        """See Pair."""
+
+    def noise(self, most: int) -> list[BlockNoise]:
+        """See Pair."""
+
+    def pooled(
+        self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None
+    ) -> dict[str, Tensor]:
+        """See Pair."""
+
+    def probed(
+        self,
+        heads: Mapping[int, HeadWeights],
+        rows: Tensor,
+        *,
+        classes: Tensor,
+        logit_scale: float,
+    ) -> dict[str, Tensor]:
+        """See Pair."""
+
+
 class Pair:
-    """A float model, the int8 model made of it, and the images to run both on.
+    """A float model, its int8 form, and the images to run both on.
 
     Args:
       teacher: the float model.
@@ -46,7 +84,8 @@ class Pair:
     ) -> None:
         """See the class."""
         self.teacher, self.fast = teacher, fast
-        self.size = tower_spec(find_tower(fast)).image_size
+        spec = tower_spec(find_tower(fast))
+        self.size, self.prefix_tokens = spec.image_size, spec.prefix_tokens
         self._images, self._batch, self.progress = images, batch, progress
         self._first: Tensor | None = None
         if not isinstance(images, Iterable) or isinstance(images, Iterator):
@@ -99,15 +138,15 @@ class Pair:
         """The noise profile over the first images, `most` of them."""
         tower, fast_tower = find_tower(self.teacher), find_tower(self.fast)
         meter = NoiseMeter(len(blocks_of(tower)))
-        left = most
+        remaining = most
         with full_depth(self.fast), tapped(tower) as z, tapped(fast_tower) as z_int8:
             for images in self.batches("noise"):
-                x = centred(images[:left], self.size)
+                x = centred(images[:remaining], self.size)
                 encode(self.teacher, x)
                 encode(self.fast, x)
                 meter.add(z[0], z[1:], z_int8[1:])
-                left -= len(x)
-                if left <= 0:
+                remaining -= len(x)
+                if remaining <= 0:
                     break
         return meter.result()
 
@@ -115,14 +154,14 @@ class Pair:
     def pooled(
         self, blocks: Sequence[int], rows: Tensor, *, view_seed: int | None
     ) -> dict[str, Tensor]:
-        """What heads see of the images that `rows` marks, and what the float tower says of them.
+        """Inputs of heads on the images that `rows` marks, and the float tower's embeddings.
 
         Args:
-          blocks: depths to look at.
+          blocks: depths to pool at.
           rows: bool [n].
           view_seed: of the random crops; None takes centre crops.
-        Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token; `teacher`
-          float32 [images, E].
+        Returns: `pooled` float16 [images, len(blocks), 2 D], mean and class token, or whatever
+          stands in its place where the tower has none; `teacher` float32 [images, E].
         """
         source = None if view_seed is None else torch.Generator().manual_seed(view_seed)
         pooled, teacher = [], []
@@ -134,20 +173,22 @@ class Pair:
                     x = augmented(images, size=self.size, generator=source)
                 teacher.append(encode(self.teacher, x))
                 encode(self.fast, x)
-                seen = [pool(z[block], has_class_token=True) for block in blocks]
-                pooled.append(torch.stack(seen, dim=1).half().cpu())
+                inputs = [
+                    pool(self._probe_tokens(z[block]), has_class_token=True) for block in blocks
+                ]
+                pooled.append(torch.stack(inputs, dim=1).half().cpu())
         return {"pooled": torch.cat(pooled), "teacher": torch.cat(teacher)}
 
     @torch.inference_mode()
     def probed(
         self,
-        heads: dict[int, HeadWeights],
+        heads: Mapping[int, HeadWeights],
         rows: Tensor,
         *,
         classes: Tensor,
         logit_scale: float,
     ) -> dict[str, Tensor]:
-        """What the int8 probe of each head finds on the centre crops that `rows` marks.
+        """What the int8 probe of each head measures on the centre crops that `rows` marks.
 
         Returns: over images and heads, `embedding` float32 [n, m, E], `top1` int64 [n, m] and
           `features` float32 [n, m, 3]: confidence, margin, variance.
@@ -161,9 +202,20 @@ class Pair:
             def batches() -> Iterator[list[Probe]]:
                 for images in self._marked(rows, "probes"):
                     encode(self.fast, centred(images, self.size))
-                    yield [head(z[block], classes, logit_scale) for block, head in modules.items()]
+                    yield [
+                        head(self._probe_tokens(z[block]), classes, logit_scale)
+                        for block, head in modules.items()
+                    ]
 
             return joined(batches())
+
+    def marked(self, rows: Tensor) -> "Pair":
+        """The same models on the images that `rows` marks, bool [n], in memory."""
+        some = torch.cat(list(self._marked(rows, "images")))
+        return Pair(self.teacher, self.fast, some, batch=self._batch, progress=self.progress)
+
+    def _probe_tokens(self, z: Tensor) -> Tensor:
+        return probe_tokens(z, self.prefix_tokens)
 
     def _marked(self, rows: Tensor, description: str) -> Iterator[Tensor]:
         start = 0
@@ -176,6 +228,35 @@ class Pair:
             raise ValueError(
                 f"calibrate: images must be the same in each pass, got {start} after {len(rows)}"
             )
+
+
+def split_images(
+    embeddings: Mapping[str, Tensor], *, shares: Mapping[str, float], seed: int
+) -> dict[str, Tensor]:
+    """Name -> which images, bool [n]; images that are not finite are in no split.
+
+    Args:
+      embeddings: from FeatureSource.embeddings, [n, E] each.
+      shares: of the images, by name, as pipeline.SPLITS.
+      seed: of the order in which images are dealt out.
+    Raises: ValueError on fewer than MIN_IMAGES finite images.
+    """
+    whole = torch.cat([embeddings["teacher"], embeddings["full"]], dim=1)
+    usable = whole.isfinite().all(1).nonzero()[:, 0]
+    n = len(usable)
+    if n < len(whole):
+        _log.warning("calibrate: %d of %d images are not finite", len(whole) - n, len(whole))
+    if n < MIN_IMAGES:
+        raise ValueError(f"calibrate: images must be at least {MIN_IMAGES}, got {n}")
+    source = torch.Generator().manual_seed(seed)
+    order = usable[torch.randperm(n, generator=source)]
+    masks, start = {}, 0
+    for name, share in shares.items():
+        stop = n if name == "thresholds" else start + round(share * n)
+        masks[name] = torch.zeros(len(whole), dtype=torch.bool)
+        masks[name][order[start:stop]] = True
+        start = stop
+    return masks
 
 
 @contextmanager
@@ -218,13 +299,13 @@ def _require_images(part: object, size: tuple[int, int]) -> None:
 
 
 def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
-    """What the probes of m heads found, batch by batch, as Pair.probed gives it, on the CPU."""
-    found: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
+    """The probes of m heads, batch by batch, as Pair.probed gives them, on the CPU."""
+    parts: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
     for probes in batches:
-        found["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
-        found["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
-        found["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        parts["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
+        parts["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
+        parts["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
+    return {name: torch.cat(each) for name, each in parts.items()}
 
 
 def encode(model: nn.Module, images: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class HeadOptions:
     Args:
       kind: "mlp" = W2 gelu(W1 x + b1) + b2, "affine" = W1 x + b1.
       hidden: rows of W1 in an "mlp"; None = D, the tower's width, as in the paper.
-      has_class_token: the head sees the class token beside the mean of the patches.
+      has_class_token: the head takes the class token beside the mean of the patches.
       training: "distill" = cosine to the teacher's embedding, and its class distribution where
         `distribution_weight` > 0; "labels" = cross-entropy; "both" = their sum.
       steps, epochs: mini-batches in all, or passes over all rows; exactly one of them is given.
@@ -55,7 +55,7 @@ class HeadOptions:
       learning_rate, schedule: constant, or 10 % linear rise and then half a cosine down to 0.
       weight_decay: AdamW's, on matrices only; 0 is Adam.
       distribution_weight: factor of KL(teacher's classes || head's classes) in distillation.
-      views: augmented views of each photo that training sees beside its centre crop.
+      views: augmented views of each photo to train on beside its centre crop.
     """
 
     kind: HeadKind = "mlp"

@@ -39,7 +39,7 @@ class NoiseMeter:
         self._images = 0
 
     def add(self, before: Tensor, in_float: Sequence[Tensor], in_int8: Sequence[Tensor]) -> None:
-        """Takes in a batch; images that are not finite are left out.
+        """Adds a batch; images that are not finite are left out.
 
         Args:
           before: float tokens [B, L, D] before the first block.
@@ -57,7 +57,7 @@ class NoiseMeter:
             noise = noisy.double() - z
             flat, other = z.flatten(1), noisy.double().flatten(1)
             largest = z.abs().amax()
-            found = {
+            terms = {
                 "step": (z - previous).flatten(1).norm(dim=1).sum(),
                 "error": noise.flatten(1).norm(dim=1).sum(),
                 "cosine": torch.cosine_similarity(flat, other).sum(),
@@ -65,7 +65,7 @@ class NoiseMeter:
                 "noise": noise.sum(0),
                 "noise_squared": noise.square().sum(0),
             }
-            for name, value in found.items():
+            for name, value in terms.items():
                 sums[name] = sums[name] + value if name in sums else value
             sums["largest"] = torch.maximum(sums["largest"], largest) if self._images else largest
             previous = z

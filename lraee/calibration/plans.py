@@ -1,4 +1,4 @@
-"""From what the candidate exits found on held-out images to a plan: which exits, what thresholds.
+"""From the measurements of candidate exits on held-out images to a plan: exits and thresholds.
 
 Two goals: the best gain under a budget of FLOPs (LCT), or the most FLOPs saved under a bound on the
 loss that holds with probability 1 - delta (Learn-then-Test). Two splits of images: gates are fitted
@@ -15,23 +15,24 @@ from typing import Any, Literal
 import numpy as np
 
 from lraee.calibration import risk
-from lraee.calibration.scoring import Costs, Found, Subset, Weights, fit_weights, score_table
+from lraee.calibration.gate_fitting import fit_weights
+from lraee.calibration.scoring import Costs, ExitTable, Subset, Weights, score_table
 from lraee.calibration.thresholds import (
     NEVER,
     PAPER_GRID,
     Choice,
     ScoreTable,
     evaluate,
+    exit_at,
     frontier,
-    leave_at,
     quantile_grid,
     search,
 )
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 
 QUANTILES = 24
-"""Thresholds to try at each exit, beside "everyone leaves" and "no one does"."""
+"""Thresholds to try at each exit, beside "every image exits" and "no image exits"."""
 
 PATH_STEPS = 60
 """Configurations on the path that Learn-then-Test walks."""
@@ -72,18 +73,22 @@ class Rules:
       max_exits: at most so many; agreement, which compares two, has two at least.
       grid: thresholds to try: quantiles of the scores, or the paper's 25 points.
       is_subset_chosen: pick the best exits among the candidates; else all of them are open.
+      num_exits: pick so many, neither more nor fewer, whatever max_exits and is_subset_chosen say,
+        and close none of them for a budget; agreement has two at least, static has one, patience
+        all from some depth on. None leaves the number open.
     """
 
     max_exits: int = 3
     grid: Literal["quantile", "paper"] = "quantile"
     is_subset_chosen: bool = True
+    num_exits: int | None = None
 
 
 def make_plan(
     kind: GateKind,
     blocks: Sequence[int],
-    gate_split: Found,
-    threshold_split: Found,
+    gate_split: ExitTable,
+    threshold_split: ExitTable,
     *,
     costs: Costs,
     goal: Goal,
@@ -109,7 +114,7 @@ def make_plan(
         path = planner.path(score_table(kind, gate_split, subset, weights, costs))
         thresholds, figures = planner.tested(path, table, threshold_split, subset)
     kept = _kept(kind, thresholds)
-    exits = leave_at(table.scores, thresholds)
+    exits = exit_at(table.scores, thresholds)
     shares = [float((exits == e).mean()) for e in (*kept, len(subset))]
     spent = costs.when_leaving([subset[e] for e in kept])
     spent_on_average = sum(share * flops for share, flops in zip(shares, spent, strict=True))
@@ -128,7 +133,7 @@ def make_plan(
 
 
 def _kept(kind: GateKind, thresholds: Sequence[float]) -> list[int]:
-    """Exits worth a probe: no image leaves at a closed one, but patience counts from the first on,
+    """Exits worth a probe: no image exits at a closed one, but patience counts from the first on,
     and agreement compares with the one before.
     """
     opened = [e for e, threshold in enumerate(thresholds) if threshold < NEVER]
@@ -141,14 +146,14 @@ def _kept(kind: GateKind, thresholds: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Planner:
-    """What make_plan was asked for."""
+    """The arguments of make_plan."""
 
     kind: GateKind
     costs: Costs
     goal: Goal
     rules: Rules
 
-    def choose_exits(self, split: Found, *, images: int) -> tuple[Subset, tuple[Weights, ...]]:
+    def choose_exits(self, split: ExitTable, *, images: int) -> tuple[Subset, tuple[Weights, ...]]:
         """The exits whose best choice of thresholds on the split is best, and their gates.
 
         With epsilon, the cheapest choice that would pass on so many images.
@@ -176,36 +181,46 @@ class _Planner:
         return best[1], best[2]
 
     def _subsets(self, m: int) -> Iterator[Subset]:
+        least = 2 if self.kind == "agreement" else 1
         if self.kind == "static":
             yield from ((e,) for e in range(m))
-        elif self.kind == "patience":  # PABEE looks at every exit from some depth on
+        elif self.kind == "patience":  # PABEE probes at every exit from some depth on
             yield from (tuple(range(first, m)) for first in range(max(m - 1, 1)))
+        elif self.rules.num_exits is not None:
+            size = max(least, self.rules.num_exits)
+            if size > m:
+                raise ValueError(
+                    f"calibrate: num_exits must be at most the {m} candidates, got {size}"
+                )
+            yield from combinations(range(m), size)
         elif not self.rules.is_subset_chosen:
             yield tuple(range(m))
         else:
-            least = 2 if self.kind == "agreement" else 1
             for size in range(least, max(least, min(self.rules.max_exits, m)) + 1):
                 yield from combinations(range(m), size)
 
     # Thresholds
 
     def path(self, table: ScoreTable) -> list[Choice]:
-        """Choices from the safest to the cheapest; at the first no image leaves."""
+        """Choices from the safest to the cheapest; at the first no image exits."""
         count = table.scores.shape[1]
-        nobody = evaluate(table, [NEVER] * count)
+        no_exits = evaluate(table, [NEVER] * count)
         if self.kind == "static":
-            return [nobody, evaluate(table, [-NEVER])]
+            return [no_exits, evaluate(table, [-NEVER])]
         if self.kind == "patience":
             steps = range(count - 1, 0, -1)
-            return [nobody, *(evaluate(table, [float(step)] * count) for step in steps)]
+            return [no_exits, *(evaluate(table, [float(step)] * count) for step in steps)]
         choices = frontier(table, grids=self._grids(table))
-        return [nobody, *choices[:: -(-len(choices) // PATH_STEPS)]]
+        return [no_exits, *choices[:: -(-len(choices) // PATH_STEPS)]]
 
     def _grids(self, table: ScoreTable) -> list[tuple[float, ...]]:
         if self.rules.grid == "paper":
             return [PAPER_GRID] * table.scores.shape[1]
-        # -inf: everyone leaves, where all scores are alike too
-        return [(-NEVER, *quantile_grid(column, QUANTILES)) for column in table.scores.T]
+        # -inf: every image exits, where all scores are alike too
+        grids = [(-NEVER, *quantile_grid(column, QUANTILES)) for column in table.scores.T]
+        if self.rules.num_exits is None or self.goal.epsilon is not None:
+            return grids
+        return [grid[:-1] if len(grid) > 2 else grid for grid in grids]  # NEVER closes an exit
 
     def _affordable(self, table: ScoreTable) -> Choice | None:
         """The best choice within the budget, or None."""
@@ -219,11 +234,11 @@ class _Planner:
         return search(table, max_cost=most, grids=grids)
 
     def searched(self, table: ScoreTable) -> Choice:
-        """The best choice within the budget; the cheapest where chance left none within it."""
+        """The best choice within the budget; the cheapest where none is within it."""
         return self._affordable(table) or min(self.path(table), key=lambda choice: choice.cost)
 
     def _provable(
-        self, table: ScoreTable, split: Found, subset: Subset, images: int
+        self, table: ScoreTable, split: ExitTable, subset: Subset, images: int
     ) -> Choice | None:
         """The cheapest choice that would likely pass the test on so many images like these.
 
@@ -237,14 +252,14 @@ class _Planner:
         passing = int(fails.argmax())
         return path[passing - 1] if passing else None
 
-    def _epsilon(self, split: Found) -> float:
+    def _epsilon(self, split: ExitTable) -> float:
         assert self.goal.epsilon is not None
         return risk.signed_epsilon(self.goal.epsilon) if split.is_signed else self.goal.epsilon
 
     def tested(
-        self, path: list[Choice], table: ScoreTable, split: Found, subset: Subset
+        self, path: list[Choice], table: ScoreTable, split: ExitTable, subset: Subset
     ) -> tuple[tuple[float, ...], dict[str, Any]]:
-        """Learn-then-Test along the path, on images that had no say in it."""
+        """Learn-then-Test along the path, on images that were not used to choose it."""
         bound: risk.Bound = "betting" if split.is_signed else "hoeffding_bentkus"
         losses = split.losses(table, subset, [choice.thresholds for choice in path])
         last = risk.learn_then_test(

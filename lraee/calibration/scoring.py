@@ -1,6 +1,6 @@
-"""What every candidate exit found on one split of images, and the scores that gates make of it."""
+"""Measurements of every candidate exit on one split of images, and the scores of gates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,17 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lraee.calibration.thresholds import NEVER, ScoreTable, leave_at
-from lraee.exits.bundle import Plan
-from lraee.exits.gate import (
-    Gate,
-    GateKind,
-    Memory,
-    fit_logistic,
-    score,
-    unit,
-)
-from lraee.ops.reference import Probe, lane_sum, steady_sigmoid
+from lraee.calibration.thresholds import NEVER, ScoreTable, exit_at
+from lraee.exits.gate import Gate, GateKind, Memory, score
+from lraee.exits.head import HeadWeights
+from lraee.exits.plan import Plan
+from lraee.ops.reference import Probe, steady_sigmoid
+from lraee.towers.flops import PartFlops
 
 Weights = tuple[float, float, float, float]
 NO_WEIGHTS: Weights = (0.0, 0.0, 0.0, 0.0)
@@ -27,14 +22,14 @@ Subset = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Found:
-    """What each of m candidate exits found on n images of one split.
+class ExitTable:
+    """Measurements of m candidate exits on n images of one split.
 
     Args:
       embedding: float32 [n, m, E].
       top1: int64 [n, m].
       features: float32 [n, m, 3], confidence, margin, variance.
-      is_understood: bool [n, m], what a gate learns to foretell: the answer is the label, or the
+      is_correct: bool [n, m], what a gate learns to predict: the answer is the label, or the
         float model's.
       gain: float64 [n, m + 1], what thresholds maximise; last column at full depth.
       loss: float64 [n, m + 1] in [0, 1], what epsilon bounds.
@@ -44,7 +39,7 @@ class Found:
     embedding: Tensor
     top1: Tensor
     features: Tensor
-    is_understood: Tensor
+    is_correct: Tensor
     gain: NDArray[np.float64]
     loss: NDArray[np.float64]
     is_signed: bool
@@ -66,7 +61,7 @@ class Found:
         """Loss of each image under each choice of thresholds, [n, len(thresholds)]."""
         columns = np.asarray([*subset, self.loss.shape[1] - 1])
         rows = np.arange(len(self.loss))
-        exits = [leave_at(table.scores, each) for each in thresholds]
+        exits = [exit_at(table.scores, each) for each in thresholds]
         return np.stack([self.loss[rows, columns[e]] for e in exits], axis=1)
 
 
@@ -75,7 +70,7 @@ class Costs:
     """FLOPs of one image.
 
     Args:
-      when_leaving: indices of candidates -> FLOPs of leaving at each of them, then at none.
+      when_leaving: indices of candidates -> FLOPs of exiting at each of them, then at none.
       full: of the tower without exits.
     """
 
@@ -83,43 +78,36 @@ class Costs:
     full: int
 
 
-def fit_weights(kind: GateKind, split: Found, subset: Subset) -> tuple[Weights, ...]:
-    """The gate of each exit of the subset, fitted on the split."""
-    rows = []
-    for place, e in enumerate(subset):
-        right = split.is_understood[:, e]
-        if kind == "learned":
-            w, b = fit_logistic(split.features[:, e], right)
-            rows.append((float(w[0]), float(w[1]), float(w[2]), b))
-        elif kind == "agreement" and place:
-            before = unit(split.embedding[:, subset[place - 1]])
-            cosine = lane_sum(unit(split.embedding[:, e]) * before)
-            w, b = fit_logistic(torch.stack([cosine, split.features[:, e, 2]], 1), right)
-            rows.append((float(w[0]), 0.0, float(w[1]), b))
-        else:
-            rows.append(NO_WEIGHTS)
-    return tuple(rows)
+def probe_costs(heads: Mapping[int, HeadWeights], classes: Tensor, parts: PartFlops) -> Costs:
+    """FLOPs of exiting at any choice of these heads, probes charged."""
+    blocks = list(heads)
+    probes = [2 * (head.macs + classes.numel()) for head in heads.values()]
+
+    def when_leaving(subset: Sequence[int]) -> list[int]:
+        return parts.when_leaving([blocks[e] for e in subset], [probes[e] for e in subset])
+
+    return Costs(when_leaving, parts.total)
 
 
-def run_plan(plan: Plan, blocks: Sequence[int], found: Found, costs: Costs) -> "Ran":
+def run_plan(plan: Plan, blocks: Sequence[int], table: ExitTable, costs: Costs) -> "PlanResult":
     """What a plan does to images whose probes are known; `blocks` are the candidates' depths."""
     subset = tuple(blocks.index(block) for block in plan.blocks)
     if not subset:
-        at = np.full(len(found.gain), found.gain.shape[1] - 1)
-        return Ran(at, float(found.gain[:, -1].mean()), 0.0)
-    table = score_table(plan.gate.kind, found, subset, plan.gate.weights, costs)
-    exits = leave_at(table.scores, plan.gate.thresholds)
-    gain = table.gains[np.arange(len(exits)), exits].mean()
-    at = np.asarray([*subset, found.gain.shape[1] - 1])[exits]
-    return Ran(at, float(gain), 1.0 - float(table.costs[exits].mean()) / costs.full)
+        at = np.full(len(table.gain), table.gain.shape[1] - 1)
+        return PlanResult(at, float(table.gain[:, -1].mean()), 0.0)
+    scores = score_table(plan.gate.kind, table, subset, plan.gate.weights, costs)
+    exits = exit_at(scores.scores, plan.gate.thresholds)
+    gain = scores.gains[np.arange(len(exits)), exits].mean()
+    at = np.asarray([*subset, table.gain.shape[1] - 1])[exits]
+    return PlanResult(at, float(gain), 1.0 - float(scores.costs[exits].mean()) / costs.full)
 
 
 @dataclass(frozen=True)
-class Ran:
+class PlanResult:
     """A plan on a split.
 
     Args:
-      at: the candidate where each image left, m at full depth; int64 [n].
+      at: the candidate where each image exited, m at full depth; int64 [n].
       gain: mean over images.
       flops_saved: of the full tower's, probes charged.
     """
@@ -130,9 +118,9 @@ class Ran:
 
 
 def exit_scores(
-    kind: GateKind, split: Found, subset: Subset, weights: tuple[Weights, ...]
+    kind: GateKind, split: ExitTable, subset: Subset, weights: tuple[Weights, ...]
 ) -> NDArray[np.float32]:
-    """Scores [n, len(subset)], as the router computes them; see Found.probe."""
+    """Scores [n, len(subset)], as the router computes them; see ExitTable.probe."""
     gate = Gate(kind, weights, (NEVER,) * len(subset))
     columns: list[Tensor] = []
     memory: Memory | None = None
@@ -143,7 +131,7 @@ def exit_scores(
 
 
 def score_table(
-    kind: GateKind, split: Found, subset: Subset, weights: tuple[Weights, ...], costs: Costs
+    kind: GateKind, split: ExitTable, subset: Subset, weights: tuple[Weights, ...], costs: Costs
 ) -> ScoreTable:
     """Scores, gains and costs of the exits of the subset."""
     columns = [*subset, split.gain.shape[1] - 1]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lraee.calibration.risk import signed_loss
-from lraee.calibration.scoring import Found
+from lraee.calibration.scoring import ExitTable
 from lraee.exits.gate import unit
+from lraee.measurement.neighbours import neighbours
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def judge(
     labels: Tensor | None,
     index: Index | None = None,
     is_proof: bool = False,
-) -> Found:
+) -> ExitTable:
     """Which probes were right, by the labels or else by the float model's answer.
 
     Without classes an answer is a search: the nearest other image of an index in int8 at full
@@ -66,18 +67,12 @@ def judge(
     else:
         gain = right.double()
         loss = torch.from_numpy(signed_loss((gain[:, -1:] - gain).numpy()))
-    return Found(
+    return ExitTable(
         probes["embedding"], probes["top1"], probes["features"], right[:, :-1],
         gain.numpy(), loss.numpy(), is_signed=labels is not None,
     )  # fmt: skip
 
 
-def nearest(queries: Tensor, rows: Tensor, but: Tensor | None = None, chunk: int = 1024) -> Tensor:
-    """Index of the row of largest cosine, int64 [n]; never the row that `but` names, int64 [n]."""
-    rows, found = unit(rows.float()), []
-    for start in range(0, len(queries), chunk):
-        cosine = unit(queries[start : start + chunk].float()) @ rows.T
-        if but is not None:
-            cosine.scatter_(1, but[start : start + chunk, None], -torch.inf)
-        found.append(cosine.argmax(1))
-    return torch.cat(found)
+def nearest(queries: Tensor, rows: Tensor, exclude: Tensor | None = None) -> Tensor:
+    """Index of the row of largest cosine, int64 [n]; never the row of `exclude`, int64 [n]."""
+    return neighbours(unit(queries.float()), unit(rows.float()), 1, exclude)[:, 0]

@@ -33,10 +33,10 @@ class ScoreTable:
     """What each of n images would do at each of m exits.
 
     Args:
-      scores: float32 [n, m], higher is surer; NaN never leaves.
-      gains: float64 [n, m + 1], what is gained if the image leaves at this exit, such as 1.0 if it
+      scores: float32 [n, m], higher is surer; NaN never exits.
+      gains: float64 [n, m + 1], what is gained if the image exits here, such as 1.0 if it
         is right there; the last column is for running to full depth.
-      costs: float64 [m + 1], FLOPs of an image that leaves at this exit, the exits that it passed
+      costs: float64 [m + 1], FLOPs of an image that exits here, the exits that it passed
         included; the last is for full depth.
     Raises: ValueError on a shape, on no images, and on values that are not finite; TypeError on
       scores of another type.
@@ -78,7 +78,7 @@ class Choice:
     cost: float
 
 
-def leave_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
+def exit_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
     """The first exit whose score reaches its threshold, m if none does.
 
     Thresholds are rounded to float32 first, as torch does to compare a float32 tensor with them.
@@ -90,16 +90,16 @@ def leave_at(scores: Scores, thresholds: Sequence[float]) -> Indices:
     """
     n, m = scores.shape
     if len(thresholds) != m:
-        raise ValueError(f"leave_at: thresholds must be one per exit = {m}, got {len(thresholds)}")
-    leaves = np.ones((n, m + 1), dtype=bool)
-    leaves[:, :m] = scores >= np.asarray(thresholds, np.float32)
-    exits: Indices = leaves.argmax(1)
+        raise ValueError(f"exit_at: thresholds must be one per exit = {m}, got {len(thresholds)}")
+    exits_here = np.ones((n, m + 1), dtype=bool)
+    exits_here[:, :m] = scores >= np.asarray(thresholds, np.float32)
+    exits: Indices = exits_here.argmax(1)
     return exits
 
 
 def evaluate(table: ScoreTable, thresholds: Sequence[float]) -> Choice:
     """Mean gain and mean cost under these thresholds, image by image."""
-    exits = leave_at(table.scores, thresholds)
+    exits = exit_at(table.scores, thresholds)
     gain = table.gains[np.arange(len(exits)), exits].mean()
     cost = table.costs[exits].mean()
     rounded = np.asarray(thresholds, np.float32)
@@ -177,7 +177,7 @@ def quantile_grid(scores: Scores, points: int = 25) -> tuple[float, ...]:
 
 
 def _checked(table: ScoreTable, grids: Grids) -> list[Scores]:
-    """The grids rounded to float32, as leave_at rounds thresholds."""
+    """The grids rounded to float32, as exit_at rounds thresholds."""
     m = table.scores.shape[1]
     if not 1 <= m <= MAX_EXITS:
         raise ValueError(f"thresholds: exits must be 1 to {MAX_EXITS}, got {m}")
@@ -211,7 +211,7 @@ def _means(table: ScoreTable, grids: list[Scores]) -> tuple[Values, Values]:
     t_0, t_1, … it runs past exits 0..e iff k_0 <= t_0, …, k_e <= t_e. Hence the inner sum, for all
     combinations at once, is the cumulative sum along every axis of a histogram of the images over
     (k_0, …, k_e), weighted by their swaps. An image that reaches every point of a grid always
-    leaves there and is in no cell. Sums of whole numbers below 2**53 are exact, in any order.
+    exits there and is in no cell. Sums of whole numbers below 2**53 are exact, in any order.
     """
     n = len(table.scores)
     gain, cost = np.array(table.gains[:, 0].sum()), np.array(n * table.costs[0])

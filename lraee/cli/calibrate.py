@@ -43,6 +43,9 @@ def calibrate(
         float | None, typer.Option(help="Instead of --budget: loss against full depth, at most.")
     ] = None,
     delta: Annotated[float, typer.Option(help="How often --epsilon may fail.")] = 0.05,
+    num_exits: Annotated[
+        int | None, typer.Option("--exits", help="So many exits, whatever time their probes take.")
+    ] = None,
     limit: Limit = None,
     batch: Annotated[int, typer.Option(min=1, help="Photos per call.")] = 64,
     seed: Annotated[int, typer.Option(help="Of splits, crops and heads.")] = 0,
@@ -76,8 +79,8 @@ def calibrate(
     exits = calibrate(
         accelerate(opened.model, scheme=scheme), images, classes=texts,
         labels=images.labels if labels else None, gate=gate, recipe=recipe,
-        training=training, budget=budget, epsilon=epsilon, delta=delta, seed=seed, is_timed=timed,
-        folder=out / "unfinished", progress=progress,
+        training=training, budget=budget, epsilon=epsilon, delta=delta, num_exits=num_exits,
+        seed=seed, is_timed=timed, folder=out / "unfinished", progress=progress,
     )  # fmt: skip
     exits.save(out)
     line("model", f"{opened.title}, {scheme}, {'no' if texts is None else len(texts)} classes")

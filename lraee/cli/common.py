@@ -33,7 +33,7 @@ app = typer.Typer(
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-_OWN_ERRORS = ("LRAEE_", "calibrate: ", "accelerate: ", "retrieval: ")
+_OWN_ERRORS = ("LRAEE_", "calibrate: ", "accelerate: ", "retrieval: ", "serve: ")
 """How the messages of checked arguments begin; another ValueError is a bug and keeps its trace."""
 
 

@@ -44,3 +44,4 @@ def demo(
     console.print(tables.of_answers(found["answers"]))
     console.print(tables.of_forms(found["rows"]))
     line("written", str(out))
+    line("next", "lraee embed PHOTOS --out DIR embeds a library of any size")

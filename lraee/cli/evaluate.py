@@ -35,6 +35,10 @@ def evaluate(
         Path | None,
         typer.Option(exists=True, help="From `lraee calibrate`: adds its gate and the rivals."),
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="int8: adds rows whose class texts are of an int8 text tower."),
+    ] = None,
     retrieval: Annotated[
         bool, typer.Option("--retrieval", help="Recall of image search at mixed depths.")
     ] = False,
@@ -54,6 +58,7 @@ def evaluate(
     from lraee.exits.bundle import Exits
     from lraee.layers.scheme import find_scheme
     from lraee.model.accelerate import accelerate
+    from lraee.model.text import require_text_scheme
     from lraee.storage.json import write_json
     from lraee.towers.prompts import TEMPLATES, class_features
     from lraee.zoo.opening import open_model
@@ -62,13 +67,14 @@ def evaluate(
     try:
         for name in schemes:
             find_scheme(name)
+        require_text_scheme(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     known = read_classes(classes) if classes else None
     photos = Photos(data, classes=known, limit=limit)
     opened = open_model(model, pretrained)
     models = {evaluate.FLOAT: opened.model}
-    models |= {name: accelerate(opened.model, scheme=name) for name in schemes}
+    models |= {name: accelerate(opened.model, scheme=name, text=text) for name in schemes}
     learned = None if exits is None else Exits.load(exits)
     if learned is not None:
         models |= {
@@ -80,11 +86,18 @@ def evaluate(
     names = known.names if known else opened.class_names
     embedded = evaluate.embed(models, photos, opened.preprocess, batch=batch, progress=progress)
     class_rows = class_features(opened.model, opened.tokenizer, names, progress=progress).cpu()
+    by_text = {}
+    for name in schemes if text else ():
+        rows_of_text = class_features(
+            models[name], opened.tokenizer, names, progress=progress
+        ).cpu()
+        by_text[f"{evaluate.FLOAT}, text {name}"] = (evaluate.FLOAT, rows_of_text)
+        by_text[f"{name}, text {name}"] = (name, rows_of_text)
     if known and all(label is None for label in embedded.labels):
         errors.print(
             "lraee: no folder is named by a wnid of the classes: top-1 and top-5 are left out"
         )
-    rows = evaluate.compare(embedded, models, class_rows)
+    rows = evaluate.compare(embedded, models, class_rows, by_text)
     settings = {"batch": batch, "limit": limit, "classes": len(names), "templates": len(TEMPLATES)}
     title = opened.title
     found = evaluate.report(rows, photos, embedded, model=title, data=data.name, **settings)

@@ -10,7 +10,19 @@ import sys
 from lraee.cli.common import app
 from lraee.diagnostics import interpreter
 
-COMMANDS = ("doctor", "demo", "calibrate", "evaluate", "bench", "selftest", "report")
+COMMANDS = (
+    "doctor",
+    "demo",
+    "calibrate",
+    "evaluate",
+    "bench",
+    "selftest",
+    "report",
+    "embed",
+    "merge",
+    "serve",
+    "index",
+)
 """Modules of this package, in the order of `lraee --help`; each registers its command."""
 
 for _name in COMMANDS:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from lraee.data.names import printable
 from lraee.exits.bundle import Exits
 
 Figures = Mapping[str, tuple[str, float, int]]
@@ -57,20 +58,20 @@ def _number(value: float | None, factor: float, digits: int) -> str:
 
 def of_answers(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each photo is taken for by each form; red where it is not float's answer."""
-    table = Table(Column("photo", overflow="fold"), "float", "int8", "with exits", "left after")
+    table = Table(Column("photo", overflow="fold"), "float", "int8", "with exits", "exits after")
     for row in rows:
         cells = []
         for form in ("float", "int8", "exits"):
             is_same = row[f"{form}_name"] == row["float_name"]
             text = f"{row[f'{form}_name']} {100 * row[f'{form}_share']:.0f} %"
             cells.append(Text(text, style="" if is_same else "red"))
-        table.add_row(Text(row["photo"]), *cells, f"block {row['exit_block']}")
+        table.add_row(Text(printable(row["photo"])), *cells, f"block {row['exit_block']}")
     return table
 
 
 def of_plans(exits: Exits) -> Table:
     """What each gate did on the images that thresholds were picked on."""
-    table = Table("gate", "after blocks", "left there, %", "FLOPs saved, %", "right, %", "full, %")
+    table = Table("gate", "after blocks", "exits there, %", "FLOPs saved, %", "right, %", "full, %")
     for name, row in exits.card["plans"].items():
         mark = " (chosen)" if name == exits.chosen else ""
         table.add_row(
@@ -102,7 +103,8 @@ def card_lines(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         time = card["time"]
         pairs = zip(time["probe_us"], time["tower_us"], strict=True)
         shares = ", ".join(f"{100 * probe / tower:.2f} %" for probe, tower in pairs)
-        yield "a probe takes", f"{shares} of the tower's time at batch 1, 32"
+        doubt = "" if time.get("is_conclusive", True) else "; inconclusive, the machine was busy"
+        yield "a probe takes", f"{shares} of the tower's time at batch 1, 32{doubt}"
 
 
 def of_selftest(found: Mapping[str, Any]) -> Iterator[Table]:

@@ -1,1 +1,5 @@
 """Photos, their labels and class names; every file is hostile until checked."""
+
+from lraee.data.photos import Photos, decode
+
+__all__ = ["Photos", "decode"]

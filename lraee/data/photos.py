@@ -1,18 +1,14 @@
 """Photos from a folder or a ZIP, labels from folder names.
 
-Every file is hostile until checked: sizes before bytes, pixel counts before pixels, formats by a
-list. A file that cannot be used is skipped, kept in `Photos.skipped` with its reason, and reported.
+Every file is hostile until checked: sizes before bytes here, the rest in `decoding`. A file that
+cannot be used is skipped, kept in `Photos.skipped` with its reason, and reported.
 """
 
 import copy
 import logging
 import os
-import struct
-import warnings
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -20,29 +16,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from lraee.data import decoding
 from lraee.data.classes import Classes
+from lraee.data.names import printable
 from lraee.data.sources import READ_ERRORS, DataError, Limits, Skipped, first_line, open_source
 
 _log = logging.getLogger("lraee")
-
-# Formats that Pillow decodes by itself; EPS, for one, would start another program.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# What Pillow's decoders raise on hostile bytes; each becomes a reported skip.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RuntimeError,
-    MemoryError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
@@ -102,14 +81,17 @@ class Photos:
         """Return how many photos there are, bad ones included until they are read."""
         return len(self.names)
 
-    def image(self, index: int) -> Image.Image:
-        """Return one photo as RGB; raises DataError with the reason when it cannot be used."""
-        name = self.names[index]
+    def read(self, index: int) -> bytes:
+        """Return one photo's file; raises DataError with the reason when it cannot be read."""
         try:
-            data = self._source.read(name)
+            return self._source.read(self.names[index])
         except READ_ERRORS as error:
             raise DataError(f"cannot be read: {first_line(error)}") from error
-        return decode(data, self._limits)
+
+    def image(self, index: int) -> Image.Image:
+        """Return one photo as upright RGB; raises DataError with the reason where it cannot."""
+        data = self.read(index)
+        return decode(data, decoding.Limits(max_bytes=self._limits.file_size_bytes))
 
     def batches(
         self,
@@ -140,23 +122,9 @@ class Photos:
         return _summary(self.skipped)
 
 
-def decode(data: bytes, limits: Limits | None = None) -> Image.Image:
-    """Decode one photo to RGB; raises DataError with the reason on anything else."""
-    limits = limits or Limits()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(BytesIO(data), formats=_FORMATS)
-            width, height = image.size
-            if width * height > limits.pixels:
-                raise DataError(f"has {width} x {height} pixels, more than {limits.pixels}")
-            if max(width, height) > limits.aspect * min(width, height):
-                raise DataError(f"is {width} x {height}, longer than {limits.aspect:g} : 1")
-            return image.convert("RGB")
-    except DataError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise DataError(f"is not a whole image: {first_line(error)}") from error
+def decode(data: bytes, limits: decoding.Limits | None = None) -> Image.Image:
+    """Decode one photo to upright RGB, exactly; raises DecodeError with the reason."""
+    return Image.fromarray(decoding.decode(data, limits=limits).pixels)
 
 
 _Row = tuple[Tensor, int | None, str]
@@ -182,6 +150,6 @@ def _spread(names: list[str], limit: int) -> list[str]:
 def _summary(skipped: list[Skipped], shown: int = 3) -> str:
     if not skipped:
         return "nothing skipped"
-    first = ", ".join(f"{row.name} {row.reason}" for row in skipped[:shown])
+    first = ", ".join(f"{printable(row.name)} {row.reason}" for row in skipped[:shown])
     more = ", …" if len(skipped) > shown else ""
     return f"skipped {len(skipped)} file{'s' * (len(skipped) > 1)}: {first}{more}"

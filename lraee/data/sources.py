@@ -5,11 +5,13 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
+from lraee.data.names import refused_file, refused_folder, refused_member, to_bytes, to_text
+
 # What reading one file may raise; Photos makes each a reported skip.
 READ_ERRORS = (OSError, zipfile.BadZipFile, RuntimeError, EOFError, zlib.error)
 
@@ -20,13 +22,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a file may be before it is refused unread."""
+    """How large a file or a whole source may be before it is refused unread."""
 
     file_size_bytes: int = 64 << 20
     total_size_bytes: int = 256 << 30
     count: int = 5_000_000
-    pixels: int = 64_000_000
-    aspect: float = 50.0
 
 
 @dataclass(frozen=True)
@@ -61,36 +61,116 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
+def walk(root: str | os.PathLike[str]) -> Iterator[str | Skipped]:
+    """Names of the photos below a folder, sorted by their bytes, and in between what is skipped.
+
+    The order and the names are the same in every locale. Hidden and system folders are skipped. A
+    link to a folder is followed, unless it leads around itself, or to a folder that is listed by
+    its own name or was listed before: each folder is listed once.
+
+    Memory: the entries of one folder and of those around it.
+    """
+    walker = _Walker(os.fsencode(root))
+    # Folders and files still to come, the next one last
+    stack: list[tuple[bytes, bool]] = [(b"", True)]
+    while stack:
+        path, is_folder = stack.pop()
+        name = to_text(path)
+        if not is_folder:
+            reason = refused_file(name.rpartition("/")[2])
+            yield Skipped(name, reason) if reason else name
+            continue
+        if reason := walker.refused(path):
+            yield Skipped(name or ".", reason)
+            continue
+        try:
+            stack += walker.entries(path)
+        except OSError as error:
+            yield Skipped(name or ".", f"cannot be listed: {error.strerror or error}")
+
+
+class _Walker:
+    """What `walk` knows of the folders listed so far."""
+
+    def __init__(self, root: bytes) -> None:
+        self._root, self._real_root = root, os.path.realpath(root)
+        self._listed: set[tuple[int, int]] = set()
+
+    def entries(self, path: bytes) -> list[tuple[bytes, bool]]:
+        """Paths in a folder, and which are folders, in falling order of their bytes."""
+        with os.scandir(os.path.join(self._root, path)) as entries:
+            rows = [(os.path.join(path, entry.name), _is_folder(entry)) for entry in entries]
+        # With its slash a folder stands where its files do
+        return sorted(rows, key=lambda row: row[0] + b"/" * row[1], reverse=True)
+
+    def refused(self, path: bytes) -> str | None:
+        """Why this folder is not listed; None marks it as listed."""
+        if path and (reason := refused_folder(to_text(os.path.basename(path)))):
+            return reason
+        full = os.path.join(self._root, path) if path else self._root
+        try:
+            if path and os.path.islink(full) and (reason := self._refused_link(full)):
+                return reason
+            status = os.stat(full)
+        except OSError as error:
+            return f"cannot be listed: {error.strerror or error}"
+        identity = status.st_dev, status.st_ino
+        if identity in self._listed:
+            return "is a folder that was listed before"
+        self._listed.add(identity)
+        return None
+
+    def _refused_link(self, link: bytes) -> str | None:
+        target = os.path.realpath(link)
+        if _is_inside(os.path.realpath(os.path.dirname(link)), target):
+            return "is a link to a folder around it"
+        if not _is_inside(target, self._real_root):
+            return None
+        inner = to_text(target[len(self._real_root) :]).split("/")
+        is_listed = not any(map(refused_folder, inner))
+        return "is a link to a folder that is listed by its own name" if is_listed else None
+
+
+def _is_inside(path: bytes, folder: bytes) -> bool:
+    return path == folder or path.startswith(folder.rstrip(b"/") + b"/")
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: what is wrong is said when it is read
+        return False
+
+
+def read_file(path: bytes, limits: Limits) -> bytes:
+    """The bytes of a regular file; raises DataError or OSError."""
+    # Not blocking: a FIFO named like a photo must not stop the run.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("is not a regular file")
+        check_size(status.st_size, limits)
+        return file.read(limits.file_size_bytes + 1)
+
+
 class _Folder:
     def __init__(self, root: Path, limits: Limits, skipped: list[Skipped]) -> None:
         self._root, self._limits, self._skipped = root, limits, skipped
 
     def names(self) -> list[str]:
-        found: list[str] = []
-        for folder, folders, files in os.walk(self._root, onerror=self._unreadable):
-            folders.sort()
-            for file in files:
-                name = Path(folder, file).relative_to(self._root).as_posix()
-                if reason := _refused_name(name):
-                    self._skipped.append(Skipped(_printable(name), reason))
-                else:
-                    found.append(name)
-            if len(found) > self._limits.count:
+        names: list[str] = []
+        for row in walk(self._root):
+            if isinstance(row, Skipped):
+                self._skipped.append(Skipped(_printable(row.name), row.reason))
+                continue
+            names.append(row)
+            if len(names) > self._limits.count:
                 raise DataError(f"data: {self._root} must hold at most {self._limits.count} photos")
-        return sorted(found)
-
-    def _unreadable(self, error: OSError) -> None:
-        self._skipped.append(Skipped(_printable(str(error.filename)), first_line(error)))
+        return names
 
     def read(self, name: str) -> bytes:
-        # Not blocking: a FIFO named like a photo must not stop the run.
-        descriptor = os.open(self._root / name, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError("is not a regular file")
-            _check_size(status.st_size, self._limits)
-            return file.read(self._limits.file_size_bytes + 1)
+        return read_file(os.path.join(os.fsencode(self._root), to_bytes(name)), self._limits)
 
 
 class _Zip:
@@ -114,7 +194,7 @@ class _Zip:
             allowed = self._limits.total_size_bytes
             raise DataError(f"data: {path} must unpack to at most {allowed} bytes, got {total}")
         for info in members:
-            reason = _refused_name(info.filename) or _refused_member(info, self._members)
+            reason = refused_member(info.filename) or _unreadable(info, self._members)
             if reason:
                 self._skipped.append(Skipped(_printable(info.filename), reason))
             else:
@@ -125,32 +205,22 @@ class _Zip:
 
     def read(self, name: str) -> bytes:
         info = self._members[name]
-        _check_size(info.file_size, self._limits)
+        check_size(info.file_size, self._limits)
         with self._zip.open(info) as file:
             # The declared size may lie; never read past the limit.
             data = file.read(self._limits.file_size_bytes + 1)
-        _check_size(len(data), self._limits)
+        check_size(len(data), self._limits)
         return data
 
 
-def _refused_name(name: str) -> str | None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.isprintable():
-        return "has an unsafe name"
-    if path.name.startswith(".") or "__MACOSX" in path.parts:
-        return "is a hidden file"
-    if path.suffix.lower() not in _SUFFIXES:
-        return "has no photo's suffix"
-    return None
-
-
-def _refused_member(info: zipfile.ZipInfo, seen: dict[str, zipfile.ZipInfo]) -> str | None:
+def _unreadable(info: zipfile.ZipInfo, seen: dict[str, zipfile.ZipInfo]) -> str | None:
     if info.flag_bits & 0x1:
         return "is encrypted"
     return "is there twice" if info.filename in seen else None
 
 
-def _check_size(size_bytes: int, limits: Limits) -> None:
+def check_size(size_bytes: int, limits: Limits) -> None:
+    """Raises DataError on a file that is larger than one may be."""
     if size_bytes > limits.file_size_bytes:
         raise DataError(f"has {size_bytes} bytes, more than {limits.file_size_bytes}")
 

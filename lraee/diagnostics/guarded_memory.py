@@ -40,9 +40,14 @@ def poisoned(x: Tensor, row_pad: int = 0, device: torch.device | None = None) ->
 
 
 def poisoned_all(arguments: Any, row_pad: int = 0, device: torch.device | None = None) -> Any:
-    """Poisoned copies of the tensors of a list or dict; row_pad for those with two dimensions."""
+    """Poisoned copies of the tensors of a list, dict or record.
+
+    row_pad for those with two dimensions, but not inside a record: weights are contiguous.
+    """
 
     def one(value: object) -> object:
+        if isinstance(value, tuple):
+            return type(value)(*poisoned_all(list(value), 0, device))
         if not isinstance(value, Tensor):
             return value
         return poisoned(value, row_pad if value.dim() > 1 else 0, device)

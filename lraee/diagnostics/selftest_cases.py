@@ -6,7 +6,7 @@ device, and what it gives is compared on the CPU again.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from lraee.diagnostics import selftest_inputs
 from lraee.diagnostics.guarded_memory import guarded_outputs, is_intact, poisoned, poisoned_all
+from lraee.diagnostics.selftest_results import QUANTIZED, ROW_PADS, exact, first_of, label, short
+from lraee.diagnostics.selftest_rows import row_cases
 from lraee.diagnostics.selftest_sizes import Case, Difference, Sizes, Target
 from lraee.kernels import (
     configs,
     exit_probe,
     float_linear,
+    gated_quantize,
     int8_attention,
     int8_block,
     int8_linear,
@@ -29,13 +32,13 @@ from lraee.kernels import (
 )
 from lraee.kernels.configs import Config, Shape
 from lraee.kernels.measured import MEASURED
-from lraee.ops import block, reference
+from lraee.kernels.operands import AttentionOperands
 from lraee.ops import error_bounds as bounds
+from lraee.ops import reference
+from lraee.ops.backend import operators
 from lraee.ops.checked import Activation
 
 ACTIVATIONS = get_args(Activation)
-ROW_PADS = (0, 16, 3)
-"""Elements between rows of an input: none, or as many as keep rows aligned to 16, or do not."""
 
 
 def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
@@ -50,72 +53,6 @@ def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     yield from probe_cases(target, sizes)
 
 
-def _first(named: Sequence[tuple[str, Tensor, Tensor, Tensor | float]]) -> str | None:
-    """The first difference among results (name, actual on any device, expected, bound)."""
-    for name, actual, expected, bound in named:
-        found = bounds.first_difference(actual.cpu(), expected, bound)
-        if found is not None:
-            return f"{name}: {found}"
-    return None
-
-
-QUANTIZED = ("x_q", "x_scale", "x_zero")
-
-
-def _exact(
-    names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor]
-) -> str | None:
-    return _first([(*row, 0.0) for row in zip(names, actual, expected, strict=True)])
-
-
-def row_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
-    """quantize_rows and layer_norm_quantize, rows of every kind, both symmetries."""
-    shapes = itertools.product(sizes.rows, sizes.widths)
-    for seed, ((M, K), symmetric) in enumerate(itertools.product(shapes, (False, True))):
-        dtype = selftest_inputs.TYPES[seed % 3]
-        shape = f"M={M} K={K} {_short(dtype)} {'symmetric' if symmetric else 'asymmetric'}"
-        for row in dict.fromkeys(configs.row_config(m, K) for m in (1, 513)):
-            find = _rows_difference(target, M, K, seed, symmetric, dtype, row)
-            yield Case("quantize_rows", _label(row), shape, find)
-        # Twice as wide compiles six times as long: a minute or two, for a width that no tower has
-        rows = (configs.chunk_config(m, K) for m in (1, 513) if K <= 2048)
-        for row in dict.fromkeys(rows):
-            find = _norm_difference(target, M, K, seed, symmetric, dtype, row)
-            yield Case("layer_norm_quantize", _label(row), shape, find)
-
-
-def _rows_difference(
-    target: Target, M: int, K: int, seed: int, symmetric: bool, dtype: torch.dtype, config: Any
-) -> Difference:
-    def find() -> str | None:
-        x = selftest_inputs.rows_with_extremes(M, K, seed).to(dtype)
-        with guarded_outputs():
-            actual = quantize_rows.quantize_rows(
-                poisoned(x, ROW_PADS[seed % 3], target.device), symmetric, config=config
-            )
-        return _exact(QUANTIZED, actual, reference.quantize_rows(x, symmetric))
-
-    return find
-
-
-def _norm_difference(
-    target: Target, M: int, D: int, seed: int, symmetric: bool, dtype: torch.dtype, config: Any
-) -> Difference:
-    def find() -> str | None:
-        x = selftest_inputs.rows_with_extremes(M, D, seed).to(dtype)
-        gamma, beta = torch.randn(2, D, generator=selftest_inputs.generator(seed)).unbind()
-        eps = (1e-5, 1e-6, 0.1)[seed % 3]
-        with guarded_outputs():
-            actual = layer_norm_quantize.layer_norm_quantize(
-                poisoned(x, ROW_PADS[seed % 3], target.device),
-                *poisoned_all([gamma, beta], device=target.device), eps, symmetric, config=config,
-            )  # fmt: skip
-        expected = reference.layer_norm_quantize(x, gamma, beta, eps, symmetric)
-        return _exact(QUANTIZED, actual, expected)
-
-    return find
-
-
 def weight_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """pack_weight and unpack_weight of the device: there and back, and the sums of the rows."""
     for seed, (N, K) in enumerate(sizes.layers):
@@ -123,11 +60,11 @@ def weight_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         def find(N: int = N, K: int = K, seed: int = seed) -> str | None:
             # Not registered for CUDA alone: the definition runs there, and in the interpreter
             ops = torch.ops.lraee if target.device.type == "cuda" else reference
-            w_q = selftest_inputs.linear(1, N, K, seed)["w"]
+            w_q = selftest_inputs.linear(1, N, K, seed)["linear"].w
             w, w_sum = ops.pack_weight(w_q.to(target.device))
             back = ops.unpack_weight(w, N, K)
             expected = (w_q, w_q, w_q.long().sum(1).to(torch.int32))
-            return _exact(("w", "back", "w_sum"), (w, back, w_sum), expected)
+            return exact(("w", "back", "w_sum"), (w, back, w_sum), expected)
 
         yield Case("pack_weight, unpack_weight", "", f"N={N} K={K}", find)
 
@@ -146,7 +83,7 @@ def linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
                 activation = ACTIVATIONS[seed // 3 % len(ACTIVATIONS)]
                 find = _linear_difference(target, M, N, K, seed, activation, row)
                 epilogue = _epilogue(selftest_inputs.linear(1, 1, 1, seed), activation)
-                yield Case("int8_linear", _label(row), f"M={M} N={N} K={K} {epilogue}", find)
+                yield Case("int8_linear", label(row), f"M={M} N={N} K={K} {epilogue}", find)
 
 
 def _linear_difference(
@@ -157,59 +94,45 @@ def _linear_difference(
         expected = reference.int8_linear(**given, activation=activation)
         device = target.device
         guarded = poisoned_all(given, ROW_PADS[seed % 3], device)
-        guarded["w"] = poisoned(given["w"], device=device)
         space = _space(M, N, config, device)
         with guarded_outputs():
             actual = int8_linear.int8_linear(
                 **guarded, activation=activation, config=config, space=space
             )
         bound = bounds.of_linear(given, activation)
-        return _first([("y", actual, expected, bound)]) or _space_difference(space)
+        return first_of([("y", actual, expected, bound)]) or _space_difference(space)
 
     return find
 
 
 def quantizing_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
-    """int8_linear with rows quantized in its launch: the bits of quantize_rows before or after."""
+    """int8_linear with its rows quantized in its launch: the bits of quantize_rows after it."""
     seeds = itertools.count(1)
     for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
         for row in configs.TABLE[target.arch.capability][configs.bucket(M)]:
             if configs.legal(row, Shape(M, N, K), target.arch):
                 seed = next(seeds)
-                given = selftest_inputs.linear(1, 1, 1, seed) | {"x_zero": None}
+                given = selftest_inputs.linear(1, 1, 1, seed)
                 symmetric = "symmetric" if seed % 2 == 0 else "asymmetric"
                 shape = f"M={M} N={N} K={K} {symmetric} {_epilogue(given, 'none')}"
-                for kernel in ("int8_linear_from_float", "int8_linear_quantized"):
-                    find = _quantizing_difference(target, M, N, K, seed, row, kernel)
-                    yield Case(kernel, _label(row), shape, find)
+                find = _quantizing_difference(target, M, N, K, seed, row)
+                yield Case("int8_linear_quantized", label(row), shape, find)
 
 
 def _quantizing_difference(
-    target: Target, M: int, N: int, K: int, seed: int, config: Config, kernel: str
+    target: Target, M: int, N: int, K: int, seed: int, config: Config
 ) -> Difference:
     def find() -> str | None:
         symmetric = seed % 2 == 0
         given = selftest_inputs.linear(M, N, K, seed)
-        is_input = kernel == "int8_linear_from_float"
-        if is_input:
-            x = selftest_inputs.float_rows(M, K, seed)
-            given |= dict(zip(QUANTIZED, reference.quantize_rows(x, symmetric), strict=True))
-        y = reference.int8_linear(**given)
+        expected = reference.quantize_rows(reference.int8_linear(**given), symmetric)
         guarded = poisoned_all(given, ROW_PADS[seed % 3], target.device)
-        guarded["w"] = poisoned(given["w"], device=target.device)
-        if is_input:
-            guarded["x"] = poisoned(x, ROW_PADS[seed % 3], target.device)
-            for name in QUANTIZED:
-                del guarded[name]
         space = _space(M, N, config, target.device, quantizes=True)
         with guarded_outputs():
-            actual = getattr(int8_linear, kernel)(
+            actual = int8_linear.int8_linear_quantized(
                 **guarded, symmetric=symmetric, config=config, space=space
             )
-        if is_input:
-            return _exact(("y",), (actual,), (y,)) or _space_difference(space)
-        expected = reference.quantize_rows(y, symmetric)
-        return _exact(QUANTIZED, actual, expected) or _space_difference(space)
+        return exact(QUANTIZED, actual, expected) or _space_difference(space)
 
     return find
 
@@ -247,8 +170,8 @@ def float_linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
             find = _float_linear_difference(target, (x, w, bias), seed, row, splits)
             parts = f"{'no ' if bias is None else ''}bias splits={splits}"
             layout = "by row" if w.is_contiguous() else "by step"
-            shape = f"M={M} N={N} K={K} {_short(x.dtype)} w {layout} {parts}"
-            yield Case("float_linear", _label(row), shape, find)
+            shape = f"M={M} N={N} K={K} {short(x.dtype)} w {layout} {parts}"
+            yield Case("float_linear", label(row), shape, find)
 
 
 def _float_linear_difference(
@@ -266,7 +189,7 @@ def _float_linear_difference(
                 poisoned(x, ROW_PADS[seed % 3], target.device), *there,
                 config=config, splits=splits,
             )  # fmt: skip
-        return _first([("y", actual, expected.to(x.dtype), bounds.of_float_linear(x, w, bias))])
+        return first_of([("y", actual, expected.to(x.dtype), bounds.of_float_linear(x, w, bias))])
 
     return find
 
@@ -276,27 +199,31 @@ def block_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     for seed, (B, L, H, d) in enumerate(sizes.attention[:2]):
         for images, first_only in ((B, False), (2 * B + 1, False), (B, True)):
             shape = f"B={images} L={L} D={H * d} H={H}{' first token' if first_only else ''}"
-            difference = _block_difference(target, (images, L, H, d), seed, first_only=first_only)
-            yield Case("int8_block", "", shape, difference)
+            find = _block_difference(target, (images, L, H, d), seed, first_only=first_only)
+            yield Case("int8_block", "", shape, find)
+        if d % 2 == 0:
+            find = _block_difference(target, (B, L, H, d), seed, first_only=False, gated=True)
+            yield Case("int8_block", "", f"B={B} L={L} D={H * d} H={H} gated", find)
 
 
 def _block_difference(
-    target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool
-) -> Difference:
+    target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool,
+    gated: bool = False,
+) -> Difference:  # fmt: skip
     def find() -> str | None:
-        given = [*selftest_inputs.block(*shape, seed, target.device), first_only]
-        ops = torch.ops.lraee if target.device.type == "cuda" else launchers()
-        expected = block.int8_block(*given, operators=ops)
+        given = (*selftest_inputs.block(*shape, seed, target.device, gated=gated), first_only)
+        ops = operators("auto") if target.device.type == "cuda" else launchers()
+        expected = reference.int8_block(*given, operators=ops)
         with guarded_outputs():
             actual = int8_block.int8_block(*given)
-        return _exact(("y",), (actual,), (expected.cpu(),))
+        return exact(("y",), (actual,), (expected.cpu(),))
 
     return find
 
 
 def launchers() -> Any:
     """The launchers by name, which run in the interpreter on tensors of the CPU."""
-    kernels = (quantize_rows, layer_norm_quantize, int8_linear, int8_attention)
+    kernels = (quantize_rows, layer_norm_quantize, gated_quantize, int8_linear, int8_attention)
     by_name = {module.__name__.split(".")[-1]: module for module in kernels}
     return SimpleNamespace(**{name: getattr(module, name) for name, module in by_name.items()})
 
@@ -307,10 +234,13 @@ def attention_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         itertools.product(sizes.attention, (False, True))
     ):
         dtype = selftest_inputs.TYPES[seed % 3]
-        shape = f"B={B} L={L} H={H} d={d} {_short(dtype)}{' causal' if causal else ''}"
+        shape = f"B={B} L={L} H={H} d={d} {short(dtype)}{' causal' if causal else ''}"
         row = configs.attention_config(L, d, causal)
         find = _attention_difference(target, (B, L, H, d), seed, causal, row)
-        yield Case("int8_attention", _label(row), shape, find)
+        yield Case("int8_attention", label(row), shape, find)
+        if d % 2 == 0:
+            find = _rope_difference(target, (B, L, H, d), seed, causal, row)
+            yield Case("int8_attention", label(row), f"{shape} rope and key mask", find)
 
 
 def _attention_difference(
@@ -324,11 +254,28 @@ def _attention_difference(
             given = poisoned(qkv, ROW_PADS[seed % 3], target.device)
             actual = int8_attention.int8_attention(given, H, causal, config=config)
             rows = int8_attention.int8_attention_quantized(
-                given, H, causal, symmetric=causal, config=config
+                given, AttentionOperands(H, causal), symmetric=causal, config=config
             )
         quantized = reference.quantize_rows(actual.cpu().flatten(0, 1), causal)
         bound = bounds.of_attention(qkv, expected, H)
-        return _first([("y", actual, expected, bound)]) or _exact(QUANTIZED, rows, quantized)
+        return first_of([("y", actual, expected, bound)]) or exact(QUANTIZED, rows, quantized)
+
+    return find
+
+
+def _rope_difference(
+    target: Target, shape: tuple[int, int, int, int], seed: int, causal: bool, config: Any
+) -> Difference:
+    def find() -> str | None:
+        qkv, H = selftest_inputs.attention(*shape, seed), shape[2]
+        rope, key_mask = selftest_inputs.rope_and_mask(*shape, seed)
+        expected = reference.int8_attention(qkv, H, causal, rope, key_mask)
+        with guarded_outputs():
+            given = poisoned_all([qkv, rope, key_mask], device=target.device)
+            actual = int8_attention.int8_attention(
+                given[0], H, causal, given[1], given[2], config=config
+            )
+        return first_of([("y", actual, expected, bounds.of_attention(qkv, expected, H))])
 
     return find
 
@@ -342,7 +289,7 @@ def probe_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         text = f"B={B} L={L} D={D} {layers} E={E} K={K} {inputs}"
         for row in dict.fromkeys(configs.probe_config(n) for n in (1, 2)):
             find = _probe_difference(target, shape, seed, has_class_token, row)
-            yield Case("exit_probe", _label(row), text, find)
+            yield Case("exit_probe", label(row), text, find)
 
 
 def _probe_difference(
@@ -350,21 +297,21 @@ def _probe_difference(
     has_class_token: bool, config: Any,
 ) -> Difference:  # fmt: skip
     def find() -> str | None:
-        given = selftest_inputs.probe(*shape, seed, has_class_token)
-        wanted = reference.exit_probe(*given)
+        z, head = selftest_inputs.probe(*shape, seed, has_class_token)
+        wanted = reference.exit_probe(z, head)
         device = target.device
         space = workspace.of_current_stream(device)
         with guarded_outputs():
             embedding, top1, confidence, margin, variance, score = exit_probe.exit_probe(
-                poisoned(given[0], ROW_PADS[seed % 3], device),
-                *poisoned_all(given[1:], device=device), config=config, space=space,
+                poisoned(z, ROW_PADS[seed % 3], device),
+                *poisoned_all([head], device=device), config=config, space=space,
             )  # fmt: skip
         found = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
-        decided = bounds.decision(embedding.cpu(), variance.cpu(), given)
+        decided = bounds.decision(embedding.cpu(), variance.cpu(), head)
         limits = bounds.of_decision(shape[-1])
-        first = _first([
+        first = first_of([
             ("variance", variance, wanted[4], 0.0),
-            ("embedding", embedding, wanted[0], bounds.of_embedding(given)),
+            ("embedding", embedding, wanted[0], bounds.of_embedding(z, head)),
             *((name, found[name], decided[name], limits[name]) for name in found),
         ])  # fmt: skip
         if first is None and space.tickets.any():
@@ -374,17 +321,9 @@ def _probe_difference(
     return find
 
 
-def _label(config: Any) -> str:
-    """The numbers of a config by name."""
-    return " ".join(f"{name}={value}" for name, value in vars(config).items())
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _epilogue(given: dict[str, Any], activation: str) -> str:
     """What of the epilogue is there, and the type of the result."""
+    operands = given | given["linear"]._asdict()
     names = ("x_zero", "bias", "layer_scale", "residual")
-    there = [name for name in names if given.get(name) is not None]
-    return " ".join([*there, activation, _short(given["out_dtype"])])
+    there = [name for name in names if operands[name] is not None]
+    return " ".join([*there, activation, short(given["out_dtype"])])

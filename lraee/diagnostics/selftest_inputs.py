@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lraee.kernels.operands import BlockOperands, Norm, PackedLinear, ProbeHead
+
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,23 +69,16 @@ def quantized_linear(
 def linear(M: int, N: int, K: int, seed: int) -> dict[str, Any]:
     """Arguments of int8_linear in which each optional one is there in half of the seeds."""
     given: dict[str, Any] = quantized_linear(M, N, K, seed=seed, extremes=seed % 5 == 0)
-    given["w"] = given.pop("w_q")
-    given["w_sum"] = given["w"].sum(1, dtype=torch.int32)
     given["out_dtype"] = TYPES[seed % 3]
     given["residual"] = given["residual"].to(given["out_dtype"])
     for bit, name in enumerate(("x_zero", "bias", "layer_scale", "residual")):
         if not (seed >> bit) & 1:
             given[name] = None
+    w = given.pop("w_q")
+    operands = [given.pop(name) for name in ("w_scale", "bias", "layer_scale")]
+    w_sum = w.sum(1, dtype=torch.int32)
+    given["linear"] = PackedLinear(w, operands[0], w_sum, *operands[1:])
     return given
-
-
-def float_rows(M: int, K: int, seed: int) -> Tensor:
-    """Input of int8_linear_from_float, in the type of the seed; a row of zeros and one with NaN."""
-    x = torch.randn(M, K, generator=generator(seed)).to(TYPES[seed % 3])
-    if M > 2:
-        x[1] = 0.0
-        x[2, K // 2] = float("nan")
-    return x
 
 
 def attention(B: int, L: int, H: int, d: int, seed: int) -> Tensor:
@@ -94,9 +89,17 @@ def attention(B: int, L: int, H: int, d: int, seed: int) -> Tensor:
     return qkv.to(TYPES[seed % 3])
 
 
+def rope_and_mask(B: int, L: int, H: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Angles of all tokens but the first, cos and sin [2, L - 1, d], and a key mask [B, L]."""
+    source = generator(seed)
+    angles = torch.rand(L - 1, d // 2, generator=source) * 6.28
+    rope = torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 2)
+    return rope, torch.rand(B, L, generator=source) < 0.7
+
+
 def probe(
     B: int, L: int, D: int, H: int | None, E: int, K: int, seed: int, has_class_token: bool = False
-) -> list[Any]:
+) -> tuple[Tensor, ProbeHead]:
     """Arguments of exit_probe; H None: a head of one layer.
 
     Each bias in half of the seeds, and classes in float16 in half of them.
@@ -107,19 +110,20 @@ def probe(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=source)
 
-    def layer(N: int, K: int, has_bias: bool) -> list[Any]:
+    def layer(N: int, K: int, has_bias: bool) -> PackedLinear:
         w = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
         scale = torch.rand(N, generator=source) * 0.01 + 1e-4
-        return [w, scale, w.sum(1, dtype=torch.int32), normal(N) if has_bias else None]
+        bias = normal(N) if has_bias else None
+        return PackedLinear(w, scale, w.sum(1, dtype=torch.int32), bias)
 
     z = normal(B, L, D) * 3 + 10 * normal(D)
     z = z.to((torch.float32, torch.float16, torch.bfloat16)[seed % 3])
     first = layer(E if H is None else H, P, seed % 2 == 0)
-    second: list[Any] = [None] * 4 if H is None else layer(E, H, seed % 4 < 2)
+    second = None if H is None else layer(E, H, seed % 4 < 2)
     classes = F.normalize(normal(K, E), dim=1)
     classes = classes.half() if seed % 4 in (1, 2) else classes
     gate = torch.tensor([2.0, 1.5, 1e-3, -1.0])
-    return [z, normal(P), normal(P), 1e-5, *first, *second, classes, 20.0, gate]
+    return z, ProbeHead(Norm(normal(P), normal(P)), first, second, classes, 20.0, gate)
 
 
 def float_linear(M: int, N: int, K: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -130,22 +134,38 @@ def float_linear(M: int, N: int, K: int, seed: int) -> tuple[Tensor, Tensor, Ten
     return x, w, torch.randn(N, generator=source).to(dtype) if seed % 2 else None
 
 
-def block(B: int, L: int, H: int, d: int, seed: int, device: torch.device) -> list[Any]:
-    """Arguments of int8_block on the device; weights in the CUDA layout."""
+def block(
+    B: int, L: int, H: int, d: int, seed: int, device: torch.device, *, gated: bool = False
+) -> tuple[Tensor, BlockOperands]:
+    """Arguments of int8_block on the device; weights in the CUDA layout.
+
+    gated: with an RMSNorm, rotated tokens, a key mask and a gated MLP that has a norm.
+    """
     source, D = generator(seed), H * d
 
-    def linear(N: int, K: int, *scale: Tensor | None) -> list[Tensor | None]:
+    def linear(N: int, K: int, scale: Tensor | None = None) -> PackedLinear:
         w = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
         w_scale = torch.rand(N, generator=source) * 0.02 / K**0.5
         w_sum = w.sum(1, dtype=torch.int32)
-        parts = (w, w_scale, w_sum, torch.randn(N, generator=source), *scale)
-        return [None if part is None else part.to(device) for part in parts]
+        parts = (w, w_scale, w_sum, torch.randn(N, generator=source), scale)
+        return PackedLinear(*(None if part is None else part.to(device) for part in parts))
 
     x = torch.randn(B, L, D, generator=source).to(TYPES[seed % 3]).to(device)
-    norms = [list(torch.randn(2, D, generator=source).to(device).unbind()) for _ in range(2)]
+    norms = [
+        Norm(*torch.randn(2, D, generator=source).to(device).unbind(), eps) for eps in (1e-5, 1e-6)
+    ]
     scale = torch.rand(D, generator=source) if seed % 2 else None
-    return [
-        x, norms[0], linear(3 * D, D), linear(D, D, scale), norms[1], linear(2 * D, D),
-        linear(D, 2 * D, None), [1e-5, 1e-6], [False, seed % 3 == 0, False, seed % 3 == 1], H,
+    if gated:
+        rope, key_mask = (t.to(device) for t in rope_and_mask(B, L, H, d, seed))
+        mlp_norm = Norm(torch.rand(2 * D, generator=source).to(device), None, 1e-6)
+        return x, BlockOperands(
+            norms[0]._replace(beta=None), linear(3 * D, D), linear(D, D, scale), norms[1],
+            linear(4 * D, D), linear(D, 2 * D), (False, True, False, False), H,
+            activation="silu", gated=True, mlp_norm=mlp_norm if seed % 2 else None, rope=rope,
+            key_mask=key_mask,
+        )  # fmt: skip
+    return x, BlockOperands(
+        norms[0], linear(3 * D, D), linear(D, D, scale), norms[1], linear(2 * D, D),
+        linear(D, 2 * D), (False, seed % 3 == 0, False, seed % 3 == 1), H,
         seed % 4 == 3, "gelu" if seed % 2 else "quick_gelu",
-    ]  # fmt: skip
+    )  # fmt: skip

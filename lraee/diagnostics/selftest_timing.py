@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear
+from lraee.kernels.operands import Norm, PackedLinear, ProbeHead
 from lraee.measurement.timing import MAX_ROUNDS, MIN_ROUNDS, WARM_S, Timing, interleaved, warm_up
 from lraee.model.accelerate import accelerate
 from lraee.ops.reference import quantize_rows
@@ -28,7 +29,6 @@ from lraee.towers.families import image_size
 from lraee.zoo.opening import open_model
 
 Input = TypeVar("Input")
-Layer = tuple[Tensor, Tensor, Tensor]
 Call = Callable[[], object]
 Rounds = Callable[[Mapping[str, Call]], dict[str, list[float]]]
 """Seconds of every round of each variant, interleaved."""
@@ -217,17 +217,16 @@ def linear_contest(
         x, b = _normal(device, M, K), _normal(device, N)
         x_q = quantize_rows(x, False)
         weights = [_normal(device, N, K) for _ in range(calls)]
-        layers = [int8_layer(w) for w in weights]
-        bias = b.float()
+        layers = [int8_layer(w, b.float()) for w in weights]
 
-        def ours(layer: Layer) -> Tensor:
-            y: Tensor = int8_linear(*x_q, *layer, bias, out_dtype=torch.float16)
+        def ours(layer: PackedLinear) -> Tensor:
+            y: Tensor = int8_linear(*x_q, layer, out_dtype=torch.float16)
             return y
 
         variants = {
             "lraee int8": _in_turn(ours, layers),
             "torch float16": _in_turn(lambda w: F.linear(x, w, b), weights),
-            "torch._int_mm": _in_turn(lambda layer: torch._int_mm(x_q[0], layer[0].t()), layers),
+            "torch._int_mm": _in_turn(lambda layer: torch._int_mm(x_q[0], layer.w.t()), layers),
         }
         return {name: captured(run, device) for name, run in variants.items()}
 
@@ -245,10 +244,10 @@ def _in_turn(function: Callable[[Input], Tensor], inputs: list[Input]) -> Call:
     return call
 
 
-def int8_layer(w: Tensor) -> Layer:
-    """Weight as the CUDA kernels read it, its steps and its sums."""
+def int8_layer(w: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """A quantized weight as the CUDA kernels read it."""
     w_q, w_scale, _ = quantize_rows(w, True)
-    return w_q, w_scale, w_q.sum(1, dtype=torch.int32)
+    return PackedLinear(w_q, w_scale, w_q.sum(1, dtype=torch.int32), bias)
 
 
 def attention_contest(device: torch.device, tower: Tower, batch: int) -> Contest:
@@ -282,10 +281,10 @@ def probe_contest(device: torch.device, tower: Tower, batch: int) -> Contest:
         w1 = _normal(device, H, P) / math.sqrt(P)
         w2 = _normal(device, E, H) / math.sqrt(H)
         classes = F.normalize(_normal(device, K, E).float(), dim=1).half()
-        head = (*int8_layer(w1), None, *int8_layer(w2), None)
+        head = ProbeHead(Norm(gamma, beta), int8_layer(w1), int8_layer(w2), classes, 30.0, gate)
         half = (gamma.half(), beta.half(), w1, w2, classes, gate.half())
         variants: dict[str, Call] = {
-            "lraee int8": lambda: exit_probe(z, gamma, beta, 1e-5, *head, classes, 30.0, gate),
+            "lraee int8": lambda: exit_probe(z, head),
             "torch float16": lambda: float_probe(z, *half),
         }
         return {name: captured(run, device) for name, run in variants.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lraee.calibration.calibrate import calibrate
 from lraee.calibration.pipeline import BEST
+from lraee.data.names import reason_counts
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError, Skipped
 from lraee.evaluation import evaluate
@@ -144,6 +145,7 @@ def run(
         "classes": len(names),
         "photos": len(embedded.names),
         "skipped": len(photos.skipped),
+        "skipped_reasons": reason_counts(row.reason for row in photos.skipped),
         "skipped_first": [asdict(row) for row in photos.skipped[:10]],
         "crops": sum(exits.card["images"].values()),
         "plan": exits.card["plans"][exits.chosen],

@@ -11,9 +11,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from lraee.data.names import reason_counts
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.measurement import machine
+from lraee.measurement.neighbours import other_neighbours
 from lraee.measurement.timing import ImageEncoder
 from lraee.model.trace import ExitStats, Trace, has_exits, trace
 
@@ -26,7 +28,8 @@ class Row:
     """One form of the model over all photos; shares are in percent.
 
     Args:
-      scheme: "float", the quantization scheme, or "exits" and the kind of gate.
+      scheme: "float", the quantization scheme, or "exits" and the kind of gate; with "text int8"
+        where the class texts are those of an int8 text tower.
       top1: zero-shot answers that are the label; None without labels, as top5.
       agreement: zero-shot answers equal to float's; None without class texts.
       neighbours: photos whose nearest other photo by cosine is float's; None below 3 photos.
@@ -113,36 +116,44 @@ def embed(
 
 
 def compare(
-    embedded: Embedded, models: Mapping[str, nn.Module], class_rows: Tensor | None
+    embedded: Embedded,
+    models: Mapping[str, nn.Module],
+    class_rows: Tensor | None,
+    texts: Mapping[str, tuple[str, Tensor]] | None = None,
 ) -> list[Row]:
-    """One row per model, each against the one named "float".
+    """One row per model, each against the one named "float" with `class_rows`.
 
     Args:
+      embedded: photos, by all models.
+      models: name -> model.
       class_rows: unit text features float32 [K, E], or None.
+      texts: more rows: name -> name of a model and the class texts that its photos meet, [K, E].
     """
+    forms = {name: (name, class_rows) for name in models} | dict(texts or {})
     base = embedded.embeddings[FLOAT]
     base_top = None if class_rows is None else (base @ class_rows.T).argmax(dim=1)
-    base_near = nearest(base)
+    base_near = other_neighbours(base, 1) if len(base) >= 3 else None
     known = [i for i, label in enumerate(embedded.labels) if label is not None]
     labels = torch.tensor([embedded.labels[i] for i in known], dtype=torch.int64)
     rows = []
-    for name, model in models.items():
+    for title, (name, text_rows) in forms.items():
         rows_of = embedded.embeddings[name]
         finite = rows_of.isfinite().all(dim=1)
         y = rows_of.nan_to_num(0.0, 0.0, 0.0)
         top1 = top5 = agreement = neighbours = None
-        if class_rows is not None and base_top is not None:
-            ranked = (y @ class_rows.T).topk(min(5, len(class_rows)), dim=1).indices
+        if text_rows is not None and base_top is not None:
+            ranked = (y @ text_rows.T).topk(min(5, len(text_rows)), dim=1).indices
             agreement = _percent((ranked[:, 0] == base_top) & finite)
             if known:
                 right = (ranked[known] == labels[:, None]) & finite[known, None]
                 top1, top5 = _percent(right[:, 0]), _percent(right.any(dim=1))
         if base_near is not None:
-            neighbours = _percent((cast(Tensor, nearest(y)) == base_near) & finite)
+            near = other_neighbours(y, 1) == base_near
+            neighbours = _percent(near[:, 0] & finite)
         cosine = (y * base).sum(dim=1)
         rows.append(
             Row(
-                name,
+                title,
                 top1,
                 top5,
                 agreement,
@@ -150,25 +161,12 @@ def compare(
                 cosine.mean().item(),
                 cosine.quantile(0.01).item() if len(cosine) < 1 << 24 else cosine.min().item(),
                 1e3 * statistics.median(embedded.seconds_per_photo[name]),
-                tower_bytes(model),
+                tower_bytes(models[name]),
                 100 * embedded.exits[name].flops_saved if name in embedded.exits else None,
                 int((~finite).sum()),
             )
         )
     return rows
-
-
-def nearest(rows: Tensor, chunk: int = 1024) -> Tensor | None:
-    """Index of the nearest other row by dot product, int64 [n]; None below 3 rows."""
-    if len(rows) < 3:
-        return None
-    found = []
-    for start in range(0, len(rows), chunk):
-        scores = rows[start : start + chunk] @ rows.T
-        i = torch.arange(len(scores))
-        scores[i, start + i] = -torch.inf
-        found.append(scores.argmax(dim=1))
-    return torch.cat(found)
 
 
 def tower_bytes(model: nn.Module) -> int:
@@ -190,6 +188,7 @@ def report(
         "photos": len(embedded.names),
         "labelled": sum(label is not None for label in embedded.labels),
         "skipped": len(photos.skipped),
+        "skipped_reasons": reason_counts(row.reason for row in photos.skipped),
         "skipped_first": [asdict(row) for row in photos.skipped[:10]],
         "settings": settings,
         "rows": [asdict(row) for row in rows],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lraee.evaluation.evaluate import FLOAT, Embedded
+from lraee.measurement.neighbours import other_neighbours
 
 DEPTHS = (1, 5, 10)
 
@@ -41,33 +42,18 @@ def search_all(embedded: Embedded) -> list[Retrieval]:
     n = len(embedded.labels)
     if n <= DEPTHS[-1]:
         raise ValueError(f"retrieval: photos must be more than {DEPTHS[-1]}, got {n}")
-    wanted = ranked(embedded.embeddings[FLOAT].nan_to_num(0.0, 0.0, 0.0), 1)
+    wanted = other_neighbours(embedded.embeddings[FLOAT].nan_to_num(0.0, 0.0, 0.0), 1)
     labels = torch.tensor([-1 if label is None else label for label in embedded.labels])
     known = labels >= 0
     rows = []
     for form, embeddings in embedded.embeddings.items():
         finite = embeddings.isfinite().all(dim=1)
-        found = ranked(embeddings.nan_to_num(0.0, 0.0, 0.0), DEPTHS[-1])
-        is_wanted = (found == wanted) & finite[:, None]
-        is_own_class = (labels[found] == labels[:, None]) & finite[:, None]
+        ranked = other_neighbours(embeddings.nan_to_num(0.0, 0.0, 0.0), DEPTHS[-1])
+        is_wanted = (ranked == wanted) & finite[:, None]
+        is_own_class = (labels[ranked] == labels[:, None]) & finite[:, None]
         by_class = [_percent(is_own_class[known, :k]) if known.any() else None for k in DEPTHS]
         rows.append(Retrieval(form, *(_percent(is_wanted[:, :k]) for k in DEPTHS), *by_class))
     return rows
-
-
-def ranked(rows: Tensor, k: int, chunk: int = 1024) -> Tensor:
-    """The k other rows of largest dot product, best first, int64 [n, k].
-
-    Args:
-      rows: unit embeddings float32 [n, E], n > k.
-    """
-    found = []
-    for start in range(0, len(rows), chunk):
-        scores = rows[start : start + chunk] @ rows.T
-        i = torch.arange(len(scores))
-        scores[i, start + i] = -torch.inf
-        found.append(scores.topk(k, dim=1).indices)
-    return torch.cat(found)
 
 
 def _percent(hits: Tensor) -> float:

@@ -1,88 +1,25 @@
 """Exits: all that early exits of one tower need, as one saved object."""
 
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lraee.exits.gate import CLASS_FREE, Gate
+from lraee.exits import serialization
+from lraee.exits.gate import CLASS_FREE
 from lraee.exits.head import HeadWeights
-from lraee.exits.router import Compaction, Router
-from lraee.layers.scheme import Scheme
+from lraee.exits.plan import ExitsData, Plan
+from lraee.exits.router import Router
 from lraee.ops.backend import Backend
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which exits are open, and the gate that stands at them.
-
-    Args:
-      blocks: after how many blocks each exit stands, ascending; none: every image runs to full
-        depth.
-      gate: one row per exit.
-    Raises: ValueError where these do not fit each other.
-    """
-
-    blocks: tuple[int, ...]
-    gate: Gate
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, see the class."""
-        if list(self.blocks) != sorted(set(self.blocks)) or min(self.blocks, default=1) < 1:
-            raise ValueError(f"Plan: blocks must ascend from 1 on, got {list(self.blocks)}")
-        if len(self.blocks) != len(self.gate.thresholds):
-            raise ValueError(
-                f"Plan: gate must have one row per exit, got {len(self.gate.thresholds)} for"
-                f" {len(self.blocks)} exits"
-            )
-
-
-@dataclass(frozen=True)
-class Exits:
+class Exits(ExitsData):
     """Heads of all candidate exits, and the plans that choose among them; from lraee.calibrate.
 
-    Args:
-      heads: depth in blocks -> the head that stands there.
-      plans: by name; each uses some of the heads.
-      chosen: the plan that accelerate(model, exits=…) runs.
-      classes: unit text embeddings float32 [K, E] that the gates were made with, or None.
-      logit_scale: factor of the cosine in the gates' softmax.
-      compaction: when a batch drops the images that have left.
-      scheme: how the tower was quantized that the heads were trained on.
-      base_hash: towers.tower_hash of the float tower.
-      card: how it was made and what it measured; JSON. Nothing is computed from it.
-    Raises: ValueError where these do not fit each other.
+    Args: see ExitsData.
     """
-
-    heads: Mapping[int, HeadWeights]
-    plans: Mapping[str, Plan]
-    chosen: str
-    classes: Tensor | None
-    logit_scale: float
-    compaction: Compaction
-    scheme: Scheme
-    base_hash: str
-    card: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, see the class."""
-        if not self.heads:
-            raise ValueError("Exits: heads must hold one at least, got none")
-        if self.chosen not in self.plans:
-            names = ", ".join(self.plans) or "none"
-            raise ValueError(f"Exits: chosen must be one of {names}, got {self.chosen!r}")
-        for name, plan in self.plans.items():
-            missing = sorted(set(plan.blocks) - set(self.heads))
-            if missing:
-                raise ValueError(
-                    f"Exits: plan {name!r} must use heads that are there, got block {missing[0]}"
-                )
-        if not math.isfinite(self.logit_scale):
-            raise ValueError(f"Exits: logit_scale must be finite, got {self.logit_scale}")
 
     @property
     def plan(self) -> Plan:
@@ -105,12 +42,10 @@ class Exits:
         """Writes `exits.json` and a file of tensors; `Exits.load` gives the same exits again.
 
         Args:
-          directory: made if it is not there; exits in it are replaced in one step.
+          directory: created if missing; exits in it are replaced in one step.
         Raises: ValueError on what load would refuse.
         """
-        from lraee.exits import serialization as files
-
-        files.save(self, directory)
+        serialization.save(self, directory)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Exits":
@@ -118,9 +53,7 @@ class Exits:
 
         Raises: CheckpointError on files that are not those that were saved.
         """
-        from lraee.exits import serialization as files
-
-        return files.load(directory)
+        return serialization.load(directory, cls)
 
     def router(self, *, backend: Backend = "auto", device: torch.device | None = None) -> Router:
         """The module that runs the chosen plan.
@@ -150,7 +83,7 @@ class Exits:
 
 
 def one_class(head: HeadWeights) -> Tensor:
-    """A unit vector [1, E] for exit_probe where no classes are asked for."""
+    """A unit vector [1, E] for exit_probe where no classes are given."""
     last = head.w1 if head.w2 is None else head.w2
     classes = torch.zeros(1, last.shape[0])
     classes[0, 0] = 1.0

@@ -1,4 +1,4 @@
-"""Gates: from what a probe measured to one score per image; the image leaves at score >= threshold.
+"""Gates: from what a probe measured to one score per image, which exits at score >= threshold.
 
 | kind | score | needs class texts |
 |---|---|---|
@@ -6,7 +6,7 @@
 | confidence | the largest probability | yes |
 | patience | how many exits before this one gave the same class without a break (PABEE) | yes |
 | agreement | sigmoid(w1 cosine with the embedding of the exit before + w3 variance + b) | no |
-| static | 0: every image leaves at the one exit there is | no |
+| static | 0: every image exits at the one exit there is | no |
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class Gate:
 
     @property
     def remembers(self) -> bool:
-        """Whether a score needs what the exit before saw."""
+        """Whether a score needs the measurements of the exit before."""
         return self.kind in ("patience", "agreement")
 
     def vector(self, exit_index: int) -> Tensor:
@@ -70,7 +70,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the exit before saw of each image: its class, for how many exits, and its direction."""
+    """What the exit before measured of each image: its class, for how many exits, its direction."""
 
     top1: Tensor
     streak: Tensor
@@ -84,10 +84,10 @@ class Memory:
 def score(
     gate: Gate, exit_index: int, probe: Probe, before: Memory | None
 ) -> tuple[Tensor, Memory | None]:
-    """Scores float32 [B] at one exit, and what the next one has to know.
+    """Scores float32 [B] at one exit, and what the next one needs.
 
-    Each row depends on its own row alone, in one fixed order of sums. NaN never leaves: an image
-    that is not finite, and the first exit of a gate that compares two.
+    Each row depends on its own row alone, in one fixed order of sums. A score of NaN never exits:
+    an image that is not finite, and the first exit of a gate that compares two.
 
     Args:
       gate: the gate.
@@ -106,7 +106,7 @@ def score(
         streak = torch.zeros_like(top1)
         if before is not None:
             streak = torch.where(top1 == before.top1, before.streak + 1, 0)
-        # A NaN image has top1 = 0 at every exit: it must not look steady
+        # A NaN image has top1 = 0 at every exit: it must not count as steady
         steady = torch.where(confidence.isnan(), confidence, streak.float())
         return steady, Memory(top1, streak, embedding[:, :0])
     direction = unit(embedding)
@@ -122,35 +122,3 @@ def unit(embedding: Tensor) -> Tensor:
     """Rows of length 1 [B, E], row by row the same bits."""
     length = lane_sum(embedding * embedding).sqrt().clamp(min=1e-12)
     return embedding / length[:, None]
-
-
-def fit_logistic(features: Tensor, is_right: Tensor) -> tuple[Tensor, float]:
-    """w, b of P(right) = sigmoid(features @ w + b), by scikit-learn on standardised features.
-
-    The mean and spread of each feature are folded back, so that the gate stays a few scalars.
-
-    Args:
-      features: [n, F]; rows that are not finite are left out.
-      is_right: bool [n].
-    Returns: w float64 [F] and b. Where all rows agree there is nothing to learn: w = 0 and b is
-      the log odds of the share with one row of each kind added.
-    Raises: ImportError if scikit-learn is missing.
-    """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError(
-            f"calibrate: scikit-learn must be installed: pip install 'lraee[calibrate]' ({error})"
-        ) from error
-    finite = features.isfinite().all(1)
-    x, y = features[finite].double(), is_right[finite]
-    right, count = int(y.sum()), len(y)
-    if right in (0, count):
-        odds = torch.tensor((right + 1) / (count - right + 1), dtype=torch.float64)
-        return x.new_zeros(features.shape[1]), float(odds.log())
-    mean, spread = x.mean(0), x.std(0, correction=0)
-    spread = torch.where(spread > 0, spread, 1.0)
-    model = LogisticRegression(C=1e4, max_iter=1000)
-    model.fit(((x - mean) / spread).numpy(), y.numpy())
-    w = torch.from_numpy(model.coef_[0]) / spread
-    return w, float(model.intercept_[0] - (w * mean).sum())

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lraee.kernels.operands import Norm, ProbeHead
 from lraee.layers.int8_linear import Int8Linear, uncast
 from lraee.layers.scheme import INT8, quantize_weight
 from lraee.ops.backend import Backend, operators
@@ -79,13 +80,26 @@ class HeadWeights:
 
 
 def pool(z: Tensor, *, has_class_token: bool) -> Tensor:
-    """What a head sees of the tokens z [B, L, D], class token first: float32 [B, P].
+    """The input of a head from the tokens z [B, L, D], class token first: float32 [B, P].
 
     The mean over the patch tokens, and behind it the class token where `has_class_token`.
     """
     z = z.float()
     mean = z[:, 1:].mean(1)
     return torch.cat([mean, z[:, 0]], dim=1) if has_class_token else mean
+
+
+def probe_tokens(z: Tensor, prefix_tokens: int) -> Tensor:
+    """The tokens that `pool` and exit_probe read: one, then the patches.
+
+    The one is the class token, and register tokens go; without prefix tokens it is the first patch
+    again, which heads of the patch mean alone do not see.
+
+    Args:
+      z: [B, L, D], prefix tokens first.
+      prefix_tokens: 0, 1 or more, the class token the first of them.
+    """
+    return z if prefix_tokens == 1 else torch.cat([z[:, :1], z[:, prefix_tokens:]], dim=1)
 
 
 class TypedBuffers(nn.Module):
@@ -140,17 +154,16 @@ class Int8Head(TypedBuffers):
         Args:
           classes: what `contrasts` makes of class embeddings.
         """
-        first, second, held = self.first, self.second, self._buffers
-        last = (None,) * 4 if second is None else second.parts
-        arguments = (
-            z, held["gamma"], held["beta"], EPS, *first.parts, *last, classes, logit_scale,
-            held["gate"],
+        second, held = self.second, cast(dict[str, Tensor], self._buffers)
+        head = ProbeHead(
+            Norm(held["gamma"], held["beta"], EPS), self.first.packed,
+            None if second is None else second.packed, classes, logit_scale, held["gate"],
         )  # fmt: skip
-        return cast(Probe, operators(self.backend).exit_probe(*arguments))
+        return cast(Probe, operators(self.backend).exit_probe(z, head))
 
 
 def contrasts(classes: Tensor) -> Tensor:
-    """What tells classes apart: the unit rows float32 [K, E] less their mean, in float16.
+    """The differences of classes: the unit rows float32 [K, E] less their mean, in float16.
 
     All logits lose the same number, which top-1, confidence and margin do not see, and with it go
     the few channels in which all texts of a CLIP are large. So half the bytes, of which a probe

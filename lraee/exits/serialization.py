@@ -5,13 +5,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from torch import Tensor
 
-from lraee.exits.bundle import Exits, Plan
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.head import HeadWeights
+from lraee.exits.plan import ExitsData, Plan
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import SINCE, Scheme
 from lraee.storage import schema, sealed
@@ -72,22 +72,25 @@ _LAST = {"w2": Spec("F32", "EN"), "b2": Spec("F32", "E")}
 _CLASSES = {"classes": Spec("F32", "KE", "rows of length 1")}
 
 
-def save(exits: Exits, directory: str | os.PathLike[str]) -> None:
+Kind = TypeVar("Kind", bound=ExitsData)
+
+
+def save(exits: ExitsData, directory: str | os.PathLike[str]) -> None:
     """See Exits.save."""
     sealed.write(Path(directory), FORMAT, *to_parts(exits), tensor_specs)
 
 
-def load(directory: str | os.PathLike[str]) -> Exits:
+def load(directory: str | os.PathLike[str], kind: type[Kind]) -> Kind:
     """See Exits.load."""
     with sealed.opened(Path(directory), FORMAT) as saved:
         with saved.refusing():
             specs = tensor_specs(saved.fields)
         tensors = saved.tensors(specs)
         with saved.refusing():
-            return from_parts(saved.fields, tensors)
+            return from_parts(saved.fields, tensors, kind)
 
 
-def to_parts(exits: Exits) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_parts(exits: ExitsData) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields for a JSON config and tensors for a file beside it; from_parts is the inverse."""
     heads = dict(sorted(exits.heads.items()))
     last = next(iter(heads.values()))
@@ -152,7 +155,7 @@ def tensor_specs(fields: Mapping[str, Any]) -> Specs:
     return specs
 
 
-def from_parts(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Exits:
+def from_parts(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: type[Kind]) -> Kind:
     """The exits that to_parts took apart, from checked fields and tensors.
 
     Raises: ValueError where they do not fit each other.
@@ -161,7 +164,7 @@ def from_parts(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Exit
     for name in sorted(tensors.keys() - {"classes"}):
         _, block, own = name.split(".")
         heads[int(block)][own] = tensors[name]
-    return Exits(
+    return kind(
         heads={block: HeadWeights.of(own) for block, own in heads.items()},
         classes=tensors.get("classes"),
         compaction=Compaction(fields["copy_share"]),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lraee.kernels.operands import PackedLinear
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.spec import ACTIVATIONS, Linear, Norm
 from lraee.layers.watch import Place, Watch, place_of
@@ -21,9 +22,6 @@ from lraee.ops.reference import Quantized
 if TYPE_CHECKING:
     from lraee.layers.int8_attention import Int8Attention
     from lraee.layers.int8_block import Int8Block
-
-_SILU = 1.702
-"""silu(x) = 1.702 quick_gelu(x / 1.702)."""
 
 
 class Composed(Watch):
@@ -71,7 +69,8 @@ class Composed(Watch):
         """softmax(Q K^T / sqrt(d)) V: [B, L, D] -> [B, L, H d]."""
         in_proj = self._modules[self._spec.attention.in_proj.path]
         quantized = self._quantize(x.flatten(0, 1), self._before(self._spec.norm_1), in_proj)
-        qkv = in_proj.multiply(quantized, out_dtype=x.dtype).view(*x.shape[:2], -1)
+        rows = in_proj.multiply(quantized, out_dtype=x.dtype)
+        qkv = rows.view(*x.shape[:2], in_proj.out_features)
         return self._attention.attend(self._attention.placed(qkv, rope), is_causal=causal)
 
     def _before(self, norm: Norm) -> str | None:
@@ -86,8 +85,8 @@ class Composed(Watch):
             rows, norm = self._norms[norm](rows), mlp.input_norm
         quantized = self._quantize(rows, norm or mlp.input_norm, fc1)
         if mlp.gate is not None:
-            gate = _operands(self._modules[mlp.gate.path])
-            return self._gated(quantized, gate, _operands(fc1), rows.dtype)
+            gate = self._modules[mlp.gate.path].packed
+            return self._gated(quantized, gate, fc1.packed, rows.dtype)
         if mlp.is_gated:
             half = fc1.out_features // 2
             first, second = fc1.rows(0, half), fc1.rows(half, 2 * half)
@@ -97,18 +96,14 @@ class Composed(Watch):
         return fc1.multiply(quantized, activation=activation, out_dtype=rows.dtype)
 
     def _gated(
-        self, x: Quantized, gate: "Operands", up: "Operands", out_dtype: torch.dtype
+        self, x: Quantized, gate: PackedLinear, up: PackedLinear, out_dtype: torch.dtype
     ) -> Tensor:
         """act(gate(x)) * up(x)."""
-        multiply, scale, activation = operators(self._backend).int8_linear, None, "quick_gelu"
-        if self._spec.mlp.activation in ACTIVATIONS:
-            activation = self._spec.mlp.activation
-        else:
-            w, w_scale, w_sum, bias = gate
-            gate = w, w_scale / _SILU, w_sum, None if bias is None else bias / _SILU
-            scale = torch.full_like(w_scale, _SILU)
-        g = multiply(*x, *gate, layer_scale=scale, activation=activation, out_dtype=torch.float32)
-        u = multiply(*x, *up, out_dtype=torch.float32)
+        multiply, activation = operators(self._backend).int8_linear, self._spec.mlp.activation
+        if activation not in ACTIVATIONS:
+            gate, activation = _silu_by_quick_gelu(gate), "quick_gelu"
+        g = multiply(*x, gate, activation=activation, out_dtype=torch.float32)
+        u = multiply(*x, up, out_dtype=torch.float32)
         return cast(Tensor, g.mul_(u).to(out_dtype))
 
     def _quantize(self, x: Tensor, path: str | None, linear: Int8Linear) -> Quantized:
@@ -133,15 +128,15 @@ class Composed(Watch):
             wide = None if gamma is None else gamma.float()
             return linear.multiply(x, residual=rows, layer_scale=wide, out_dtype=rows.dtype)
         y = self._norms[norm.path](linear.multiply(x, out_dtype=rows.dtype))
-        return rows + (y if gamma is None else y * gamma)
-
-
-Operands = tuple[Tensor, Tensor, Tensor, Tensor | None]
+        return rows + cast(Tensor, y if gamma is None else y * gamma)
 
 
 def _linear(block: nn.Module, linear: Linear) -> Int8Linear:
     return cast(Int8Linear, block.get_submodule(linear.path))
 
 
-def _operands(linear: Int8Linear) -> Operands:
-    return linear.parts
+def _silu_by_quick_gelu(linear: PackedLinear) -> PackedLinear:
+    """silu(x) = 1.702 quick_gelu(x / 1.702), quick_gelu an activation of int8_linear."""
+    bias = None if linear.bias is None else linear.bias / 1.702
+    scale = torch.full_like(linear.w_scale, 1.702)
+    return linear._replace(w_scale=linear.w_scale / 1.702, bias=bias, layer_scale=scale)

@@ -99,20 +99,19 @@ class Int8Attention(nn.Module):
         is_rotated = self.spec.rope is not None and rope is not None
         if not is_rotated and self.spec.q_norm is None and self.spec.k_norm is None:
             return qkv
-        B, L, _ = qkv.shape
-        heads = qkv.view(B, L, 3, self.spec.num_heads, self.spec.head_dim)
+        heads = qkv.unflatten(2, (3, self.spec.num_heads, self.spec.head_dim))
         q, k, v = heads.unbind(2)
         q = q if self.spec.q_norm is None else self._child(self.spec.q_norm)(q)
         k = k if self.spec.k_norm is None else self._child(self.spec.k_norm)(k)
         if self.spec.rope is not None and rope is not None:
             q, k = (rotated(each, rope, self.spec.rope) for each in (q, k))
-        return torch.stack([q, k, v], dim=2).view(B, L, -1)
+        return torch.stack([q, k, v], dim=2).view(qkv.shape)
 
 
 class Int8MultiheadAttention(Int8Attention):
     """The same, called as torch's nn.MultiheadAttention is: self-attention without weights."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor | None = None,

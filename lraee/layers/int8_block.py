@@ -8,9 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lraee.kernels.operands import BlockOperands, Norm
 from lraee.layers.composed import Composed
 from lraee.layers.int8_attention import Int8Attention, is_causal, require_no_rope
-from lraee.layers.int8_linear import Int8Linear, parts_of
+from lraee.layers.int8_linear import Int8Linear, packed_linear
 from lraee.layers.modules import Adapter, is_hooked
 from lraee.layers.padding import by_valid_tokens, split_mask
 from lraee.layers.spec import BlockSpec
@@ -180,28 +181,28 @@ class Wiring(Watch):
 
     def run(self, x: Tensor, *, causal: bool, rope: Any = None, first_only: bool = False) -> Tensor:
         """Tokens [B, L, D] after the block; with first_only the first, [B, 1, D]."""
-        arguments = (x, *self._arguments(), self._num_heads, causal, self._activation, first_only)
-        return operators(self._backend).int8_block(*arguments)  # type: ignore[no-any-return]
+        block = self._operands(causal)
+        return operators(self._backend).int8_block(x, block, first_only)  # type: ignore[no-any-return]
 
-    def _arguments(self) -> tuple[Any, ...]:
-        """norm_1 to eps and symmetric of int8_block, as they are now."""
+    def _operands(self, causal: bool) -> BlockOperands:
+        """Those of int8_block, as they are now."""
         norm_1, norm_2 = self._norms
         in_proj, out_proj, fc1, fc2 = self._linears
         scale_1, scale_2 = self._scales
-        return (
-            _vectors(norm_1._parameters), parts_of(in_proj), (*parts_of(out_proj), _gamma(scale_1)),
-            _vectors(norm_2._parameters), parts_of(fc1), (*parts_of(fc2), _gamma(scale_2)),
-            (norm_1.eps, norm_2.eps), self._symmetric,
+        return BlockOperands(
+            _norm(norm_1), packed_linear(in_proj), packed_linear(out_proj, _gamma(scale_1)),
+            _norm(norm_2), packed_linear(fc1), packed_linear(fc2, _gamma(scale_2)),
+            self._symmetric, self._num_heads, causal, self._activation,
         )  # fmt: skip
 
 
-def _vectors(parameters: dict[str, nn.Parameter | None]) -> tuple[Tensor, Tensor]:
+def _norm(norm: nn.LayerNorm) -> Norm:
     """gamma and beta as float32; as they are on a GPU, whose kernels read any float type."""
-    gamma, beta = parameters["weight"], parameters["bias"]
+    gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
     assert gamma is not None and beta is not None  # see Int8Block.can_fuse
     if gamma.is_cuda or (gamma.dtype is torch.float32 and beta.dtype is torch.float32):
-        return gamma, beta
-    return gamma.float(), beta.float()
+        return Norm(gamma, beta, norm.eps)
+    return Norm(gamma.float(), beta.float(), norm.eps)
 
 
 def _gamma(place: Place | None) -> Tensor | None:

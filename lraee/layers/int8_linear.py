@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lraee.kernels.operands import PackedLinear
 from lraee.layers.scheme import Rounding, quantize_activation
 from lraee.ops.backend import Backend, operators, require_backend
 from lraee.ops.checked import Activation
@@ -84,21 +85,22 @@ class Int8Linear(nn.Module):
     ) -> Tensor:
         """act(x @ w.T + bias) * layer_scale + residual: [M, N] from a quantized input [M, K]."""
         return operators(self.backend).int8_linear(  # type: ignore[no-any-return]
-            *x, self.w, self.w_scale, self.w_sum, self.bias,
-            residual=residual, layer_scale=layer_scale, activation=activation, out_dtype=out_dtype,
+            *x, packed_linear(self._buffers, layer_scale),
+            residual=residual, activation=activation, out_dtype=out_dtype,
         )  # fmt: skip
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """w, w_scale, w_sum and bias, as operators take them."""
-        return parts_of(self._buffers)  # a module's own look-up takes 1 us for each
+    def packed(self) -> PackedLinear:
+        """The operands as operators take them."""
+        return packed_linear(self._buffers)  # a module's own look-up takes 1 us for each
 
-    def rows(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The parts of outputs first..end - 1: views, both limits multiples of PANEL_N."""
-        w, w_scale, w_sum, bias = self.parts
+    def rows(self, first: int, end: int) -> PackedLinear:
+        """Outputs first..end - 1 alone: views, both limits multiples of PANEL_N."""
+        w, w_scale, w_sum, bias, _ = self.packed
         panel = PANEL_N if w.dim() == 4 else 1
         b = None if bias is None else bias[first:end]
-        return w[first // panel : end // panel], w_scale[first:end], w_sum[first:end], b
+        views = w[first // panel : end // panel], w_scale[first:end], w_sum[first:end]
+        return PackedLinear(*views, b)
 
     @property
     def w_q(self) -> Tensor:
@@ -181,12 +183,12 @@ class Int8Linear(nn.Module):
         self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
 
 
-def parts_of(
-    buffers: Mapping[str, Tensor | None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """w, w_scale, w_sum and bias among the buffers of an Int8Linear."""
+def packed_linear(
+    buffers: Mapping[str, Tensor | None], layer_scale: Tensor | None = None
+) -> PackedLinear:
+    """The operands among the buffers of an Int8Linear."""
     held = cast(Mapping[str, Tensor], buffers)
-    return held["w"], held["w_scale"], held["w_sum"], held["bias"]
+    return PackedLinear(held["w"], held["w_scale"], held["w_sum"], held["bias"], layer_scale)
 
 
 def uncast(fn: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def quantize_activation(x: Tensor, rounding: Rounding, backend: Backend) -> Quan
 
     Args:
       x: float32, bfloat16 or float16 [M, K].
-      rounding: row, row_symmetric: one step per row, see lraee.reference.quantize_rows;
+      rounding: row, row_symmetric: one step per row, see lraee.ops.reference.quantize_rows;
         batch, batch_7bit: one step and zero point for all rows, as quantize_batch.
       backend: what quantizes rows.
     Returns: x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M].

@@ -153,9 +153,10 @@ class Call:
         rope = given.pop(self.rope, None) if self.rope else None
         for name, value in given.items():
             if value is not None and value is not False and name not in self.ignored:
+                got = value if isinstance(value, bool | int | str) else type(value).__name__
                 raise NotImplementedError(
-                    f"{owner}: {name} must be None, got {type(value).__name__}; INT8 has no kernel"
-                    " for it, use the float model (lraee.restore)"
+                    f"{owner}: {name} must be None, got {got}; INT8 has no kernel for it, use the"
+                    " float model (lraee.restore)"
                 )
         return tokens, mask, rope
 

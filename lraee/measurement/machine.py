@@ -1,7 +1,9 @@
 """What a measurement says of where it ran: machine, threads, versions, command."""
 
+import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -46,6 +48,52 @@ def cpu_operators() -> str:
         return f"C++ {_C.isa()}"
     except ValueError as error:  # LRAEE_ISA names a level that is not there
         return f"nothing ({error})"
+
+
+def available_cpus(root: Path = Path("/")) -> float:
+    """Cores that this process may keep busy: its affinity, or a cgroup's CPU quota if that is less.
+
+    1.5 is a quota of one and a half cores; at least 0.1. Reads cgroup v2 (cpu.max of the process's
+    group and all above it) and v1 (cpu.cfs_quota_us).
+
+    Args:
+      root: where /proc and /sys lie.
+    """
+    cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    return max(0.1, min([cpus, *_cgroup_quotas(root)]))
+
+
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """Every quota that holds for this process, in cores."""
+    top = root / "sys/fs/cgroup"
+    for hierarchy, controllers, group in _cgroups(root / "proc/self/cgroup"):
+        is_v2 = hierarchy == "0"
+        if not is_v2 and "cpu" not in controllers.split(","):
+            continue
+        base = top if is_v2 else top / "cpu"
+        # In a container the group's own path may not be mounted: what is there counts.
+        for folder in (base / group.lstrip("/"), *(base / group.lstrip("/")).parents):
+            yield from _quota(folder, is_v2=is_v2)
+            if folder == base:
+                break
+
+
+def _cgroups(path: Path) -> list[list[str]]:
+    rows = path.read_text().splitlines() if path.exists() else []
+    return [row.split(":", 2) for row in rows if row.count(":") >= 2] or [["0", "", "/"]]
+
+
+def _quota(folder: Path, *, is_v2: bool) -> Iterator[float]:
+    try:
+        if is_v2:
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        if quota not in ("max", "-1"):
+            yield int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return
 
 
 def cpu_name() -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,8 +12,10 @@ from lraee.exits.bundle import Exits
 from lraee.layers.int8_block import TRAIN_REFUSED
 from lraee.layers.modules import T, Take, put_module
 from lraee.layers.scheme import Scheme
+from lraee.model.text import TextRecord
 from lraee.ops.backend import Backend
 from lraee.towers import runner
+from lraee.towers import text as texts
 from lraee.towers.families import blocks_of, family_of, find_tower, tower_spec
 
 _ATTRIBUTE = "lraee"
@@ -29,6 +32,7 @@ class Acceleration:
       skeletons: the float blocks, and the patch embedding where it is int8, without their numbers.
       original: the float tower, as long as its owner keeps it; not pickled.
       exits: its early exits, or None.
+      text: of the text tower in int8, or None for a float one.
     """
 
     scheme: Scheme
@@ -37,6 +41,7 @@ class Acceleration:
     skeletons: tuple[nn.Module, ...]
     original: weakref.ref[nn.Module] | None
     exits: Exits | None = None
+    text: TextRecord | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Acceleration":
         return self  # nothing in it ever changes
@@ -90,11 +95,12 @@ class _TrainGuard:
         return _TrainGuard, (self.module(),)
 
 
-def _guarded(model: nn.Module) -> list[nn.Module]:
+def _guarded(model: nn.Module, record: Acceleration) -> list[nn.Module]:
     """Every module whose train() reaches an int8 block; the blocks refuse by themselves."""
     tower = find_tower(model)
     parents = [tower.get_submodule(path) for path in tower_spec(tower).block_parents]
-    return [model, tower, *parents]
+    text = None if record.text is None else texts.find_text(model)
+    return [model, tower, *parents, *([] if text is None else text.guarded)]
 
 
 def set_record(tower: nn.Module, record: Acceleration) -> None:
@@ -103,25 +109,39 @@ def set_record(tower: nn.Module, record: Acceleration) -> None:
 
 
 def mark_fast(model: nn.Module, record: Acceleration) -> None:
-    """Makes the float layers row-wise, and train() refuse."""
+    """Makes the float layers row-wise, cuts texts at their end, and makes train() refuse."""
     tower = find_tower(model)
     set_record(tower, record)
     runner.make_rowwise(tower, record.backend)
     family_of(tower).settle(model)
-    for module in _guarded(model):
+    texts.attach(model, None if record.text is None else record.backend)
+    for module in _guarded(model, record):
         module.__dict__["train"] = _TrainGuard(module)
 
 
-def mark_float(model: nn.Module, float_parts: list[nn.Module]) -> None:
-    """Puts the float parts (back) in, and takes marks and guards off."""
+def mark_float(
+    model: nn.Module, float_parts: Sequence[nn.Module], text_blocks: Sequence[nn.Module] = ()
+) -> None:
+    """Puts the float parts (back) in, and takes marks and guards off.
+
+    Args:
+      model: accelerated.
+      float_parts: what stood where replaced_parts stand.
+      text_blocks: the float blocks of a text tower in int8.
+    """
     tower = find_tower(model)
-    spec = tower_spec(tower)
+    spec, record = tower_spec(tower), cast(Acceleration, acceleration_of(model))
     paths = [f"{spec.blocks}.{i}" for i in range(len(blocks_of(tower)))]
     for path, part in zip([*paths, spec.patch_embedding.path], float_parts, strict=False):
         put_module(tower, path, part)
+    text = texts.find_text(model)
+    if text is not None:
+        for i, block in enumerate(text_blocks):
+            put_module(text.owner, text.spec.block_path(i), block)
+    texts.detach(model)
     delattr(tower, _ATTRIBUTE)
     runner.unmake_rowwise(tower)
     family_of(tower).settle(model)
-    for module in _guarded(model):
+    for module in _guarded(model, record):
         module.__dict__.pop("train", None)
         module.__dict__.pop("set_classes", None)

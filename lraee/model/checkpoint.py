@@ -24,9 +24,11 @@ from lraee.ops.backend import Backend
 from lraee.storage import sealed
 from lraee.storage.files import require
 from lraee.storage.schema import DIGEST, NAME, Nullable, Record, Spec, Specs, Table, choice, sized
+from lraee.towers import text as texts
 from lraee.towers.families import blocks_of, find_tower, int8_linears, int8_shapes, linear_shapes
 from lraee.towers.runner import exits_of
 from lraee.towers.state import tower_hash
+from lraee.towers.text import find_text
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +45,9 @@ FORMAT = sealed.Format(
         "base_sha256": DIGEST,  # tower_hash of the float tower
         "state_sha256": DIGEST,  # the same hash of the whole accelerated model
         "exits": Nullable(Record(serialization.FIELDS)),
+        "text": Nullable(Record({"scheme": choice("int8"), "base_sha256": DIGEST})),
     },
+    since={"text": None},
 )
 _LINEAR = {"w_q": Spec("I8", "NK"), "w_scale": Spec("F32", "N", "finite and above 0")}
 _EXITS = "exits."  # before the names of the exits' tensors
@@ -77,15 +81,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if record is None:
         raise ValueError("save: model must be accelerated, got a float one")
     tower = find_tower(model)
-    # not strict: the skeletons may end in that of the patch embedding
-    for block, skeleton in zip(blocks_of(tower), record.skeletons, strict=False):
-        dtype, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
-        if dtype != base:
-            raise ValueError(
-                f"save: model must be of the type it was accelerated in, {base}, got {dtype};"
-                " accelerate again from the model of that type"
-            )
+    _require_dtype(blocks_of(tower), record.skeletons)
     linears = int8_linears(tower)
+    text = find_text(model)
+    if text is not None and record.text is not None:
+        _require_dtype(text.blocks, record.text.skeletons)
+        linears |= texts.int8_linears(text)
     tensors = {
         f"{name}.{own}": sealed.own_copy(getattr(linear, own))
         for name, linear in linears.items()
@@ -102,10 +103,24 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "state_sha256": tower_hash(model.state_dict()),
         "exits": exits_fields,
     }
+    if record.text is not None:  # without it, older versions read the file as well
+        fields["text"] = {"scheme": "int8", "base_sha256": record.text.base_hash}
     shapes = {name: tuple(linear.w_q.shape) for name, linear in linears.items()}
     sealed.write(
         Path(directory), FORMAT, fields, tensors, lambda checked: _specs(shapes, checked["exits"])
     )
+
+
+def _require_dtype(blocks: nn.ModuleList, skeletons: Sequence[nn.Module]) -> None:
+    """Raises ValueError unless the blocks compute for the type of the float ones."""
+    # not strict: the skeletons may end in that of the patch embedding
+    for block, skeleton in zip(blocks, skeletons, strict=False):
+        dtype, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
+        if dtype != base:
+            raise ValueError(
+                f"save: model must be of the type it was accelerated in, {base}, got {dtype};"
+                " accelerate again from the model of that type"
+            )
 
 
 def _current_exits(tower: nn.Module, record: Acceleration) -> Exits | None:
@@ -141,21 +156,31 @@ def load(
     with sealed.opened(Path(directory), FORMAT) as saved:
         fields = saved.fields
         backend, scheme = backend or fields["backend"], fields["scheme"]
-        tower = checked_tower(model, replace(scheme, keep_float=()), backend)
+        text = None if fields["text"] is None else fields["text"]["scheme"]
+        tower = checked_tower(model, replace(scheme, keep_float=()), backend, text)
         base_hash = tower_hash(tower.state_dict())
         with saved.refusing():
             rule = "base_sha256 must be that of the image tower of the given model"
             require(base_hash == fields["base_sha256"], rule, base_hash, _ADVICE)
-            unknown = sorted(set(scheme.keep_float) - set(linear_shapes(tower)))
+            of_text = {} if text is None else _text_shapes(model, fields["text"])
+            unknown = sorted(set(scheme.keep_float) - {*linear_shapes(tower), *of_text})
             require(not unknown, "scheme.keep_float must name linears of the model", unknown)
-            specs = _specs(int8_shapes(tower, scheme), fields["exits"])
+            of_text = {n: shape for n, shape in of_text.items() if n not in scheme.keep_float}
+            specs = _specs(int8_shapes(tower, scheme) | of_text, fields["exits"])
         tensors = saved.tensors(specs)
 
     def stored(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         w_q, w_scale = (tensors[f"{name}.{own}"].to(weight.device) for own in _LINEAR)
         return w_q, w_scale
 
-    fast = assemble(model, scheme=scheme, backend=backend, base_hash=base_hash, quantize=stored)
+    fast = assemble(
+        model,
+        scheme=scheme,
+        backend=backend,
+        base_hash=base_hash,
+        text_hash=None if text is None else fields["text"]["base_sha256"],
+        quantize=stored,
+    )
     with saved.refusing():
         exits = _exits(fields, tensors)
         if exits is not None:
@@ -165,6 +190,15 @@ def load(
         rule += " (another text tower?)"
         require(state_hash == fields["state_sha256"], rule, state_hash, _ADVICE)
     return fast
+
+
+def _text_shapes(model: nn.Module, fields: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """[N, K] of the linears of the text tower's blocks, which must be those that were saved."""
+    tower = texts.require_text(model)
+    base_hash = tower_hash(tower.blocks.state_dict())
+    rule = "text.base_sha256 must be that of the text tower of the given model"
+    require(base_hash == fields["base_sha256"], rule, base_hash, _ADVICE)
+    return texts.linear_shapes(tower)
 
 
 _ADVICE = "give the float model that was accelerated, in the same dtype"
@@ -179,7 +213,7 @@ def _exits(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Exits | None:
         for name, tensor in tensors.items()
         if name.startswith(_EXITS)
     }
-    exits = serialization.from_parts(fields["exits"], own)
+    exits = serialization.from_parts(fields["exits"], own, Exits)
     is_own = exits.base_hash == fields["base_sha256"]
     require(is_own, "exits.base_hash must be base_sha256", exits.base_hash)
     require(exits.scheme == fields["scheme"], "exits.scheme must be scheme", exits.scheme)

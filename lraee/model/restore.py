@@ -1,9 +1,10 @@
 """restore: an accelerated model to the float one that it was made of."""
 
 import copy
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from lraee.layers.modules import carry_hooks
@@ -14,19 +15,21 @@ from lraee.model.acceleration import (
     mark_float,
     replaced_parts,
 )
+from lraee.model.text import base_weights
 from lraee.towers import runner
 from lraee.towers.families import family_of, find_tower, tower_spec
 from lraee.towers.state import tower_hash
+from lraee.towers.text import TextTower, find_text
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) -> Model:
-    """The float model again: the image tower as it was before accelerate, bit for bit.
+    """The float model again: image and text tower as they were before accelerate, bit for bit.
 
     The fast model holds no float weights. They come from the original model, if it is still alive
-    and was not changed, or from `base`. All that accelerate copied (text tower, logit scale) is
-    copied from the fast model.
+    and was not changed, or from `base`. All that accelerate copied (a float text tower, logit
+    scale) is copied from the fast model.
 
     Args:
       model: an accelerated model; it stays as it is.
@@ -47,18 +50,37 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
             f" that accelerate saw (sha256 {record.base_hash[:12]}), got {base_hash[:12]}; give"
             " base=<model or state dict with the original weights>"
         )
+    text = None if record.text is None else base_weights(model, record.text, base)
     memo: dict[int, Any] = {}
-    parts = [copy.deepcopy(skeleton) for skeleton in record.skeletons]
-    for fast_part, part in zip(replaced_parts(fast_tower, record.scheme), parts, strict=True):
-        carry_hooks(fast_part, part, copier(memo))
-        memo[id(fast_part)] = part
+    parts = _float_shells(replaced_parts(fast_tower, record.scheme), record.skeletons, memo)
+    text_blocks: list[nn.Module] = []
+    if record.text is not None:
+        fast_blocks = cast(TextTower, find_text(model)).blocks
+        text_blocks = _float_shells(fast_blocks, record.text.skeletons, memo)
     result = copy.deepcopy(model, memo)
     runner.detach_exits(find_tower(result))
     device = next(fast_tower.parameters()).device
-    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in weights.items()}
-    find_tower(result).load_state_dict(copies, assign=True)
-    mark_float(result, parts)
+    _load(find_tower(result), weights, device)
+    if text is not None:
+        _load(cast(TextTower, find_text(result)).blocks, text, device)
+    mark_float(result, parts, text_blocks)
     return result
+
+
+def _float_shells(
+    fast_parts: Iterable[nn.Module], skeletons: Sequence[nn.Module], memo: dict[int, Any]
+) -> list[nn.Module]:
+    """Float parts without numbers, with the hooks of the fast ones, whose place they take."""
+    parts = [copy.deepcopy(skeleton) for skeleton in skeletons]
+    for fast_part, part in zip(fast_parts, parts, strict=True):
+        carry_hooks(fast_part, part, copier(memo))
+        memo[id(fast_part)] = part
+    return parts
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in weights.items()}
+    module.load_state_dict(copies, assign=True)
 
 
 def _base_weights(

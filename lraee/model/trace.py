@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lraee.exits.router import Record, Router, recording, switched_off
+from lraee.exits.record import Record, recording, switched_off
+from lraee.exits.router import Router
 from lraee.towers.families import find_tower
 from lraee.towers.flops import PartFlops, probe_flops
 from lraee.towers.runner import exits_of

@@ -1,9 +1,12 @@
 """The operators `torch.ops.lraee.*`, their arguments checked: see lraee.ops.checked."""
 
+from lraee.kernels.operands import BlockOperands, Norm, PackedLinear, ProbeHead
 from lraee.ops.checked import (
     Activation,
+    GateActivation,
     exit_probe,
     float_linear,
+    gated_quantize,
     int8_attention,
     int8_block,
     int8_linear,
@@ -14,6 +17,7 @@ from lraee.ops.checked import (
 )
 
 __all__ = [
-    "Activation", "exit_probe", "float_linear", "int8_attention", "int8_block", "int8_linear",
+    "Activation", "BlockOperands", "GateActivation", "Norm", "PackedLinear", "ProbeHead",
+    "exit_probe", "float_linear", "gated_quantize", "int8_attention", "int8_block", "int8_linear",
     "layer_norm_quantize", "pack_weight", "quantize_rows", "unpack_weight",
 ]  # fmt: skip

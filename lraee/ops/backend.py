@@ -4,9 +4,11 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from lraee.kernels import register
-from lraee.ops import registry
+from lraee.kernels.operands import BlockOperands, to_schema
+from lraee.ops import reference, registry
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 
@@ -23,12 +25,27 @@ _REGISTERED = frozenset(
 _DEFINITIONS = SimpleNamespace(**registry.DEFINITIONS)
 # .default spares each call the search for an overload
 _DISPATCHED = SimpleNamespace(
-    **{name: getattr(torch.ops.lraee, name).default for name in registry.OPERATORS}
+    **{name: to_schema(name, getattr(torch.ops.lraee, name).default) for name in registry.OPERATORS}
 )
+_fused_block = _DISPATCHED.int8_block
+
+
+def _int8_block(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:
+    """The operator, or where it does not run this block its definition on the other operators."""
+    if block.is_fused:
+        return _fused_block(x, block, first_only)  # type: ignore[no-any-return]
+    return reference.int8_block(x, block, first_only, operators=_DISPATCHED)
+
+
+_DISPATCHED.int8_block = _int8_block
 
 
 def operators(backend: Backend) -> Any:
-    """The operators by name: the plain-torch definitions, or what PyTorch's dispatcher chooses."""
+    """The operators by name: the plain-torch definitions, or what PyTorch's dispatcher chooses.
+
+    Either way they take records (lraee.kernels.operands) and check nothing: a module's operands are
+    checked where it is built.
+    """
     return _DEFINITIONS if backend == "reference" else _DISPATCHED
 
 

@@ -4,12 +4,12 @@ Whatever is made of integers and of +, -, *, / and sqrt is compared bit for bit 
 bounds follow from the formats and the number of terms; each says how. Tensors lie on the CPU.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lraee.kernels.operands import ProbeHead
 from lraee.ops import reference
 
 EPS32 = 2.0**-24
@@ -25,8 +25,8 @@ def first_difference(actual: Tensor, expected: Tensor, bound: Tensor | float = 0
     NaN is expected where expected is NaN, and nowhere else.
     """
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
-        found, wanted = (f"{t.dtype} {list(t.shape)}" for t in (actual, expected))
-        return f"{found} instead of {wanted}"
+        result, wanted = (f"{t.dtype} {list(t.shape)}" for t in (actual, expected))
+        return f"{result} instead of {wanted}"
     is_wrong = actual != expected
     if actual.is_floating_point():
         error = (actual.double() - expected.double()).abs()
@@ -49,9 +49,11 @@ def of_linear(given: dict[str, Any], activation: str) -> Tensor:
     """
     if activation == "none":
         return torch.zeros(())
-    plain = dict(given, layer_scale=None, residual=None, out_dtype=torch.float32)
+    layer_scale = given["linear"].layer_scale
+    linear = given["linear"]._replace(layer_scale=None)
+    plain = dict(given, linear=linear, residual=None, out_dtype=torch.float32)
     y = reference.int8_linear(**plain).double().abs()
-    scale = 1.0 if given["layer_scale"] is None else given["layer_scale"].double().abs()
+    scale = 1.0 if layer_scale is None else layer_scale.double().abs()
     error = 32 * EPS32 * (y + 1) * scale
     result = reference.int8_linear(**given, activation=activation).double().abs()
     return error + 2 * HALF_STEP[given["out_dtype"]] * (result + error) + 2.0**-24
@@ -71,19 +73,20 @@ def of_attention(qkv: Tensor, expected: Tensor, num_heads: int) -> Tensor:
     return error + 2 * step * expected.double().abs()
 
 
-def of_embedding(given: Sequence[Any]) -> Tensor | float:
+def of_embedding(z: Tensor, head: ProbeHead) -> Tensor | float:
     """Largest error of exit_probe's embedding, 0 where no gelu is before it.
 
     erf of both errs by some units of float32 of max(|h|, 1), so the step of the hidden row may
     differ by that much, and a hidden value next to a tie may fall to the other side: with 32 units
     in each of 130 values of step 0.03 two such values in a row are all that can be expected.
     """
-    if given[8] is None:
+    norm, first, second = head[:3]
+    if second is None:
         return 0.0
-    z, gamma, beta, eps, w1, w1_scale, w1_sum, b1, w2, w2_scale, w2_sum, b2 = given[:12]
-    pooled, _ = reference._pool(z, gamma.shape[0])
-    x = reference.layer_norm_quantize(pooled, gamma, beta, eps, False)
-    hidden = reference.int8_linear(*x, w1, w1_scale, w1_sum, b1, activation="gelu")
+    pooled, _ = reference.pool(z, norm.gamma.shape[0])
+    x = reference.layer_norm_quantize(pooled, *norm, False)
+    hidden = reference.int8_linear(*x, first, activation="gelu")
+    w2, w2_scale, _, b2, _ = second
     flips = 2 * 128 * reference.quantize_rows(hidden, False)[1][:, None] * w2_scale
     size = hidden.abs() @ (w2.float().abs() * w2_scale[:, None]).t()
     bound: Tensor = flips + 64 * EPS32 * (size + (0.0 if b2 is None else b2.abs()))
@@ -101,12 +104,12 @@ def of_decision(K: int) -> dict[str, float]:
     return {"top1": 0.0, "confidence": bound, "margin": 2 * bound, "score": 4 * bound}
 
 
-def decision(embedding: Tensor, variance: Tensor, given: Sequence[Any]) -> dict[str, Tensor]:
+def decision(embedding: Tensor, variance: Tensor, head: ProbeHead) -> dict[str, Tensor]:
     """What the definition of exit_probe decides from this embedding."""
-    classes, logit_scale, gate = given[12:]
+    classes, logit_scale, gate = head[3:]
     length = reference.lane_sum(embedding * embedding).double().sqrt().float().clamp(min=1e-12)
     cosine = reference.lane_sum(embedding[:, None, :] * classes) / length[:, None]
-    confidence, margin, top1 = reference._top_two(cosine * logit_scale)
+    confidence, margin, top1 = reference.top_two(cosine * logit_scale)
     weighted = gate[0] * confidence + gate[1] * margin
     score = torch.sigmoid((weighted + gate[2] * variance) + gate[3])
     return {"top1": top1, "confidence": confidence, "margin": margin, "score": score}

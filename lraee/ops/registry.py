@@ -1,12 +1,12 @@
 """Schema, definition, fake and FLOP formula of each operator `torch.ops.lraee.*`.
 
 PyTorch's dispatcher is the registry of implementations: C++ for CPU tensors (lraee._C), Triton for
-CUDA tensors (lraee.kernels), and the plain-torch definition (lraee.reference) wherever neither is
-there. Callers go through the door in lraee.ops.
+CUDA tensors (lraee.kernels), and the plain-torch definition (lraee.ops.reference) wherever neither
+is there. Schemas are flat; all below them takes records (lraee.kernels.operands).
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +15,9 @@ from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from lraee.kernels import register
-from lraee.ops import block, reference
-from lraee.ops.reference import Probe, Quantized
+from lraee.kernels.operands import BlockOperands, PackedLinear, ProbeHead, from_schema
+from lraee.ops import reference
+from lraee.ops.reference import GatedRows, Probe, Quantized
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -36,7 +37,7 @@ except ImportError as error:
 
 SCHEMAS = {
     "quantize_rows": "(Tensor x, bool symmetric) -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
-    "layer_norm_quantize": "(Tensor x, Tensor gamma, Tensor beta, float eps, bool symmetric)"
+    "layer_norm_quantize": "(Tensor x, Tensor gamma, Tensor? beta, float eps, bool symmetric)"
     " -> (Tensor x_q, Tensor x_scale, Tensor x_zero)",
     "pack_weight": "(Tensor w_q) -> (Tensor w, Tensor w_sum)",
     "unpack_weight": "(Tensor w, int N, int K) -> Tensor",
@@ -44,10 +45,14 @@ SCHEMAS = {
     " Tensor w_sum, Tensor? bias=None, *, Tensor? residual=None, Tensor? layer_scale=None,"
     ' str activation="none", ScalarType out_dtype=float) -> Tensor',
     "float_linear": "(Tensor x, Tensor w, Tensor? bias=None) -> Tensor",
-    "int8_attention": "(Tensor qkv, int num_heads, bool causal=False) -> Tensor",
+    "gated_quantize": "(Tensor x, str activation, Tensor? gamma=None, Tensor? beta=None,"
+    " float eps=0.0) -> (Tensor x_q, Tensor x_scale, Tensor x_zero, Tensor r_q, Tensor r_scale)",
+    "int8_attention": "(Tensor qkv, int num_heads, bool causal=False, Tensor? rope=None,"
+    " Tensor? key_mask=None) -> Tensor",
     "int8_block": "(Tensor x, Tensor[] norm_1, Tensor?[] in_proj, Tensor?[] out_proj,"
     " Tensor[] norm_2, Tensor?[] c_fc, Tensor?[] c_proj, float[] eps, bool[4] symmetric,"
-    " int num_heads, bool causal, str activation, bool first_only=False) -> Tensor",
+    " int num_heads, bool causal, str activation, bool first_only=False, bool gated=False,"
+    " Tensor[]? mlp_norm=None, Tensor? rope=None, Tensor? key_mask=None) -> Tensor",
     "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
     " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
     " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
@@ -56,13 +61,12 @@ SCHEMAS = {
 OPERATORS = tuple(SCHEMAS)
 
 _library = Library("lraee", "DEF")  # type: ignore[no-untyped-call]
-DEFINITIONS: dict[str, Callable[..., Any]] = {
-    name: getattr(block if name == "int8_block" else reference, name) for name in SCHEMAS
-}
+DEFINITIONS: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in SCHEMAS}
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)  # type: ignore[no-untyped-call]
-    _library.impl(_name, DEFINITIONS[_name], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    _impl = from_schema(_name, DEFINITIONS[_name])
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 TRITON_ERROR: str | None = register.register(_library, DEFINITIONS)
 """Why no Triton kernel is registered for CUDA tensors, or None."""
@@ -79,7 +83,11 @@ def packed_shape(N: int, K: int, device: torch.device) -> list[int]:
 
 
 def _fake(name: str) -> Callable[[F], F]:
-    return register_fake(f"lraee::{name}", lib=_library)  # type: ignore[no-any-return]
+    def register(fake: F) -> F:
+        register_fake(f"lraee::{name}", from_schema(name, fake), lib=_library)
+        return fake
+
+    return register
 
 
 @_fake("quantize_rows")
@@ -94,9 +102,18 @@ def _quantize_rows_fake(x: Tensor, symmetric: bool) -> Quantized:
 
 @_fake("layer_norm_quantize")
 def _layer_norm_quantize_fake(
-    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, symmetric: bool
+    x: Tensor, gamma: Tensor, beta: Tensor | None, eps: float, symmetric: bool
 ) -> Quantized:
     return _quantize_rows_fake(x, symmetric)
+
+
+@_fake("gated_quantize")
+def _gated_quantize_fake(
+    x: Tensor, activation: str, gamma: object = None, beta: object = None, eps: float = 0.0
+) -> GatedRows:
+    M, H = x.shape[0], x.shape[1] // 2
+    x_q, x_scale, x_zero = _quantize_rows_fake(x.new_empty((M, H)), False)
+    return x_q, x_scale, x_zero, torch.empty_like(x_q), torch.empty_like(x_scale)
 
 
 @_fake("pack_weight")
@@ -117,91 +134,79 @@ def _float_linear_fake(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tens
 
 @_fake("int8_linear")
 def _int8_linear_fake(
-    x_q: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_sum: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    layer_scale: Tensor | None = None,
-    activation: str = "none",
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    return x_q.new_empty((x_q.shape[0], w_scale.shape[0]), dtype=out_dtype)
+    x_q: Tensor, x_scale: Tensor, x_zero: Tensor | None, linear: PackedLinear, *,
+    out_dtype: torch.dtype = torch.float32, **others: object,
+) -> Tensor:  # fmt: skip
+    return x_q.new_empty((x_q.shape[0], linear.N), dtype=out_dtype)
 
 
 @_fake("int8_attention")
-def _int8_attention_fake(qkv: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+def _int8_attention_fake(
+    qkv: Tensor, num_heads: int, causal: bool = False, rope: object = None, key_mask: object = None
+) -> Tensor:
     B, L, D3 = qkv.shape
     return qkv.new_empty((B, L, D3 // 3))
 
 
 @_fake("int8_block")
-def _int8_block_fake(
-    x: Tensor, norm_1: object, in_proj: object, out_proj: object, norm_2: object, c_fc: object,
-    c_proj: object, eps: object, symmetric: object, num_heads: int, causal: bool, activation: str,
-    first_only: bool = False,
-) -> Tensor:  # fmt: skip
+def _int8_block_fake(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:
     B, L, D = x.shape
     return x.new_empty((B, 1 if first_only else L, D))
 
 
 @_fake("exit_probe")
-def _exit_probe_fake(z: Tensor, *arguments: object) -> Probe:
-    classes = arguments[11]
-    assert isinstance(classes, Tensor)
-    B, E = z.shape[0], classes.shape[1]
-    score = z.new_empty(B, dtype=torch.float32)
-    others = tuple(torch.empty_like(score) for _ in range(3))
+def _exit_probe_fake(z: Tensor, head: ProbeHead) -> Probe:
+    B, E = z.shape[0], head.classes.shape[1]
+    confidence, margin, variance, score = (z.new_empty(B, dtype=torch.float32) for _ in range(4))
     embedding = z.new_empty((B, E), dtype=torch.float32)
-    return embedding, z.new_empty(B, dtype=torch.int64), *others, score  # type: ignore[return-value]
+    return embedding, z.new_empty(B, dtype=torch.int64), confidence, margin, variance, score
 
 
-# FLOPs, two for each multiply-add as torch counts them
+# FLOPs, two for each multiply-add as torch counts them. A formula is given shapes for tensors.
 
 
-@register_flop_formula(torch.ops.lraee.int8_linear)
+def _flops(name: str) -> Callable[[F], F]:
+    def register(formula: F) -> F:
+        register_flop_formula(getattr(torch.ops.lraee, name))(from_schema(name, formula))
+        return formula
+
+    return register
+
+
+@_flops("int8_linear")
 def _int8_linear_flops(
-    x_q: torch.Size, x_scale: object, x_zero: object, w: object, w_scale: torch.Size,
-    *rest: object, **options: object,
-) -> int:  # fmt: skip
+    x_q: torch.Size, x_scale: object, x_zero: object, linear: PackedLinear, **options: object
+) -> int:
     M, K = x_q
-    return 2 * M * int(w_scale[0]) * K
+    return 2 * M * int(linear.w_scale[0]) * K
 
 
-@register_flop_formula(torch.ops.lraee.float_linear)
+@_flops("float_linear")
 def _float_linear_flops(x: torch.Size, w: torch.Size, *rest: object, **options: object) -> int:
     M, K = x
     return 2 * M * int(w[0]) * K
 
 
-@register_flop_formula(torch.ops.lraee.int8_attention)
+@_flops("int8_attention")
 def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
     B, L, D3 = qkv
     return 4 * B * L * L * (D3 // 3)
 
 
-@register_flop_formula(torch.ops.lraee.int8_block)
+@_flops("int8_block")
 def _int8_block_flops(
-    x: torch.Size, norm_1: object, in_proj: object, out_proj: object, norm_2: object,
-    c_fc: Sequence[torch.Size], c_proj: object, eps: object, symmetric: object, num_heads: int,
-    causal: bool, activation: str, first_only: bool = False, **options: object,
-) -> int:  # fmt: skip
+    x: torch.Size, block: BlockOperands, first_only: bool = False, **options: object
+) -> int:
     B, L, D = x
-    hidden, queries = int(c_fc[1][0]), 1 if first_only else L
-    return 2 * B * D * (L * 3 * D + queries * (D + 2 * hidden)) + 4 * B * queries * L * D
+    N, queries = int(block.c_fc.w_scale[0]), 1 if first_only else L
+    # Of a gated product c_proj multiplies two terms of half the width
+    mlp = 2 * D * N
+    return 2 * B * (L * 3 * D * D + queries * (D * D + mlp)) + 4 * B * queries * L * D
 
 
-@register_flop_formula(torch.ops.lraee.exit_probe)
-def _exit_probe_flops(
-    z: torch.Size, gamma: torch.Size, beta: object, eps: object, w1: object, w1_scale: torch.Size,
-    w1_sum: object, b1: object, w2: object, w2_scale: torch.Size | None, w2_sum: object, b2: object,
-    classes: torch.Size, *rest: object, **options: object,
-) -> int:  # fmt: skip
-    B, P, H = z[0], int(gamma[0]), int(w1_scale[0])
-    K, E = classes
-    head = P * H + (0 if w2_scale is None else H * E)
-    return 2 * B * (head + K * E)
+@_flops("exit_probe")
+def _exit_probe_flops(z: torch.Size, head: ProbeHead, **options: object) -> int:
+    B, P, H = z[0], int(head.norm.gamma[0]), int(head.first.w_scale[0])
+    K, E = head.classes  # a shape
+    layers = P * H + (0 if head.second is None else H * E)
+    return int(2 * B * (layers + K * E))

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Format:
       prefix: the tensors lie in `<prefix>-<first 16 digits of their hash>.safetensors`.
       saver: the function that writes it, for messages.
       fields: the keys of the config that belong to the caller.
+      since: values of those keys that older files lack.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Format:
     prefix: str
     saver: str
     fields: Mapping[str, Kind]
+    since: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def advice(self) -> str:
@@ -90,7 +92,7 @@ class Format:
         seal = rest.pop("seal", None)
         rule = f"seal must be the sha256 of all the rest, as {self.saver} writes it"
         require(self.sealed(rest) == text, rule, seal)
-        return check(Record({**self.fields, **_OWN}), rest)  # type: ignore[no-any-return]
+        return check(Record({**self.fields, **_OWN}, since=self.since), rest)  # type: ignore[no-any-return]
 
     def sealed(self, fields: Mapping[str, Any]) -> bytes:
         """The text of a config: its fields, the format, and the sha256 of both as `seal`."""

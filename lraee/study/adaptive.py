@@ -1,4 +1,4 @@
-"""A rival like AdaViT: each image picks, block by block, which parts and patches to run.
+"""A baseline like AdaViT: each image picks, block by block, which parts and patches to run.
 
 Source of the idea: Meng et al., arXiv 2111.15668. As there, a light policy before each block
 decides, trained through a Gumbel-Softmax towards a share of the FLOPs; other than there, the tower
@@ -165,7 +165,7 @@ def train_policy(
 def run_policy(model: nn.Module, policy: Policy, images: Tensor) -> tuple[Tensor, float]:
     """Embeddings float32 [n, E] and the mean share of FLOPs saved, as each image alone is run.
 
-    Attention and MLPs that an image skips are not run and its dropped patches are gone from then
+    Attention and MLPs that an image skips are not run and its dropped patches are absent from then
     on, so each image goes through the tower by itself: its embedding does not depend on the
     others. The policy is charged; where it skips nothing, the share is a little below 0. A scheme
     with one step per batch has one per image here.

@@ -13,7 +13,7 @@ from lraee.towers.families import blocks_of, find_tower, linear_shapes
 
 @dataclass(frozen=True)
 class Model:
-    """What the study looks at.
+    """The model under study.
 
     Args:
       title: of the model and its weights.

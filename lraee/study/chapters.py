@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lraee.calibration.head_training import Training
 from lraee.data.photos import Photos
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import GateKind
+from lraee.exits.plan import Plan
 from lraee.study import factorial, gates, schema
-from lraee.study.examples import Said, examples
-from lraee.study.owing import Rights
+from lraee.study.attribution import CorrectPhotos
+from lraee.study.examples import Answers, examples
 from lraee.study.protocol import PAPER_BUDGET, Protocol
 from lraee.study.quadrants import quadrants
 from lraee.study.rows import (
@@ -33,7 +33,7 @@ from lraee.study.schema import (
 )
 from lraee.study.trials import Backbone, Outcome, Trial
 
-RIVALS: dict[str, GateKind] = {
+BASELINES: dict[str, GateKind] = {
     schema.PABEE: "patience",
     schema.CONFIDENCE: "confidence",
     schema.STATIC: "static",
@@ -42,7 +42,7 @@ RIVALS: dict[str, GateKind] = {
 
 
 class Chapter:
-    """All trials of one backbone, each made when it is first asked for.
+    """All trials of one backbone, each run when it is first needed.
 
     Args:
       form: the backbone.
@@ -101,7 +101,7 @@ class Chapter:
     # Parts of the report
 
     def main(self) -> list[MainRow]:
-        """Full depth, both recipes, class-token exits, and the rivals on our heads."""
+        """Full depth, both recipes, class-token exits, and the baselines on our heads."""
         name, budget = self.form.name, self.protocol.budget
         rows = [row_of_full_depth(schema.FULL_DEPTH, name, self.form)]
         rows += [
@@ -115,24 +115,24 @@ class Chapter:
                 f"heads of the paper on the class token alone, budget {PAPER_BUDGET}",
             )
         )  # fmt: skip
-        for rival, kind in RIVALS.items():
-            outcomes = self._rival(kind, budget)
+        for baseline, kind in BASELINES.items():
+            outcomes = self._baseline(kind, budget)
             if outcomes:
-                note = f"on our heads, budget {budget}{_where(outcomes, rival)}"
-                rows.append(row_of_outcomes(rival, name, outcomes, note))
+                note = f"on our heads, budget {budget}{_where(outcomes, baseline)}"
+                rows.append(row_of_outcomes(baseline, name, outcomes, note))
         return rows
 
     def _note(self, recipe: str) -> str:
         if recipe == schema.BEST:
             return f"no labels, budget {self.protocol.budget}"
         is_open = any(trial.plan("learned", PAPER_BUDGET) is None for trial in self.paper)
-        words = "out of reach: every threshold at its lowest" if is_open else ""
-        dropped = self.paper[0].calibration.dropped
-        return f"labels, budget {PAPER_BUDGET} {words}".strip() + (
+        reach = "out of reach: every threshold at its lowest" if is_open else ""
+        dropped = self.paper[0].features.dropped
+        return f"labels, budget {PAPER_BUDGET} {reach}".strip() + (
             f", exit {', '.join(map(str, dropped))} dropped" if dropped else ", no exit dropped"
         )
 
-    def _rival(self, kind: GateKind, budget: float) -> list[Outcome]:
+    def _baseline(self, kind: GateKind, budget: float) -> list[Outcome]:
         """By seed; empty unless each seed has a plan within the budget."""
         plans = [trial.plan(kind, budget) for trial in self.best]
         pairs = zip(self.best, plans, strict=True)
@@ -144,7 +144,7 @@ class Chapter:
             quadrants(
                 [each.right for each in outcomes],
                 self.right_full,
-                left=outcomes[0].taken < len(outcomes[0].exits),
+                has_exited=outcomes[0].taken < len(outcomes[0].exits),
                 gate_scores=outcomes[0].scores,
                 right_at_exit=outcomes[0].right_at_exit,
                 exits=outcomes[0].exits,
@@ -161,10 +161,10 @@ class Chapter:
         """Whether full depth is right, bool [n]."""
         return self.form.full_top1 == self.form.report_labels
 
-    def rights(self) -> Rights:
-        """What is needed to say how much of a rescue is owed to quantization."""
+    def correct_photos(self) -> CorrectPhotos:
+        """For the share of a rescue that is due to quantization."""
         right = {name: [o.right for o in each] for name, each in self.outcomes.items()}
-        return Rights(self.form.name, right, self.right_full)
+        return CorrectPhotos(self.form.name, right, self.right_full)
 
     def shares(self) -> list[Shares]:
         """Of both recipes."""
@@ -173,7 +173,7 @@ class Chapter:
 
     def sweeps(self) -> list[Sweep]:
         """Of both recipes: all exits of the paper's, those that our plans chose."""
-        found = []
+        result = []
         for name, (trials, plans) in self.recipes.items():
             exits = [
                 tuple(trial.blocks) if name == schema.PUBLISHED else plan.blocks
@@ -181,8 +181,8 @@ class Chapter:
             ]
             if all(exits):
                 points = self.protocol.sweep_points
-                found.append(gates.sweep(name, trials, exits, points=points))
-        return found
+                result.append(gates.sweep(name, trials, exits, points=points))
+        return result
 
     def pruned(self) -> Pruned:
         """The noisiest exit of the paper's, kept and left out."""
@@ -203,10 +203,10 @@ class Chapter:
     def examples(self, photos: Photos, names: list[str]) -> list[Example]:
         """Of our recipe, first seed."""
         outcome, form = self.outcomes[schema.BEST][0], self.form
-        full = form.report.look(0)["full"]
+        full = form.report.view(0)["full"]
         cosine = full / full.norm(dim=1, keepdim=True) @ form.model.classes.T
         probability = (form.model.logit_scale * cosine).softmax(1).amax(1)
-        said = Said(
+        answers = Answers(
             blocks=(*outcome.exits, form.model.depth),
             top1=outcome.top1_at_exit,
             confidence=outcome.confidence_at_exit,
@@ -215,16 +215,16 @@ class Chapter:
             taken=outcome.taken,
         )
         return examples(
-            photos, names, said, labels=form.report_labels, class_names=form.model.class_names,
+            photos, names, answers, labels=form.report_labels, class_names=form.model.class_names,
             backbone=form.name,
         )  # fmt: skip
 
     def frontier(self) -> list[FrontierPoint]:
-        """Both recipes and the rivals, at each budget that every seed can keep."""
+        """Both recipes and the baselines, at each budget that every seed can keep."""
         systems: list[tuple[str, list[Trial], GateKind]] = [
             (schema.BEST, self.best, "learned"),
             (schema.PUBLISHED, self.paper, "learned"),
-            *((rival, self.best, kind) for rival, kind in RIVALS.items()),
+            *((baseline, self.best, kind) for baseline, kind in BASELINES.items()),
         ]
         points = []
         for name, trials, kind in systems:
@@ -238,7 +238,7 @@ class Chapter:
         return points
 
     def costs(self, time_saved: float | None) -> list[Cost]:
-        """Of both recipes; the time is of our recipe, see lraee.study.seconds."""
+        """Of both recipes; the time is of our recipe, see lraee.study.latency."""
         return [
             {
                 "name": recipe,
@@ -259,9 +259,9 @@ def _within(trials: list[Trial], budget: float) -> list[Outcome]:
     return [trial.outcome(trial.plan_within(budget)) for trial in trials]
 
 
-def _where(outcomes: list[Outcome], rival: str) -> str:
+def _where(outcomes: list[Outcome], baseline: str) -> str:
     """The blocks of static exits, seed by seed."""
-    if rival != schema.STATIC:
+    if baseline != schema.STATIC:
         return ""
     depths = sorted({block for each in outcomes for block in each.exits})
     return f", after block {' or '.join(map(str, depths))}, chosen on the threshold split"

@@ -44,16 +44,16 @@ def sides(learn: Path, report: Path | None, classes: Classes, *, limit: int | No
     photos = _labelled(Photos(learn, classes=classes, limit=limit), learn)
     if report is not None:
         return Sides(photos, _labelled(Photos(report, classes=classes, limit=limit), report))
-    seen: dict[int | None, int] = {}
+    count: dict[int | None, int] = {}
     held_out: list[str] = []
     for name, label in zip(photos.names, photos.labels, strict=True):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] % _HELD_OUT == 0:
+        count[label] = count.get(label, 0) + 1
+        if count[label] % _HELD_OUT == 0:
             held_out.append(name)
     if not held_out:
         raise DataError(
             f"data: {learn} must hold {_HELD_OUT} photos of a class at least, got"
-            f" {max(seen.values())} of the largest; give photos to report on"
+            f" {max(count.values())} of the largest; give photos to report on"
         )
     kept = set(photos.names) - set(held_out)
     return Sides(photos.only(kept), photos.only(held_out))
@@ -74,7 +74,7 @@ def _labelled(photos: Photos, path: Path) -> Photos:
 def study(
     opened: Opened,
     classes: Classes,
-    found: Sides,
+    both_sides: Sides,
     *,
     work: Path,
     protocol: Protocol,
@@ -86,7 +86,7 @@ def study(
     Args:
       opened: the model.
       classes: names for its prompts, in the order of the photos' labels.
-      found: the photos.
+      both_sides: the photos.
       work: folder for finished stages.
       protocol: how the study is run.
       prompts: templates per class.
@@ -106,7 +106,7 @@ def study(
     )
     learn, report = (
         Pictures(photos, PhotoImages(photos, opened.with_margin, progress=progress))
-        for photos in (found.learn, found.report)
+        for photos in (both_sides.learn, both_sides.report)
     )
     settings = {
         "base": tower_hash(model.tower.state_dict()),

@@ -22,7 +22,7 @@ def drift(
 
     The float margin of an image is the cosine of its float embedding with the nearest class less
     that with the next: a turn flips the answer where it outweighs the margin. `correlation` is
-    Spearman's, of angle / margin with "flips" (0 or 1): 1 would mean that this ratio tells the
+    Spearman's, of angle / margin with "flips" (0 or 1): 1 would mean that this ratio predicts the
     flipped from the kept, None that all or none flip. `by_margin` has ten parts of the images, as
     equal as may be, smallest margins first: `margin`, `angle` (means) and `flipped`, percent. The
     mean of nothing is None.

@@ -2,13 +2,13 @@
 
 The rule for "holds", used for every claim. A claim says that one figure lies above another. It
 holds if the interval of the difference lies above 0. It fails if that interval lies below 0, or
-within half a point of 0 on both sides: then nothing that matters is there. Else the data cannot
-tell. An interval is a measured 95 % interval where the study has one, else the difference +- 2
-standard errors, which count both the spread over seeds and the luck of the photos:
+within half a point of 0 on both sides: then nothing that matters is there. Else it is inconclusive.
+An interval is a measured 95 % interval where the study has one, else the difference +- 2 standard
+errors, which count both the spread over seeds and the luck of the photos:
 
 - A photo can change the difference of two systems only where one of them disagrees with the float
   model, so that the variance by photos is at most (disagreement of one + of the other) / photos.
-  This bound needs no assumption; it errs towards "cannot tell".
+  This bound needs no assumption; it errs towards "inconclusive".
 - Where agreement was not measured, the two accuracies count as of independent photos.
 - Over seeds: std^2 / seeds of each.
 """

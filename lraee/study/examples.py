@@ -1,4 +1,4 @@
-"""Photos that exits rescue or lose, with what each exit says of them."""
+"""Photos that exits rescue or lose, with the answer of each exit."""
 
 import base64
 from collections import Counter
@@ -17,8 +17,8 @@ _SIDE, _QUALITY = 128, 85
 
 
 @dataclass(frozen=True)
-class Said:
-    """What exits and full depth say of n photos, and where each photo left.
+class Answers:
+    """Answers of exits and full depth to n photos, and where each photo exited.
 
     Args:
       blocks: depths of the m exits and last that of the whole tower: m + 1.
@@ -26,7 +26,7 @@ class Said:
       confidence: float [n, m], their probabilities in [0, 1]; NaN where there was no probe.
       full_top1: int64 [n], the answer at full depth.
       full_probability: float [n], its probability.
-      taken: int64 [n], index of the exit where a photo left; m at full depth.
+      taken: int64 [n], index of the exit where a photo exited; m at full depth.
     Raises: ValueError on shapes that do not fit and on a `taken` that is no exit.
     """
 
@@ -43,9 +43,9 @@ class Said:
         for name, shape in (
             ("top1", [n, m]), ("confidence", [n, m]), ("full_probability", [n]), ("taken", [n]),
         ):  # fmt: skip
-            found = list(getattr(self, name).shape)
-            if found != shape:
-                raise ValueError(f"examples: {name} must be {shape}, got {found}")
+            sizes = list(getattr(self, name).shape)
+            if sizes != shape:
+                raise ValueError(f"examples: {name} must be {shape}, got {sizes}")
         if n and not 0 <= int(self.taken.min()) <= int(self.taken.max()) <= m:
             got = f"{int(self.taken.min())} to {int(self.taken.max())}"
             raise ValueError(f"examples: taken must be in 0 to {m}, got {got}")
@@ -64,7 +64,7 @@ class Said:
 def examples(
     photos: Photos,
     names: Sequence[str],
-    said: Said,
+    given: Answers,
     *,
     labels: Tensor,
     class_names: Sequence[str],
@@ -79,29 +79,29 @@ def examples(
 
     Args:
       photos: where the photos are.
-      names: n names in `photos`, in the order of the rows of `said`.
-      said: see Said.
+      names: n names in `photos`, in the order of the rows of `given`.
+      given: see Answers.
       labels: int64 [n], indices of class_names.
       class_names: K words.
       backbone: name of schema.
       most: of each kind.
     Raises: ValueError on shapes that do not fit, DataError on a photo that cannot be read.
     """
-    if not len(names) == len(labels) == len(said.full_top1):
+    if not len(names) == len(labels) == len(given.full_top1):
         raise ValueError(
-            f"examples: names and labels must be {len(said.full_top1)} as the answers are, got"
+            f"examples: names and labels must be {len(given.full_top1)} as the answers are, got"
             f" {len(names)} and {len(labels)}"
         )
-    right = said.answers == labels[:, None]
-    right_with, right_full = right.gather(1, said.taken[:, None])[:, 0], right[:, -1]
+    right = given.answers == labels[:, None]
+    right_with, right_full = right.gather(1, given.taken[:, None])[:, 0], right[:, -1]
     kinds = {"rescued": right_with & ~right_full, "lost": ~right_with & right_full}
     rows = [
         (kind, row)
         for kind, marks in kinds.items()
-        for row in chosen(marks, said.full_probability, labels)[:most]
+        for row in chosen(marks, given.full_probability, labels)[:most]
     ]
-    found = photos.only([names[row] for _, row in rows])
-    places = {name: place for place, name in enumerate(found.names)}
+    shown = photos.only([names[row] for _, row in rows])
+    places = {name: place for place, name in enumerate(shown.names)}
     missing = [names[row] for _, row in rows if names[row] not in places]
     if missing:
         raise ValueError(f"examples: names must be photos of the source, got {missing[0]!r}")
@@ -110,8 +110,8 @@ def examples(
             "kind": kind,
             "backbone": backbone,
             "label": class_names[int(labels[row])],
-            "jpeg": jpeg(found.image(places[names[row]])),
-            "answers": _answers(said, row, class_names),
+            "jpeg": jpeg(shown.image(places[names[row]])),
+            "answers": _answers(given, row, class_names),
         }
         for kind, row in rows
     ]
@@ -127,12 +127,12 @@ def chosen(marks: Tensor, probability: Tensor, labels: Tensor) -> list[int]:
     """
     rows = torch.nonzero(marks)[:, 0].tolist()
     rows.sort(key=lambda row: -float(probability[row]))
-    seen: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     rounds = {}
     for row in rows:
         label = int(labels[row])
-        rounds[row] = seen[label]
-        seen[label] += 1
+        rounds[row] = counts[label]
+        counts[label] += 1
     return sorted(rows, key=lambda row: rounds[row])  # stable: surest first within a round
 
 
@@ -144,16 +144,16 @@ def jpeg(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _answers(said: Said, row: int, class_names: Sequence[str]) -> list[Answer]:
+def _answers(given: Answers, row: int, class_names: Sequence[str]) -> list[Answer]:
     table = zip(
-        said.blocks, said.answers[row].tolist(), said.probabilities[row].tolist(), strict=True
+        given.blocks, given.answers[row].tolist(), given.probabilities[row].tolist(), strict=True
     )
     return [
         {
             "block": block,
             "name": class_names[answer],
             "probability": probability,
-            "is_taken": place == int(said.taken[row]),
+            "is_taken": place == int(given.taken[row]),
         }
         for place, (block, answer, probability) in enumerate(table)
         if probability == probability  # NaN: no probe

@@ -11,7 +11,7 @@ from lraee.study.rows import NOTHING, share_of, spread
 from lraee.study.schema import FactorialRow
 from lraee.study.trials import Backbone, Outcome
 
-WORDS: dict[Training, str] = {
+LABEL_OF_TRAINING: dict[Training, str] = {
     "labels": "labels",
     "both": "labels and distillation",
     "distill": "distillation",
@@ -33,7 +33,7 @@ def with_exits(
 ) -> FactorialRow:
     """(iv) and (v): the paper's exits."""
     return {
-        "name": f"{numeral} exits, {WORDS[training]}",
+        "name": f"{numeral} exits, {LABEL_OF_TRAINING[training]}",
         "backbone": backbone,
         "top1": spread([share_of(each.right) for each in outcomes]),
         "flops_saved": spread([each.flops_saved for each in outcomes]),
@@ -57,7 +57,7 @@ def last_block(
         )  # fmt: skip
         right.append(share_of(probes["top1"][:, 0] == backbone.report_labels))
     return {
-        "name": f"{numeral} SSA head at the last block, {WORDS[training]}",
+        "name": f"{numeral} SSA head at the last block, {LABEL_OF_TRAINING[training]}",
         "backbone": backbone.name,
         "top1": spread(right),
         "flops_saved": spread([_saved_by_last_head(backbone, macs)]),
@@ -66,14 +66,14 @@ def last_block(
 
 def _last_head(backbone: Backbone, options: HeadOptions, seed: int) -> HeadWeights:
     """Trained on as many photos as the exits' heads: the same share, drawn by the seed."""
-    look, n = backbone.learn.look(0), len(backbone.labels)
+    view, n = backbone.learn.view(0), len(backbone.labels)
     source = torch.Generator().manual_seed(seed)
     rows = torch.randperm(n, generator=source)[: round(backbone.splits["heads"] * n)]
-    D = look["pooled"].shape[2] // 2
+    D = view["pooled"].shape[2] // 2
     trained = backbone.stages.get(
         f"{backbone.learn.name} last {options.training} {len(rows)} {seed}",
         lambda: train_head(
-            look["pooled"][rows, -1, :D], look["teacher"][rows], options=options, seed=seed,
+            view["pooled"][rows, -1, :D], view["teacher"][rows], options=options, seed=seed,
             classes=backbone.model.classes, labels=backbone.labels[rows],
             logit_scale=backbone.model.logit_scale,
         ).tensors(),

@@ -1,7 +1,7 @@
 """The paper's claims beside what a report's data say, in plain words; the rule is in evidence.
 
 A claim is judged on its own terms where they were measured: the paper's quantization scheme and
-recipe. Its words give the other backbones too.
+recipe. Its text gives the other backbones too.
 """
 
 import math
@@ -27,9 +27,9 @@ Judged = tuple[bool | None, str]
 def findings(report: Report) -> list[Finding]:
     """One finding per claim, in the order of the paper; pure, and reads no `findings`."""
     return [
-        {"claim": claim, "holds": holds, "words": words}
+        {"claim": claim, "holds": holds, "words": text}
         for claim, judge in CLAIMS.items()
-        for holds, words in [judge(report)]
+        for holds, text in [judge(report)]
     ]
 
 
@@ -77,20 +77,20 @@ def _ranked(parts: Iterable[Any]) -> list[Any]:
 
 def _differences(report: Report, better: str, worse: str) -> dict[str, Difference]:
     """Top-1 of one system - of another, on each backbone that has both."""
-    found = {}
+    differences = {}
     for backbone in JUDGED_ON:
         rows = (row_of(report, better, backbone), row_of(report, worse, backbone))
         if rows[0] and rows[1]:
-            found[backbone] = evidence.of_rows(rows[0], rows[1], photos=report["reported_on"])
-    return found
+            differences[backbone] = evidence.of_rows(rows[0], rows[1], photos=report["reported_on"])
+    return differences
 
 
-def _first(found: Mapping[str, Difference], words: str) -> Judged:
-    """The verdict of the first backbone; words with each of them."""
-    if not found:
+def _first(differences: Mapping[str, Difference], text: str) -> Judged:
+    """The verdict of the first backbone; text with each of them."""
+    if not differences:
         return None, NOT_RUN
-    parts = [f"{scheme(backbone)} {value}" for backbone, value in found.items()]
-    return next(iter(found.values())).holds, _sentences(words, parts)
+    parts = [f"{scheme(backbone)} {value}" for backbone, value in differences.items()]
+    return next(iter(differences.values())).holds, _sentences(text, parts)
 
 
 # The claims
@@ -98,12 +98,12 @@ def _first(found: Mapping[str, Difference], words: str) -> Judged:
 
 def _collapse(report: Report) -> Judged:
     in_float = row_of(report, schema.FULL_DEPTH, "float")
-    found = {}
+    differences = {}
     for backbone in ("paper", "int8"):
         row = row_of(report, schema.FULL_DEPTH, backbone)
         if row and in_float:
-            found[backbone] = evidence.of_rows(in_float, row, photos=report["reported_on"])
-    return _first(found, "Top-1 that full depth loses to quantization")
+            differences[backbone] = evidence.of_rows(in_float, row, photos=report["reported_on"])
+    return _first(differences, "Top-1 that full depth loses to quantization")
 
 
 def _noise_grows(report: Report) -> Judged:
@@ -129,22 +129,22 @@ def _noise_grows(report: Report) -> Judged:
 
 
 def _shallow_heads(report: Report) -> Judged:
-    found, words = {}, []
+    differences, text = {}, []
     depth = round(2 * report["blocks"] / 3)  # the paper's first exit: block 8 of 12
     for backbone in JUDGED_ON:
         for lens in report["lens"].get(backbone, []):
             if lens["block"] == depth:
                 heads = lens["ssa_head"], lens["class_token_head"]
                 seeds, photos = len(report["seeds"]), report["reported_on"]
-                found[backbone] = evidence.of_spreads(*heads, seeds=seeds, photos=photos)
-                words.append(
+                differences[backbone] = evidence.of_spreads(*heads, seeds=seeds, photos=photos)
+                text.append(
                     f"{scheme(backbone)} {heads[0]['mean']:.2f} % against {heads[1]['mean']:.2f} %"
-                    f", {found[backbone]}"
+                    f", {differences[backbone]}"
                 )
-    if not found:
+    if not differences:
         return None, NOT_RUN
     lead = f"Head on the patch mean against head on the class token, after block {depth}"
-    return next(iter(found.values())).holds, _sentences(lead, words)
+    return next(iter(differences.values())).holds, _sentences(lead, text)
 
 
 def _learned_gate(report: Report) -> Judged:
@@ -199,14 +199,14 @@ def _pruning(report: Report) -> Judged:
         return None, NOT_RUN
     dropped = [p for p in _ranked(report["pruned"]) if p["is_dropped_by_rule"]]
     rows = dropped or _ranked(report["pruned"])
-    found = [
+    differences = [
         (p, evidence.of_rows(p["left_out"], p["kept"], photos=report["reported_on"])) for p in rows
     ]
-    parts = [f"{scheme(p['backbone'])} without block {p['block']} {d}" for p, d in found]
+    parts = [f"{scheme(p['backbone'])} without block {p['block']} {d}" for p, d in differences]
     if not dropped:
         lead = "The rule drops no exit here; top-1 when the one of lowest INR goes all the same"
         return None, _sentences(lead, parts)
-    return found[0][1].holds, _sentences("Top-1 without the exit that the rule drops", parts)
+    return differences[0][1].holds, _sentences("Top-1 without the exit that the rule drops", parts)
 
 
 def _rescue(report: Report) -> Judged:
@@ -226,22 +226,22 @@ def _rescue(report: Report) -> Judged:
 def _selective(report: Report) -> Judged:
     verdicts, parts = [], []
     for part in _ranked(report["quadrants"]):
-        left, stayed = part["left_top1"], part["stayed_top1"]
-        if left is None or stayed is None:
+        exited, stayed = part["left_top1"], part["stayed_top1"]
+        if exited is None or stayed is None:
             continue
         share = part["left_share"] / 100.0
         photos = share * report["reported_on"], (1.0 - share) * report["reported_on"]
-        difference = evidence.of_shares(left, stayed, photos)
+        difference = evidence.of_shares(exited, stayed, photos)
         verdicts.append(difference.holds)
-        parts.append(f"{_who(part)} {left:.2f} % against {stayed:.2f} %, {difference}")
+        parts.append(f"{_who(part)} {exited:.2f} % against {stayed:.2f} %, {difference}")
     if not parts:
         return None, NOT_RUN
-    lead = "Top-1 of photos that left early against those that stayed"
+    lead = "Top-1 of photos that exited early against those that stayed"
     return verdicts[0], _sentences(lead, parts)
 
 
 def _distillation(report: Report) -> Judged:
-    found, parts = [], []
+    differences, parts = [], []
     for backbone in JUDGED_ON:
         rows = {
             row["name"].split(")")[0] + ")": row["top1"]
@@ -252,19 +252,21 @@ def _distillation(report: Report) -> Judged:
             if distilled in rows and labels in rows:
                 pair = rows[distilled], rows[labels]
                 seeds, photos = len(report["seeds"]), report["reported_on"]
-                found.append(evidence.of_spreads(*pair, seeds=seeds, photos=photos))
-                parts.append(f"{scheme(backbone)} ({what}) {found[-1]}")
-    if not found:
+                differences.append(evidence.of_spreads(*pair, seeds=seeds, photos=photos))
+                parts.append(f"{scheme(backbone)} ({what}) {differences[-1]}")
+    if not differences:
         return None, NOT_RUN
-    return found[0].holds, _sentences("Top-1 of distilled heads above heads from labels", parts)
+    return differences[0].holds, _sentences(
+        "Top-1 of distilled heads above heads from labels", parts
+    )
 
 
-def _beats(rival: str) -> Callable[[Report], Judged]:
-    """LRA-EE's accuracy at the FLOPs that the rival saves, on the line between its own points."""
+def _beats(baseline: str) -> Callable[[Report], Judged]:
+    """LRA-EE's accuracy at the FLOPs that the baseline saves, interpolated between its points."""
 
     def judge(report: Report) -> Judged:
         for backbone in ("int8", "paper", "float"):
-            row = row_of(report, rival, backbone)
+            row = row_of(report, baseline, backbone)
             for name in (schema.BEST, schema.PUBLISHED):
                 curve = _curve(report, name, backbone)
                 if row and len(curve) > 1:
@@ -287,37 +289,38 @@ def _curve(report: Report, name: str, backbone: str) -> Curve:
     ]
 
 
-def _against(report: Report, rival: MainRow, name: str, curve: Curve) -> Judged:
-    saved, where = rival["flops_saved"]["mean"], scheme(rival["backbone"])
-    own = row_of(report, name, rival["backbone"])
+def _against(report: Report, baseline: MainRow, name: str, curve: Curve) -> Judged:
+    saved, where = baseline["flops_saved"]["mean"], scheme(baseline["backbone"])
+    own = row_of(report, name, baseline["backbone"])
     spread = own["top1"]["std"] if own else 0.0
-    theirs = f"{rival['top1']['mean']:.2f} % at {saved:.1f} % of FLOPs saved"
+    theirs = f"{baseline['top1']['mean']:.2f} % at {saved:.1f} % of FLOPs saved"
     if not min(curve)[0] <= saved <= max(curve)[0]:
         return (
             None,
-            f"{_capital(rival['name'])} {where} has {theirs}, where {name} was not measured.",
+            f"{_capital(baseline['name'])} {where} has {theirs}, where {name} was not measured.",
         )
     top1, agreement = _at(curve, saved)
     ours: MainRow = {
-        **rival,
+        **baseline,
         "top1": {"mean": top1, "std": spread},
         "agreement": {"mean": agreement, "std": 0.0},
         "seeds": own["seeds"] if own else 1,
     }
-    difference = evidence.of_rows(ours, rival, photos=report["reported_on"])
+    difference = evidence.of_rows(ours, baseline, photos=report["reported_on"])
     return difference.holds, (
-        f"{_capital(rival['name'])} {where} has {theirs}, {name} there {top1:.2f} %: {difference}."
+        f"{_capital(baseline['name'])} {where} has {theirs},"
+        f" {name} there {top1:.2f} %: {difference}."
     )
 
 
 def _smoothing(report: Report) -> Judged:
     exits = _differences(report, schema.SMOOTHED_EXITS, schema.PUBLISHED)
     full = _differences(report, schema.SMOOTHED, schema.FULL_DEPTH)
-    holds, words = _first(exits, "Top-1 that SmoothQuant adds to exits")
+    holds, text = _first(exits, "Top-1 that SmoothQuant adds to exits")
     if not full:
-        return holds, words
+        return holds, text
     at_full, more = _first(full, "At full depth it adds")
-    return (holds, f"{words} {more}") if exits else (at_full, more)
+    return (holds, f"{text} {more}") if exits else (at_full, more)
 
 
 def _owed(report: Report) -> Judged:
@@ -357,7 +360,7 @@ CLAIMS: dict[str, Callable[[Report], Judged]] = {
     "Early on, a head on patch tokens works where one on the class token does not": _shallow_heads,
     "Exits are right more often than full depth: they rescue more than they lose": _rescue,
     "What exits rescue is owed to quantization": _owed,
-    "Images that leave early are more often right than those that stay": _selective,
+    "Images that exit early are more often right than those that stay": _selective,
     "The learned gate beats confidence alone": _learned_gate,
     "Dropping the exit with much noise (pathological layer pruning) helps": _pruning,
     "Heads taught by the float model beat heads taught by labels": _distillation,

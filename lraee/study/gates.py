@@ -7,8 +7,8 @@ from statistics import mean
 import numpy as np
 
 from lraee.calibration.scoring import exit_scores
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.study.rows import row_of_outcomes, share_of
 from lraee.study.schema import MainRow, Pruned, Sweep, SweepPoint
 from lraee.study.trials import Backbone, Trial
@@ -17,7 +17,7 @@ Exits = tuple[int, ...]
 
 
 def sweep(recipe: str, trials: Sequence[Trial], exits: Sequence[Exits], *, points: int) -> Sweep:
-    """Both gates on the same heads and exits, from "all leave at once" to "nearly all stay".
+    """Both gates on the same heads and exits, from "all images exit at once" to "nearly none does".
 
     Args:
       recipe: its name in the report.
@@ -38,7 +38,7 @@ def _curve(kind: GateKind, pairs: list[tuple[Trial, Exits]], points: int) -> lis
     weights = [trial.gate_weights(kind, blocks) for trial, blocks in pairs]
     scores = np.concatenate(
         [
-            exit_scores(kind, trial.found, trial.columns(blocks), each).ravel()
+            exit_scores(kind, trial.table, trial.columns(blocks), each).ravel()
             for (trial, blocks), each in zip(pairs, weights, strict=True)
         ]
     )
@@ -69,26 +69,26 @@ def pruned(backbone: Backbone, trials: Sequence[Trial], *, name: str, budget: fl
       name, budget: of the rows.
     """
     first = trials[0]
-    asked = first.recipe.candidates or ()
-    noise = first.calibration.noise
-    inr = {block: noise[block - 1].inr for block in asked}
+    candidates = first.recipe.candidates or ()
+    noise = first.features.noise
+    inr = {block: noise[block - 1].inr for block in candidates}
     lowest = min(inr, key=lambda block: inr[block])
-    rest = tuple(block for block in asked if block != lowest)
+    rest = tuple(block for block in candidates if block != lowest)
 
-    def row(candidates: Exits, words: str) -> MainRow:
-        recipe = replace(first.recipe, candidates=candidates, kappa=0.0)
+    def row(blocks: Exits, note: str) -> MainRow:
+        recipe = replace(first.recipe, candidates=blocks, kappa=0.0)
         outcomes = [
             each.outcome(each.plan_within(budget))
             for each in (Trial(backbone, recipe, t.seed, has_labels=True) for t in trials)
         ]
-        return row_of_outcomes(name, backbone.name, outcomes, words)
+        return row_of_outcomes(name, backbone.name, outcomes, note)
 
     return {
         "backbone": backbone.name,
         "block": lowest,
         "inr_share_of_mean": 100.0 * inr[lowest] / mean(inr.values()),
-        "is_dropped_by_rule": lowest in first.calibration.dropped,
-        "kept": row(asked, f"exits {_listed(asked)}"),
+        "is_dropped_by_rule": lowest in first.features.dropped,
+        "kept": row(candidates, f"exits {_listed(candidates)}"),
         "left_out": row(rest, f"exits {_listed(rest)}"),
     }
 

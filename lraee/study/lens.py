@@ -15,7 +15,7 @@ from lraee.study.rows import share_of, spread
 from lraee.study.schema import Lens
 from lraee.study.trials import Backbone
 
-SEES = ("class token", "mean", "both")
+INPUTS = ("class token", "mean", "both")
 
 
 def lens(backbone: Backbone, *, steps: int, seeds: Sequence[int], progress: bool) -> list[Lens]:
@@ -28,15 +28,15 @@ def lens(backbone: Backbone, *, steps: int, seeds: Sequence[int], progress: bool
     kept = backbone.stages.get(
         f"{backbone.report.name} lens {steps} {' '.join(map(str, seeds))}",
         lambda: {
-            sees: _top1(backbone, sees, steps=steps, seeds=seeds, progress=progress)
-            for sees in SEES
+            inputs: _top1(backbone, inputs, steps=steps, seeds=seeds, progress=progress)
+            for inputs in INPUTS
         },
     )
     early = early_projections(backbone)
     labels, classes = backbone.report_labels, backbone.model.classes
     rows: list[Lens] = []
     for place in range(depth):
-        heads = {sees: spread(kept[sees][place].tolist()) for sees in SEES}
+        heads = {inputs: spread(kept[inputs][place].tolist()) for inputs in INPUTS}
         right = nearest(early[place], classes) == labels
         rows.append(
             {
@@ -57,30 +57,30 @@ def early_projections(backbone: Backbone) -> list[Tensor]:
     """
     tokens = backbone.report.class_tokens()
     early = [projected(backbone.model.tower, each) for each in tokens.unbind(1)[:-1]]
-    return [*early, backbone.report.look(0)["full"]]
+    return [*early, backbone.report.view(0)["full"]]
 
 
 def _top1(
-    backbone: Backbone, sees: str, *, steps: int, seeds: Sequence[int], progress: bool
+    backbone: Backbone, inputs: str, *, steps: int, seeds: Sequence[int], progress: bool
 ) -> Tensor:
     """Of one kind of head: float64 [depth, seeds]."""
-    options = replace(BEST_HEAD, steps=steps, views=0, has_class_token=sees == "both")
-    learn, report = backbone.learn.look(0), backbone.report.look(0)
-    found = torch.zeros(backbone.model.depth, len(seeds), dtype=torch.float64)
-    for place in tqdm(range(len(found)), desc=f"lens, {sees}", disable=not progress, leave=False):
+    options = replace(BEST_HEAD, steps=steps, views=0, has_class_token=inputs == "both")
+    learn, report = backbone.learn.view(0), backbone.report.view(0)
+    top1 = torch.zeros(backbone.model.depth, len(seeds), dtype=torch.float64)
+    for place in tqdm(range(len(top1)), desc=f"lens, {inputs}", disable=not progress, leave=False):
         for column, seed in enumerate(seeds):
             head = train_head(
-                _seen(learn["pooled"][:, place], sees), learn["teacher"],
+                _input_of(learn["pooled"][:, place], inputs), learn["teacher"],
                 options=options, seed=seed,
             )  # fmt: skip
-            answers = _answers(head, _seen(report["pooled"][:, place], sees), backbone)
-            found[place, column] = share_of(answers == backbone.report_labels)
-    return found
+            answers = _answers(head, _input_of(report["pooled"][:, place], inputs), backbone)
+            top1[place, column] = share_of(answers == backbone.report_labels)
+    return top1
 
 
-def _seen(pooled: Tensor, sees: str) -> Tensor:
+def _input_of(pooled: Tensor, inputs: str) -> Tensor:
     D = pooled.shape[1] // 2
-    return {"class token": pooled[:, D:], "mean": pooled[:, :D], "both": pooled}[sees]
+    return {"class token": pooled[:, D:], "mean": pooled[:, :D], "both": pooled}[inputs]
 
 
 def _answers(head: HeadWeights, pooled: Tensor, backbone: Backbone) -> Tensor:

@@ -15,7 +15,7 @@ class Protocol:
 
     Args:
       seeds: of splits, heads and policies.
-      budget: of our recipe and the rivals that share its heads; FLOPs over those of full depth.
+      budget: of our recipe and the baselines that share its heads; FLOPs over those of full depth.
       frontier_budgets: of the frontier.
       views: random crops of each photo that our heads learn from, beside the centre crop.
       steps: mini-batches of each of our heads.

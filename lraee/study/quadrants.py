@@ -17,7 +17,7 @@ def quadrants(
     right_with: Sequence[Tensor],
     right_full: Tensor,
     *,
-    left: Tensor,
+    has_exited: Tensor,
     gate_scores: Tensor,
     right_at_exit: Tensor,
     exits: Sequence[int],
@@ -26,7 +26,7 @@ def quadrants(
     backbone: str,
     recipe: str,
 ) -> Quadrants:
-    """Four quadrants over (right with exits, right at full depth), and what may be said of them.
+    """Four quadrants over (right with exits, right at full depth), and their statistics.
 
     Counts are summed over seeds, and so is `images`; rescue margin = rescue - loss, in points of
     each seed's images. Everything else is of the first seed: a percentile bootstrap over images
@@ -37,7 +37,7 @@ def quadrants(
     Args:
       right_with: bool [n] per seed, whether the answer with exits is right.
       right_full: bool [n], the same at full depth.
-      left: bool [n], first seed: left before full depth.
+      has_exited: bool [n], first seed: exited before full depth.
       gate_scores: float [n, m], first seed; NaN where an image was not probed.
       right_at_exit: bool [n, m], first seed: whether the exit's own answer is right.
       exits: m depths.
@@ -47,7 +47,7 @@ def quadrants(
     Raises: ValueError on shapes that do not fit, ImportError without scipy or scikit-learn.
     """
     per_seed = _per_seed("right_with", right_with, right_full)
-    _require_fit(right_full, left, gate_scores, right_at_exit, exits, labels)
+    _require_fit(right_full, has_exited, gate_scores, right_at_exit, exits, labels)
     counts = [_Counts.of(each, right_full) for each in per_seed]
     first = per_seed[0]
     return {
@@ -61,9 +61,9 @@ def quadrants(
         "margin": _spread([c.margin for c in counts]),
         "interval": paired_interval(_difference(first, right_full)),
         "mcnemar_p": mcnemar(counts[0].rescue, counts[0].loss),
-        "left_share": _percent(left) or 0.0,
-        "left_top1": _percent(first[left]),
-        "stayed_top1": _percent(first[~left]),
+        "left_share": _percent(has_exited) or 0.0,
+        "left_top1": _percent(first[has_exited]),
+        "stayed_top1": _percent(first[~has_exited]),
         "auroc": _auroc(gate_scores, right_at_exit, exits),
         "classes": _by_class(first, right_full, labels, class_names),
     }
@@ -182,12 +182,14 @@ def _auroc(scores: Tensor, right: Tensor, exits: Sequence[int]) -> dict[str, flo
         from sklearn.metrics import roc_auc_score
     except ImportError as error:
         raise ImportError(_MISSING.format("scikit-learn", error)) from error
-    found = {}
+    auroc = {}
     for block, score, is_right in zip(exits, scores.T, right.T, strict=True):
-        seen = score.isfinite()
-        if 0 < int(is_right[seen].sum()) < int(seen.sum()):
-            found[str(block)] = float(roc_auc_score(is_right[seen].numpy(), score[seen].numpy()))
-    return found
+        probed = score.isfinite()
+        if 0 < int(is_right[probed].sum()) < int(probed.sum()):
+            auroc[str(block)] = float(
+                roc_auc_score(is_right[probed].numpy(), score[probed].numpy())
+            )
+    return auroc
 
 
 def _by_class(
@@ -215,12 +217,17 @@ def _per_seed(name: str, right: Sequence[Tensor], full: Tensor) -> Tensor:
 
 
 def _require_fit(
-    full: Tensor, left: Tensor, scores: Tensor, right: Tensor, exits: Sequence[int], labels: Tensor
+    full: Tensor,
+    has_exited: Tensor,
+    scores: Tensor,
+    right: Tensor,
+    exits: Sequence[int],
+    labels: Tensor,
 ) -> None:
     """Raises ValueError unless all are of the same images and exits."""
     n, m = len(full), len(exits)
     for name, tensor, shape in (
-        ("left", left, [n]),
+        ("has_exited", has_exited, [n]),
         ("gate_scores", scores, [n, m]),
         ("right_at_exit", right, [n, m]),
         ("labels", labels, [n]),

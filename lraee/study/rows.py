@@ -71,14 +71,14 @@ def frontier_point(
 
 
 def shares_of(backbone: str, recipe: str, outcomes: Sequence[Outcome]) -> Shares:
-    """Where photos leave; a depth where none leaves in any seed is left out.
+    """Where photos exit; a depth where none exits in any seed is left out.
 
-    `top1` is over the seeds in which some left there.
+    `top1` is over the seeds in which some exited there.
     """
-    depths = sorted({int(depth) for each in outcomes for depth in each.left_at.tolist()})
+    depths = sorted({int(depth) for each in outcomes for depth in each.exit_block.tolist()})
     rows: list[schema.ExitShare] = []
     for depth in depths:
-        here = [each.left_at == depth for each in outcomes]
+        here = [each.exit_block == depth for each in outcomes]
         right = [
             share_of(each.right[mask]) for each, mask in zip(outcomes, here, strict=True)
             if mask.any()

@@ -109,7 +109,7 @@ class Pruned(TypedDict):
 
 
 class ExitShare(TypedDict):
-    """Share of images that leave after a block; the last is full depth."""
+    """Share of images that exit after a block; the last is full depth."""
 
     block: int
     share: Spread
@@ -136,7 +136,7 @@ class Quadrants(TypedDict):
     """(right with exits, right at full depth), summed over seeds; the rest for the first seed.
 
     margin = rescue - loss in points of top-1, interval its 95 % interval (paired, by bootstrap over
-    images of the first seed), mcnemar_p of the exact test. Selectivity: top-1 of those that left
+    images of the first seed), mcnemar_p of the exact test. Selectivity: top-1 of those that exited
     early and of those that stayed. AUROC: of the gate's score for "this exit's answer is right".
     """
 
@@ -169,7 +169,7 @@ class Owed(TypedDict):
 
 
 class Answer(TypedDict):
-    """What one exit, or full depth (block = number of blocks), says of a photo."""
+    """What one exit, or full depth (block = number of blocks), answers for a photo."""
 
     block: int
     name: str
@@ -228,7 +228,7 @@ class FrontierPoint(TypedDict):
 
 
 class Finding(TypedDict):
-    """A claim of the paper beside what our data say; `holds` None where they cannot tell."""
+    """A claim of the paper beside our data; `holds` None where they are inconclusive."""
 
     claim: str
     holds: bool | None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lraee.calibration.collect import Pair
 from lraee.calibration.head_training import centred
 from lraee.calibration.noise import pathological
 from lraee.calibration.pipeline import NOISE_IMAGES, PAPER
@@ -18,18 +19,18 @@ from lraee.data.photos import Photos
 from lraee.measurement import machine
 from lraee.storage.stages import Stages
 from lraee.study import schema, smooth
+from lraee.study.attribution import CorrectPhotos, attribute_to_quantization
 from lraee.study.backbones import Model, backbone, paper_candidates
+from lraee.study.baselines import Policies, smoothed_rows, spread_rows
+from lraee.study.cached_features import CachedFeatures
 from lraee.study.chapters import Chapter
 from lraee.study.drift import drift
 from lraee.study.findings import findings
+from lraee.study.latency import BATCH, time_saved
 from lraee.study.lens import early_projections, lens
-from lraee.study.looks import KeptPair
-from lraee.study.owing import Rights, owed_to_quantization
 from lraee.study.protocol import PAPER_BUDGET, Protocol
 from lraee.study.published import published
-from lraee.study.rivals import Policies, smoothed_rows, spread_rows
 from lraee.study.schema import Noise, Report
-from lraee.study.seconds import BATCH, time_saved
 from lraee.study.trials import Backbone
 from lraee.towers.families import image_size
 
@@ -55,8 +56,8 @@ class Pictures:
         """Centre crops of up to `most` images in an order drawn once, float32 [n, 3, *size]."""
         n = len(self.images.names)
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
-        found = self.crops(chosen.sort().values, size)
-        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(1))]
+        crops = self.crops(chosen.sort().values, size)
+        return crops[torch.randperm(len(crops), generator=torch.Generator().manual_seed(1))]
 
     def crops(self, rows: Tensor, size: tuple[int, int]) -> Tensor:
         """Centre crops of these images, rows ascending: float32 [len(rows), 3, *size]."""
@@ -100,7 +101,7 @@ class Study:
         """Every backbone in turn, the float control first."""
         start = time.monotonic()
         report = self._empty()
-        rights: dict[str, Rights] = {}
+        correct: dict[str, CorrectPhotos] = {}
         in_float: list[Tensor] = []
         policies = self._policies()
         with self._counting(_STEPS):
@@ -108,12 +109,12 @@ class Study:
                 form = self._form(name, self.model.clip)
                 chapter = Chapter(form, self.protocol)
                 self._fill(report, chapter, policies)
-                rights[name] = chapter.rights()
+                correct[name] = chapter.correct_photos()
                 embeddings = early_projections(form)
                 if name == "float":
                     in_float = embeddings
                     continue
-                report["owed"] += owed_to_quantization(rights[name], rights["float"])
+                report["owed"] += attribute_to_quantization(correct[name], correct["float"])
                 report["drift"].append(
                     drift(in_float, embeddings, classes=self.model.classes, backbone=name)
                 )
@@ -129,7 +130,7 @@ class Study:
         """All that one backbone adds, in an order that trains before it compares."""
         form, protocol = chapter.form, self.protocol
         name = form.name
-        form.learn.look(0)
+        form.learn.view(0)
         self._step(f"{name}: photos")
         report["main"] += chapter.main()
         self._step(f"{name}: exits")
@@ -210,9 +211,11 @@ class Study:
         fast = backbone(clip, name)
         title = " ".join((name, *marks))
         sides = {
-            side: KeptPair(
-                self.model.clip, fast, pictures.images, name=f"{title} {side}",
-                teacher_name=f"teacher {side}", stages=self._stages, progress=self._progress,
+            side: CachedFeatures(
+                Pair(
+                    self.model.clip, fast, pictures.images, batch=64, progress=self._progress
+                ),
+                name=f"{title} {side}", teacher_name=f"teacher {side}", stages=self._stages,
             )
             for side, pictures in (("learn", self.learn), ("report", self.report))
         }  # fmt: skip
@@ -238,20 +241,20 @@ class Study:
             "learned_from": len(self.learn.images.names),
             "reported_on": len(self.report.images.names),
             "minutes": 0.0,
-            "protocol": self._words(),
+            "protocol": self._protocol_text(),
             "noise": {}, "lens": {}, "main": [], "published": published(), "factorial": [],
             "sweeps": [], "pruned": [], "shares": [], "quadrants": [], "owed": [], "examples": [],
             "drift": [], "costs": [], "frontier": [], "findings": [],
         }  # fmt: skip
 
-    def _words(self) -> dict[str, str]:
+    def _protocol_text(self) -> dict[str, str]:
         """What was trained and chosen on what."""
         p = self.protocol
         return {
-            "our recipe": f"heads see class token and patch mean, {p.steps} steps, {p.views + 1}"
+            "our recipe": f"heads on class token and patch mean, {p.steps} steps, {p.views + 1}"
             f" views of each photo, no labels; gates and thresholds for agreement with float;"
             f" budget {p.budget}",
-            "as published": "heads see the patch mean, 3 epochs, labels and distillation; gates"
+            "as published": "heads on the patch mean, 3 epochs, labels and distillation; gates"
             f" and thresholds count labels; exits {_listed(paper_candidates(self.model.depth))};"
             f" budget {PAPER_BUDGET}, as much as the paper spends; the float control prunes none",
             "splits": ", ".join(f"{name} {100 * share:.1f} %" for name, share in p.splits.items())

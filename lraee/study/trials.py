@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lraee.calibration.pipeline import Calibration, Recipe, Task
+from lraee.calibration.gate_fitting import fit_weights
+from lraee.calibration.pipeline import Features, Recipe, Task, collect_features
 from lraee.calibration.plans import Goal, make_plan
-from lraee.calibration.scoring import Found, Weights, exit_scores, fit_weights, run_plan
+from lraee.calibration.scoring import ExitTable, Weights, exit_scores, run_plan
 from lraee.calibration.targets import judge, nearest
 from lraee.calibration.thresholds import PAPER_GRID
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.storage.stages import Stages, Tensors
 from lraee.study.backbones import Model
-from lraee.study.looks import KeptPair, Leads
+from lraee.study.cached_features import CachedFeatures, Leads
 from lraee.towers.families import find_tower
 from lraee.towers.flops import PartFlops
 
@@ -44,19 +46,19 @@ class Backbone:
 
     name: str
     model: Model
-    learn: KeptPair
-    report: KeptPair
+    learn: CachedFeatures
+    report: CachedFeatures
     labels: Tensor
     report_labels: Tensor
     stages: Stages
     splits: Mapping[str, float]
 
     @cached_property
-    def made(self) -> Acceleration:
-        """How the form was made."""
-        made = acceleration_of(self.learn.fast)
-        assert made is not None
-        return made
+    def acceleration(self) -> Acceleration:
+        """How the form was quantized."""
+        acceleration = acceleration_of(self.learn.fast)
+        assert acceleration is not None
+        return acceleration
 
     @cached_property
     def parts(self) -> PartFlops:
@@ -69,38 +71,16 @@ class Backbone:
     @cached_property
     def full_top1(self) -> Tensor:
         """The answers at full depth on report photos, int64 [n]."""
-        return nearest(self.report.look(0)["full"], self.model.classes)
+        return nearest(self.report.view(0)["full"], self.model.classes)
 
     @cached_property
     def float_top1(self) -> Tensor:
         """The float model's answers at full depth on report photos, int64 [n]."""
-        return nearest(self.report.look(0)["teacher"], self.model.classes)
+        return nearest(self.report.view(0)["teacher"], self.model.classes)
 
     def leading(self, leads: Leads) -> "Backbone":
         """The same backbone, with the class token in the patch mean's place or back."""
         return replace(self, learn=self.learn.leading(leads), report=self.report.leading(leads))
-
-
-class HeadStages(Stages):
-    """Keeps trained heads by all that they depend on, and nothing else: looks are kept elsewhere.
-
-    Recipes that train the same heads on the same photos share them.
-
-    Args:
-      stages: where they are kept.
-      prefix: what the heads depend on besides their block.
-    """
-
-    def __init__(self, stages: Stages, prefix: str) -> None:
-        """See the class."""
-        super().__init__(None, None)
-        self._shared, self._prefix = stages, prefix
-
-    def get(self, name: str, make: Callable[[], Tensors]) -> Tensors:
-        """See Stages."""
-        if not name.startswith("head "):
-            return make()
-        return self._shared.get(f"{self._prefix} {name}", make)
 
 
 @dataclass(frozen=True)
@@ -109,12 +89,12 @@ class Outcome:
 
     Args:
       exits: depths of its m exits.
-      taken: the index of the exit where each photo left, m at full depth; int64 [n].
-      left_at: the depth of that exit, or the number of blocks; int64 [n].
+      taken: the index of the exit where each photo exited, m at full depth; int64 [n].
+      exit_block: the depth of that exit, or the number of blocks; int64 [n].
       right: whether the answer it got is the label, bool [n].
       agreement: share of answers that are the float model's at full depth.
       flops_saved: share of the full tower's, probes charged.
-      scores: float32 [n, m], NaN where a photo did not come.
+      scores: float32 [n, m], NaN where a photo did not get there.
       top1_at_exit: int64 [n, m], of every photo.
       confidence_at_exit: float32 [n, m], of every photo.
       right_at_exit: bool [n, m], of every photo.
@@ -122,7 +102,7 @@ class Outcome:
 
     exits: tuple[int, ...]
     taken: Tensor
-    left_at: Tensor
+    exit_block: Tensor
     right: Tensor
     agreement: float
     flops_saved: float
@@ -133,11 +113,11 @@ class Outcome:
 
 
 class Trial:
-    """One recipe with one seed on one backbone; each step is made when it is first asked for.
+    """One recipe with one seed on one backbone; each step runs when it is first needed.
 
     Args:
-      backbone: see Backbone; `leading` decides which half a head of one half sees.
-      recipe: how exits are made.
+      backbone: see Backbone; `leading` decides which half a head of one half takes.
+      recipe: how exits are trained and chosen.
       seed: of splits and heads.
       has_labels: gates and thresholds count the labels, else agreement with the float model.
     """
@@ -145,28 +125,35 @@ class Trial:
     def __init__(self, backbone: Backbone, recipe: Recipe, seed: int, *, has_labels: bool) -> None:
         """See the class."""
         self.backbone, self.recipe, self.seed = backbone, recipe, seed
-        self._labels = backbone.labels if has_labels else None
-        model = backbone.model
-        task = Task(
-            recipe, Goal(budget=0.8), "learned", model.classes, self._labels, model.logit_scale,
-            seed, False,
+        labels, model = backbone.labels if has_labels else None, backbone.model
+        self._task = Task(
+            recipe, Goal(budget=0.8), "learned", model.classes, labels, model.logit_scale, seed,
+            False,
         )  # fmt: skip
-        prefix = f"{backbone.learn.name} {backbone.learn.leads} {seed} {_key(recipe, backbone)}"
-        stages = HeadStages(backbone.stages, prefix)
-        self.calibration = Calibration(
-            backbone.learn,
-            backbone.made,
-            task,
-            stages,
-            shares=backbone.splits,
-            parts=backbone.parts,
-        )
         self._plans: dict[tuple[GateKind, float], Plan | None] = {}
+
+    @cached_property
+    def features(self) -> Features:
+        """Splits, heads and probes of the learning side.
+
+        Heads are kept by all that they depend on, and nothing else is: views are cached elsewhere.
+        Recipes that train the same heads on the same photos share them.
+        """
+        learn = self.backbone.learn
+        prefix = f"{learn.name} {learn.leads} {self.seed} {_key(self.recipe, self.backbone)}"
+
+        def keep_head(name: str, make: Callable[[], Tensors]) -> Tensors:
+            return self.backbone.stages.get(f"{prefix} {name}", make)
+
+        return collect_features(
+            learn, self._task, keep=Stages(None, None).get, keep_head=keep_head,
+            shares=self.backbone.splits, parts=self.backbone.parts,
+        )  # fmt: skip
 
     @property
     def blocks(self) -> list[int]:
         """Depths of the heads."""
-        return list(self.calibration.heads)
+        return list(self.features.heads)
 
     def plan(self, kind: GateKind, budget: float) -> Plan | None:
         """The plan of one kind of gate, chosen on the learning side; None if none fits."""
@@ -195,30 +182,32 @@ class Trial:
 
     def exits(self, plan: Plan) -> Exits:
         """What lraee.accelerate takes to run a plan."""
-        made, model = self.backbone.made, self.backbone.model
+        acceleration, model = self.backbone.acceleration, self.backbone.model
         return Exits(
-            heads=self.calibration.heads, plans={"chosen": plan}, chosen="chosen",
+            heads=self.features.heads, plans={"chosen": plan}, chosen="chosen",
             classes=model.classes, logit_scale=model.logit_scale, compaction=Compaction(),
-            scheme=made.scheme, base_hash=made.base_hash, card={},
+            scheme=acceleration.scheme, base_hash=acceleration.base_hash, card={},
         )  # fmt: skip
 
     def probe_share(self, plan: Plan) -> float:
         """FLOPs of all probes of a plan over those of the full tower."""
-        costs, columns = self.calibration.costs, self.columns(plan.blocks)
+        costs, columns = self.features.costs, self.columns(plan.blocks)
         return costs.when_leaving(columns)[-1] / costs.full - 1.0
 
     def _make_plan(self, kind: GateKind, goal: Goal) -> Plan:
         gate, thresholds = self._learning_splits
         plan, _ = make_plan(
             kind, self.blocks, gate, thresholds,
-            costs=self.calibration.costs, goal=goal, rules=self.recipe.rules,
+            costs=self.features.costs, goal=goal, rules=self.recipe.rules,
         )  # fmt: skip
         return plan
 
     @cached_property
-    def _learning_splits(self) -> tuple[Found, Found]:
-        goal = Goal(budget=0.8)  # of any budget: only a loss bound changes what is found
-        return self.calibration.found("gate", goal), self.calibration.found("thresholds", goal)
+    def _learning_splits(self) -> tuple[ExitTable, ExitTable]:
+        gate, thresholds = (
+            self.features.table(split, is_proof=False) for split in ("gate", "thresholds")
+        )
+        return gate, thresholds
 
     def gate_weights(self, kind: GateKind, blocks: Sequence[int]) -> tuple[Weights, ...]:
         """The gates of these exits, fitted on the gate split."""
@@ -229,11 +218,11 @@ class Trial:
         return tuple(self.blocks.index(block) for block in blocks)
 
     @cached_property
-    def found(self) -> Found:
-        """What exits found on report photos; gain is 1 where the answer is the label."""
+    def table(self) -> ExitTable:
+        """The exits on report photos; gain is 1 where the answer is the label."""
         backbone = self.backbone
         probes = backbone.report.probed(
-            self.calibration.heads, torch.ones(len(backbone.report_labels), dtype=torch.bool),
+            self.features.heads, torch.ones(len(backbone.report_labels), dtype=torch.bool),
             classes=backbone.model.classes, logit_scale=backbone.model.logit_scale,
         )  # fmt: skip
         return judge(
@@ -243,35 +232,35 @@ class Trial:
 
     def outcome(self, plan: Plan) -> Outcome:
         """What a plan does to the report photos."""
-        found, blocks, backbone = self.found, self.blocks, self.backbone
-        ran = run_plan(plan, blocks, found, self.calibration.costs)
-        at = torch.from_numpy(ran.at)
-        answers = torch.cat([found.top1, backbone.full_top1[:, None]], 1)
+        table, blocks, backbone = self.table, self.blocks, self.backbone
+        result = run_plan(plan, blocks, table, self.features.costs)
+        at = torch.from_numpy(result.at)
+        answers = torch.cat([table.top1, backbone.full_top1[:, None]], 1)
         top1 = answers.gather(1, at[:, None])[:, 0]
         depths = torch.tensor([*blocks, backbone.model.depth])
         columns = list(self.columns(plan.blocks))
-        left_at = depths[at]
+        exit_block = depths[at]
         return Outcome(
             exits=plan.blocks,
-            taken=(left_at[:, None] > torch.tensor(plan.blocks)).sum(1),
-            left_at=left_at,
+            taken=(exit_block[:, None] > torch.tensor(plan.blocks)).sum(1),
+            exit_block=exit_block,
             right=top1 == backbone.report_labels,
             agreement=float((top1 == backbone.float_top1).double().mean()),
-            flops_saved=ran.flops_saved,
-            scores=self._scores(plan, left_at),
-            top1_at_exit=found.top1[:, columns],
-            confidence_at_exit=found.features[:, columns, 0],
-            right_at_exit=found.is_understood[:, columns],
+            flops_saved=result.flops_saved,
+            scores=self._scores(plan, exit_block),
+            top1_at_exit=table.top1[:, columns],
+            confidence_at_exit=table.features[:, columns, 0],
+            right_at_exit=table.is_correct[:, columns],
         )
 
-    def _scores(self, plan: Plan, left_at: Tensor) -> Tensor:
+    def _scores(self, plan: Plan, exit_block: Tensor) -> Tensor:
         if not plan.blocks:
-            return torch.empty(len(left_at), 0)
+            return torch.empty(len(exit_block), 0)
         columns = self.columns(plan.blocks)
-        raw = exit_scores(plan.gate.kind, self.found, columns, plan.gate.weights)
+        raw = exit_scores(plan.gate.kind, self.table, columns, plan.gate.weights)
         scores = torch.from_numpy(np.array(raw))
-        came = left_at[:, None] >= torch.tensor(plan.blocks)[None]
-        return torch.where(came, scores, torch.nan)
+        reached = exit_block[:, None] >= torch.tensor(plan.blocks)[None]
+        return torch.where(reached, scores, torch.nan)
 
 
 def _key(recipe: Recipe, backbone: Backbone) -> str:

@@ -1,6 +1,8 @@
-"""Image towers: what they are made of, how they run. The only room that knows other libraries."""
+"""Image and text towers: what they are made of, how they run. The only room that knows other
+libraries.
+"""
 
-from lraee.towers import hugging_face, open_clip, openai_clip, timm
+from lraee.towers import hugging_face, open_clip, open_clip_text, openai_clip, text, timm
 from lraee.towers.families import register
 
 register(open_clip.FAMILY)
@@ -9,3 +11,4 @@ register(timm.TIMM_MODEL)
 register(timm.TRUNK)
 for family in hugging_face.FAMILIES:
     register(family)
+text.register(open_clip_text.FAMILY)

@@ -2,8 +2,8 @@
 
 A block on a GPU takes some ten microseconds, starting its kernels from Python takes ten times as
 long. So a segment is captured when it is first used with a batch of some bucket, and replayed from
-then on: images are copied into the memory that the graph reads, behind them rows that are nobody's.
-Every operator works row by row, so the results are those of the same calls without a graph.
+then on: images are copied into the memory that the graph reads, followed by padding rows. Every
+operator works row by row, so the results are those of the same calls without a graph.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch.nn.modules import module as modules
 from lraee.kernels import workspace
 from lraee.kernels.workspace import Workspace
 
-Segment = Callable[[Tensor], tuple[Tensor, ...]]
+Function = Callable[[Tensor], tuple[Tensor, ...]]
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Batch sizes that graphs are made for; larger batches keep a GPU busy without them."""
@@ -29,15 +29,15 @@ _log = logging.getLogger("lraee")
 
 
 class Captured(NamedTuple):
-    """A segment for batches of one size: replay() makes `made` from `given`."""
+    """A function for batches of one size: replay() computes `outputs` from `input`."""
 
     replay: Callable[[], None]
-    given: Tensor
-    made: tuple[Tensor, ...]
+    input: Tensor
+    outputs: tuple[Tensor, ...]
 
 
 class _State:
-    """What a graph has taken for granted: modules, where their tensors lie, and no hooks."""
+    """What a graph depends on: modules, where their tensors lie, and no hooks."""
 
     def __init__(self, tower: nn.Module) -> None:
         parts = [*tower.modules()]
@@ -51,11 +51,11 @@ class _State:
 
     @property
     def has_hooks(self) -> bool:
-        """Whether a hook wants to see what a graph would not show it."""
+        """Whether a hook is registered, which a graph would not call."""
         return any(self._hooks)
 
-    def is_that_of_now(self) -> bool:
-        """Whether a graph made then still computes what the tower would."""
+    def is_current(self) -> bool:
+        """Whether a graph captured then still computes what the tower would."""
         return all(d.get(name) is child for d, name, child in self._children) and all(
             d.get(name) is tensor and _address(tensor) == address
             for d, name, tensor, address in self._tensors
@@ -67,13 +67,11 @@ def _address(tensor: Tensor | None) -> int:
 
 
 class Graphs:
-    """The graphs of one tower, for one call at a time: `with graphs.of(tower) as run`.
+    """The graphs of one tower, for one call at a time: `with graphs.of(tower, device) as held`.
 
-    Calls of other threads wait for the lock, and their streams for what the last call reads.
+    Calls of other threads wait for the lock, and their streams for what the last call reads. All
+    graphs share one pool of memory: a result is overwritten when any of them runs again.
     """
-
-    is_static = True
-    """Results lie where graphs write: all share one pool of memory."""
 
     def __init__(self, tower: nn.Module, device: torch.device) -> None:
         """See the class."""
@@ -94,8 +92,8 @@ class Graphs:
         self._state = _State(tower)
         self._refusal: str | None = None
 
-    def are_welcome(self) -> bool:
-        """Whether nobody looks into the tower, and it could be captured so far."""
+    def can_capture(self) -> bool:
+        """Whether the tower has no hooks, and no capture of it has failed."""
         return self._refusal is None and not self._state.has_hooks
 
     def __enter__(self) -> "Graphs":
@@ -109,73 +107,68 @@ class Graphs:
         self._on_device.__exit__(*error)
         self._lock.release()
 
-    def __call__(self, name: Hashable, segment: Segment, z: Tensor) -> tuple[Tensor, ...]:
-        """segment(z), each result with z's number of rows, valid until any segment is called.
+    def run(self, name: Hashable, function: Function, z: Tensor) -> tuple[Tensor, ...]:
+        """function(z), each result with z's number of rows, valid until the next call of run.
 
         Args:
-          name: of the segment and of all numbers in it that are not tensors of the tower.
-          segment: [bucket, …] -> tensors [bucket, …], row by row.
+          name: of the function and of all numbers in it that are not tensors of the tower.
+          function: [bucket, …] -> tensors [bucket, …], row by row.
           z: 1 to BUCKETS[-1] rows.
         """
         B = z.shape[0]
         key = (name, bucket_of(B), z.dtype, z.shape[1:])
-        found = self._captured.get(key)
-        if found is not None and not self._state.has_hooks:
-            found.given[:B].copy_(z)
-            found.replay()
-            # While the GPU is at it; what it reads is held by the state
-            if self._state.is_that_of_now():
-                return tuple(made[:B] for made in found.made)
+        captured = self._captured.get(key)
+        if captured is not None and not self._state.has_hooks:
+            captured.input[:B].copy_(z)
+            captured.replay()
+            # Checked while the GPU computes; what it reads is held by the state
+            if self._state.is_current():
+                return tuple(output[:B] for output in captured.outputs)
             self._clear()
-        if not self.are_welcome():
-            return segment(z)
+        if not self.can_capture():
+            return function(z)
         try:
-            found = self._captured[key] = self._capture(segment, z, key[1])
+            captured = self._captured[key] = self._capture(function, z, key[1])
         except CaptureError as error:
             self._refusal = str(error)
             _log.warning("accelerate: no CUDA graphs for this tower, calls are slower: %s", error)
-            return segment(z)
-        found.replay()
-        return tuple(made[:B] for made in found.made)
+            return function(z)
+        captured.replay()
+        return tuple(output[:B] for output in captured.outputs)
 
-    def _capture(self, segment: Segment, z: Tensor, bucket: int) -> Captured:
+    def _capture(self, function: Function, z: Tensor, bucket: int) -> Captured:
         # Not inference tensors: these could not be written to outside of inference mode
         with torch.inference_mode(False), torch.no_grad(), workspace.using(self._space):
-            given = torch.zeros((bucket, *z.shape[1:]), dtype=z.dtype, device=z.device)
-            given[: z.shape[0]].copy_(z)
-            captured, self._pool = capture(segment, given, self._pool)
+            padded = torch.zeros((bucket, *z.shape[1:]), dtype=z.dtype, device=z.device)
+            padded[: z.shape[0]].copy_(z)
+            captured, self._pool = capture(function, padded, self._pool)
             return captured
-
-    @staticmethod
-    def own(result: Tensor) -> Tensor:
-        """A copy for the caller to keep."""
-        return result.clone()
 
 
 class CaptureError(RuntimeError):
-    """A segment that runs cannot be captured."""
+    """A function that runs cannot be captured."""
 
 
-def capture(segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
-    """The graph of segment(given), and the memory pool that it shares with those before it.
+def capture(function: Function, padded: Tensor, pool: Any) -> tuple[Captured, Any]:
+    """The graph of function(padded), and the memory pool that it shares with those before it.
 
-    Raises: CaptureError if the segment does something that no graph can hold.
+    Raises: CaptureError if the function does something that no graph can hold.
     """
-    device = given.device
+    device = padded.device
     current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(current)
     with torch.cuda.stream(side):
-        segment(given)  # compiles kernels and allocates what stays
+        function(padded)  # compiles kernels and allocates what stays
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
         # thread_local: what other threads do meanwhile neither fails nor breaks the capture
         with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-            made = segment(given)
+            outputs = function(padded)
     except RuntimeError as error:
         raise CaptureError(" ".join(str(error).split())[:300]) from error
     current.wait_stream(side)
-    return Captured(graph.replay, given, made), graph.pool()
+    return Captured(graph.replay, padded, outputs), graph.pool()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -184,22 +177,22 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def new_event() -> torch.cuda.Event:
-    """An event of the current GPU, not recorded yet: waiting for it is no wait."""
+    """An event of the current GPU, not recorded yet: waiting for it returns at once."""
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 _all: "weakref.WeakKeyDictionary[nn.Module, Graphs]" = weakref.WeakKeyDictionary()
-"""Neither copied nor pickled with a tower, and gone when it is."""
+"""Neither copied nor pickled with a tower, and freed with it."""
 _lock = threading.Lock()
 
 
 def of(tower: nn.Module, device: torch.device) -> Graphs:
     """The graphs of this tower, to be used in a with statement."""
     with _lock:
-        found = _all.get(tower)
-        if found is None or found.device != device:
-            found = _all[tower] = Graphs(tower, device)
-        return found
+        graphs = _all.get(tower)
+        if graphs is None or graphs.device != device:
+            graphs = _all[tower] = Graphs(tower, device)
+        return graphs
 
 
 def drop(tower: nn.Module) -> None:

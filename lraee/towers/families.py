@@ -4,7 +4,7 @@ A family is one file of this room with a Family record; the room's __init__ regi
 code speaks to a tower through the functions here and the specs that they return.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import Scheme
-from lraee.layers.spec import BlockSpec, tensor_at
-from lraee.ops.checked import FLOAT_TYPES
+from lraee.layers.spec import BlockSpec, Linear, tensor_at
+from lraee.ops.rules import FLOAT_TYPES
 from lraee.towers.spec import TowerSpec
 from lraee.towers.wrappers import require_eager, unwrapped
 
@@ -123,19 +123,19 @@ def find_tower(model: nn.Module) -> nn.Module:
     for tower in (*inner, *(deeper for outer in inner for deeper in _inside(outer))):
         if _family(tower) is not None:
             return tower
-    reasons = ((t, family.refusal(t)) for t in (*inner, model) for family in FAMILIES)
-    refused, reason = next((each for each in reasons if each[1]), (None, None))
-    if refused is None and not inner:
+    refused = [(t, family.refusal(t)) for t in (*inner, model) for family in FAMILIES]
+    refused = [(t, reason) for t, reason in refused if reason is not None]
+    if not refused and not inner:
         where = ", ".join(f"`.{path}`" for path in _paths()[:3])
         raise TypeError(
             f"accelerate: model must have an image tower at {where} or the like, got"
             f" {type(model).__name__};"
             f" known are {_names()}"
         )
+    tower, reason = refused[0] if refused else (inner[0], "INT8 has no kernels for it")
     raise NotImplementedError(
-        f"accelerate: the image tower must be one of {_names()}, got {_kind(refused or inner[0])}:"
-        f" {reason or 'INT8 has no kernels for it'}; use a supported model, or serve this one in"
-        " float"
+        f"accelerate: the image tower must be one of {_names()}, got {_kind(tower)}: {reason}; use"
+        " a supported model, or serve this one in float"
     )
 
 
@@ -217,29 +217,48 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
 # What the scheme quantizes
 
 
-def require_supported(tower: nn.Module, scheme: Scheme) -> None:
+def require_supported(tower: nn.Module, scheme: Scheme, others: Iterable[str] = ()) -> None:
     """Raises one line unless each block has its int8 kernels and each kept layer exists.
 
+    Args:
+      tower: from find_tower, float.
+      scheme: how it is to be quantized.
+      others: names of linears outside the tower that the scheme may keep float.
     Raises: NotImplementedError, ValueError.
     """
     family, spec = family_of(tower), tower_spec(tower)
-    known: set[str] = set()
+    known = set(others)
     for i, block in enumerate(blocks_of(tower)):
-        try:
-            block_spec = family.read_block(block)
-            _require_numbers(block, block_spec)
-        except UnsupportedBlockError as error:
-            raise NotImplementedError(
-                f"accelerate: {family.name_of(spec.blocks)}.{i} {error}; use a model without it,"
-                " or serve this one in float"
-            ) from error
-        known |= {f"{spec.block_name(i)}.{linear.path}" for linear in block_spec.linears}
+        path = f"{family.name_of(spec.blocks)}.{i}"
+        linears = supported_linears(block, family.read_block, path)
+        known |= {f"{spec.block_name(i)}.{linear.path}" for linear in linears}
     for kept in scheme.keep_float:
         if kept not in known:
             example = min(known, default="")
             raise ValueError(
                 f"Scheme: keep_float must name linears such as {example!r}, got {kept!r}"
             )
+
+
+def supported_linears(
+    block: nn.Module, read_block: Callable[[nn.Module], BlockSpec], path: str
+) -> tuple[Linear, ...]:
+    """The linears of a float block whose int8 kernels there are.
+
+    Args:
+      block: the float block.
+      read_block: as in Family.
+      path: of the block in the model, for messages.
+    Raises: NotImplementedError on a block without int8 kernels, or with NaN or Inf.
+    """
+    try:
+        spec = read_block(block)
+        _require_numbers(block, spec)
+    except UnsupportedBlockError as error:
+        raise NotImplementedError(
+            f"accelerate: {path} {error}; use a model without it, or serve this one in float"
+        ) from error
+    return spec.linears
 
 
 def _require_numbers(block: nn.Module, spec: BlockSpec) -> None:

@@ -5,18 +5,18 @@ options are what they were; with early exits images go through the runner instea
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lraee.exits.router import EAGER
 from lraee.layers.modules import Adapter
+from lraee.towers.executor import EagerExecutor
 from lraee.towers.hugging_face_checks import (
     parameter_names,
     register_recorders,
@@ -166,29 +166,46 @@ def _leave_early(
     return outputs.BaseModelOutputWithPooling(pooler_output=embeddings)
 
 
+class _Call(threading.local):
+    """What a call of this thread gives to the steps of its tower.
+
+    Args:
+      options: of the embeddings.
+      has_tokens: tokens are given in place of images.
+      rope: rotary positions for images of this size.
+    """
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+        self.has_tokens = False
+        self.rope: Any = None
+
+
+_call = _Call()
+
+
+def _run(tower: RowwiseTower, x: Tensor, **given: Any) -> Tensor:
+    """Images or tokens -> embeddings, by the exits of the tower."""
+    _call.__dict__.update(given)
+    try:
+        return tower._run(exits_of(tower), x, EagerExecutor(tower))
+    finally:
+        _call.__init__()  # type: ignore[misc]
+
+
 def _route_images(tower: RowwiseTower, x: Tensor, options: dict[str, Any]) -> Tensor:
     x = x.to(next(tower.parameters()).dtype)
-    if not options:
-        return tower.embed_images(x)
-    router = exits_of(tower)
-    assert router is not None
-    run = partial(embed, tower, **options)
-    blocks = tower._blocks(tower._rope(x))
-    return cast(Tensor, router(blocks, x, tower._finish, embed=run, run=EAGER))
+    return _run(tower, x, options=options) if options else tower.embed_images(x)
 
 
 def _route_naflex(tower: RowwiseTower, vision: Vision, x: Tensor, shapes: Tensor) -> Tensor:
     """Images of one number of tokens at a time, without their padding."""
-    router = exits_of(tower)
-    assert router is not None
-    counts, blocks = shapes.prod(1), tower._blocks(None)
+    counts = shapes.prod(1)
     z = vision.before_blocks(vision.embeddings(x, shapes))
     groups = [(counts == n, n) for n in sorted(set(counts.tolist()))]
     parts = [
-        (images, router(blocks, z[images, :n].contiguous(), tower._finish,
-                        embed=lambda tokens: tokens, run=EAGER))
-        for images, n in groups
-    ]  # fmt: skip
+        (images, _run(tower, z[images, :n].contiguous(), has_tokens=True)) for images, n in groups
+    ]
     result = z.new_zeros(len(z), parts[0][1].shape[1])
     for images, rows in parts:
         result[images] = rows
@@ -198,10 +215,15 @@ def _route_naflex(tower: RowwiseTower, vision: Vision, x: Tensor, shapes: Tensor
 class HuggingFaceTower(RowwiseTower):
     """What the towers of this family share."""
 
-    def _rope(self, x: Tensor) -> Any:
-        vision = vision_of(self)[1].module
-        rope = getattr(vision, "rope_embeddings", None)
-        return None if rope is None else rope(x)
+    def _embeds(self, x: Tensor) -> Tensor:
+        if _call.has_tokens:
+            return x
+        rope = getattr(vision_of(self)[1].module, "rope_embeddings", None)
+        _call.rope = None if rope is None else rope(x)
+        return embed(self, x, **_call.options)
+
+    def _rope(self) -> Any:
+        return _call.rope
 
     def _is_rope_lasting(self) -> bool:
         return not hasattr(vision_of(self)[1].module, "rope_embeddings")

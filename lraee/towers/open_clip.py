@@ -227,6 +227,9 @@ class OpenClipTower(RowwiseTower):
         is_alone = self.pool_type == "tok" and self.attn_pool is None
         return is_alone and not is_hooked(self.get_submodule("ln_post"))
 
+    def _extra_output(self) -> str | None:
+        return "output_tokens" if self.output_tokens else None
+
     def _finish(self, z: Tensor) -> Tensor:
         if self._ends_with_class_token():
             return self._project(self.ln_post(z[:, 0]))  # one token in fifty, the same bits
@@ -244,7 +247,10 @@ class OpenClipTower(RowwiseTower):
 def refusal(tower: nn.Module) -> str | None:
     """Why a tower of open_clip of another class is not run in int8."""
     if type(tower).__name__ == "ModifiedResNet":
-        return "INT8 has no kernels for convolutions"
+        return (
+            "it is convolutional, and INT8 has no kernels for convolutions; load ViT-B-32 or"
+            " ViT-B-16"
+        )
     return None
 
 

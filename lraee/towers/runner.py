@@ -2,21 +2,33 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lraee.exits.head import Int8Head
-from lraee.exits.router import EAGER, Block, Router, Runner
+from lraee.exits.record import is_switched_off
+from lraee.exits.router import Router
 from lraee.layers.batch_invariant import RowwiseConv2d, RowwiseLinear, rowwise_linear
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.modules import Adapter, adopt, is_hooked, release
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
+from lraee.ops.reference import Probe
 from lraee.towers import cuda_graphs as graphs
+from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
-from lraee.towers.spec import Projection, TowerSpec
+from lraee.towers.segments import Segments, TowerParts
+from lraee.towers.spec import TowerSpec
+
+Block = Callable[[Tensor], Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """Keeps torch.compile out: where images exit depends on their numbers."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 class RowwiseTower(Adapter):
@@ -30,6 +42,7 @@ class RowwiseTower(Adapter):
     adapter_prefix: ClassVar[str] = "Rowwise"
     tower_spec: TowerSpec
     rowwise_backend: Backend
+    segments: Segments
     cuda_graphs: bool = True
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs."""
 
@@ -47,8 +60,8 @@ class RowwiseTower(Adapter):
             z = block(z)
         return z
 
-    def _rope(self, x: Tensor) -> Any:
-        """Rotary positions that every block is called with for these images, or None."""
+    def _rope(self) -> Any:
+        """Rotary positions that every block is called with in this call, or None."""
         return None
 
     def _is_rope_lasting(self) -> bool:
@@ -60,6 +73,10 @@ class RowwiseTower(Adapter):
         spec = self.tower_spec
         norm = None if spec.final_norm is None else self.get_submodule(spec.final_norm)
         return spec.pooling.kind == "class" and (norm is None or not is_hooked(norm))
+
+    def _extra_output(self) -> str | None:
+        """The option by which calls return more than embeddings now, or None."""
+        return self.tower_spec.extra_output
 
     # What is the same for all
 
@@ -75,40 +92,61 @@ class RowwiseTower(Adapter):
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
         router = self._active_router(x)
         if self._is_for_graphs(x):
-            with graphs.of(self, x.device) as run:
-                if router is not None:
-                    return self._route(router, x, run)
-                (pooled,) = run("tower", lambda x: (self._finish(self._tokens(x)),), x)
-                return run.own(pooled)
-        parts = _parts(self, x)
-        if router is not None:
-            results = [self._route(router, part, EAGER) for part in parts]
-        else:
-            results = [self._finish(self._tokens(part)) for part in parts]
+            with graphs.of(self, x.device) as held:
+                scale = None if router is None else router.logit_scale
+                return self._run(router, x, GraphExecutor(self, held, scale))
+        executor = EagerExecutor(self)
+        results = [self._run(router, part, executor) for part in _parts(self, x)]
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _run(self, router: Router | None, x: Tensor, executor: Executor) -> Tensor:
+        """Images -> embeddings, with the exits of this router or at full depth."""
+        if router is not None:
+            return route(self, self.segments, router, x, executor)
+        (y,) = executor.run(self.segments.whole, x)
+        return y.clone() if executor.is_static else y
 
     def _active_router(self, x: Tensor) -> Router | None:
         """The exits of this call, if it has some."""
         router = exits_of(self)
-        if router is not None and router.is_off:
-            router.note_full_depth(x.shape[0], len(blocks_of(self)))
+        if router is not None and is_switched_off(router):
+            router.note_full_depth(x.shape[0], len(self._block_list()))
             return None
         if router is not None:
             require_no_tokens(self)
         return router
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """Images -> tokens after the last block, or the class token alone where it is enough."""
-        z, rope, last = self._embeds(x), self._rope(x), _last_for_class_token(self)
-        if last is None:
-            return self._runs_blocks(z, rope)
-        for block in self._blocks_by_image(rope)[:-1]:
-            z = block(z)
-        return last.first_token(z, rope)
+    # Parts of segments
 
-    def _route(self, router: Router, x: Tensor, run: Runner) -> Tensor:
-        blocks = self._blocks(self._rope(x))
-        return cast(Tensor, router(blocks, x, self._finish, embed=self._embeds, run=run))
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, L, D] before the first block."""
+        return self._embeds(images)
+
+    def run_blocks(self, z: Tensor, first: int, last: int) -> Tensor:
+        """Tokens [B, L, D] after blocks first to last - 1, in whichever order the tower calls them;
+        after the last block the class token alone, [B, 1, D], where it is enough.
+        """
+        rope = self._rope()
+        blocks = self._blocks_by_image(rope)
+        alone = _last_for_class_token(self) if last == len(blocks) else None
+        if alone is None and last - first == len(blocks):
+            return self._runs_blocks(z, rope)
+        for block in blocks[first : last if alone is None else last - 1]:
+            z = block(z)
+        return z if alone is None else alone.first_token(z, rope)
+
+    def probe(self, e: int, z: Tensor) -> Probe:
+        """What exit e measures on tokens [B, L, D]."""
+        return cast(Router, exits_of(self)).probe(e, z)
+
+    def finish(self, z: Tensor) -> Tensor:
+        """Tokens after the last block -> embeddings [B, E]."""
+        return self._finish(z)
+
+    def may_overwrite(self, last: int) -> bool:
+        """Whether the tokens after block last - 1 are held by no hook."""
+        block = self._blocks_by_image()[last - 1]
+        return isinstance(block, nn.Module) and not block._forward_hooks
 
     def _is_for_graphs(self, x: Tensor) -> bool:
         """Whether graphs may be made of this call; a tower that was refused runs without them."""
@@ -126,25 +164,22 @@ class RowwiseTower(Adapter):
         graphs.drop(self)
         return cast(RowwiseTower, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
-    def _blocks(self, rope: Any) -> list[Block]:
-        """The blocks on [B, L, D], in whichever order the tower calls them."""
-        blocks, last = self._blocks_by_image(rope), _last_for_class_token(self)
-        if last is None:
-            return blocks
-        first = last.first_token if rope is None else lambda z: last.first_token(z, rope)
-        return [*blocks[:-1], first]
+    def _blocks_by_image(self, rope: Any = None) -> list[Block]:
+        return [_by_image(block, rope) for block in self._block_list()]
 
-    def _blocks_by_image(self, rope: Any) -> list[Block]:
-        blocks = self.get_submodule(self.tower_spec.blocks).children()
-        return [_by_image(block, rope) for block in blocks]
+    def _block_list(self) -> list[nn.Module]:
+        # not families.blocks_of, which reads the whole spec anew: 30 us a call
+        return list(self.get_submodule(self.tower_spec.blocks).children())
 
     def _project(self, pooled: Tensor) -> Tensor:
         """The projection of the spec, if there is one: [..., K] -> [..., N]."""
-        projection = tower_spec(self).projection
-        return pooled if projection is None else self._multiply(pooled, projection)
-
-    def _multiply(self, pooled: Tensor, projection: Projection) -> Tensor:
-        weight = self.get_parameter(projection.weight)
+        projection = self.tower_spec.projection
+        if projection is None:
+            return pooled
+        parent, _, leaf = projection.weight.rpartition(".")
+        weight = self.get_submodule(parent)._parameters[leaf]
+        if weight is None:  # taken off since
+            return pooled
         bias = None if projection.bias is None else self.get_parameter(projection.bias)
         w = weight.t() if projection.is_transposed else weight
         return rowwise_linear(pooled, w, bias, self.rowwise_backend)
@@ -171,7 +206,7 @@ images: 6,970, 6,860, 6,785 and 6,928 ms; ViT-B/16 at 32 and ViT-B/32 at 128 are
 """
 
 
-def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def _parts(tower: RowwiseTower, x: Tensor) -> tuple[Tensor, ...]:
     """The images, or parts of a batch too large for the caches of a CPU: the same bits.
 
     Parts are even, and whole rounds of images for all threads. A batch stays whole where a hook
@@ -182,12 +217,12 @@ def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     threads = torch.get_num_threads()
     if len(x) <= threads:
         return (x,)
-    spec = cast(RowwiseTower, tower).tower_spec
+    spec = tower.tower_spec
     bytes_of_one = spec.tokens * spec.width * x.element_size()
     most = threads * max(1, _BYTES_PER_THREAD // bytes_of_one)
     if len(x) <= most or any(is_hooked(m) for m in tower.modules() if m is not tower):
         return (x,)
-    is_by_row = all(isinstance(b, Int8Block) and b.is_by_row for b in blocks_of(tower))
+    is_by_row = all(isinstance(b, Int8Block) and b.is_by_row for b in tower._block_list())
     rounds = math.ceil(len(x) / math.ceil(len(x) / most) / threads)
     return torch.split(x, rounds * threads) if is_by_row else (x,)
 
@@ -195,7 +230,7 @@ def _parts(tower: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 def _last_for_class_token(tower: RowwiseTower) -> Int8Block | None:
     """The last block, where it can give the class token alone and no more is read of it."""
     spec = tower.tower_spec
-    last = list(tower.get_submodule(spec.blocks).children())[-1]
+    last = tower._block_list()[-1]
     is_enough = tower._ends_with_class_token() and not _are_parents_hooked(tower, spec)
     return last if is_enough and isinstance(last, Int8Block) and last.gives_first_alone() else None
 
@@ -207,7 +242,7 @@ def _are_parents_hooked(tower: nn.Module, spec: TowerSpec) -> bool:
 
 def ends_with_class_token(tower: nn.Module) -> bool:
     """Whether the last block computes the class token alone, hooks and options as they are."""
-    if not isinstance(tower, RowwiseTower) or tower_spec(tower).extra_output is not None:
+    if not isinstance(tower, RowwiseTower) or tower._extra_output() is not None:
         return False
     return _last_for_class_token(tower) is not None
 
@@ -226,6 +261,7 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     if type(tower) is spec.float_class:
         rowwise = cast(RowwiseTower, adopt(tower, adapter))
         rowwise.rowwise_backend, rowwise.tower_spec = backend, spec
+        rowwise.segments = Segments.of(len(rowwise._block_list()))
 
 
 def unmake_rowwise(tower: nn.Module) -> None:
@@ -244,7 +280,7 @@ def unmake_rowwise(tower: nn.Module) -> None:
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
         release(tower)
-        for name in ("rowwise_backend", "tower_spec", "cuda_graphs"):
+        for name in ("rowwise_backend", "tower_spec", "segments", "cuda_graphs"):
             tower.__dict__.pop(name, None)
 
 
@@ -257,33 +293,62 @@ def _projection(tower: nn.Module, spec: TowerSpec) -> nn.Module:
 # Exits
 
 
+@_eager
+def route(
+    tower: TowerParts, segments: Segments, router: Router, x: Tensor, executor: Executor
+) -> Tensor:
+    """Images [B, …] -> embeddings [B, E], segment by segment; in between the router decides which
+    images exit, and compacts the others.
+    """
+    z = x
+    routing = router.start(len(x), segments.whole.last, is_static=executor.is_static)
+    for e, segment in enumerate(segments.to_exits):
+        z, *probe = executor.run(segment, z)
+        if not routing.decide(e, cast(Probe, probe), z):
+            continue
+        if routing.is_done:
+            return cast(Tensor, routing.result)
+        z = routing.compact(z, is_own=tower.may_overwrite(segment.last))
+    (z,) = executor.run(segments.end, z)
+    (y,) = executor.run(segments.finish, routing.compact_all(z))
+    return routing.merge(y)
+
+
 def exits_of(tower: nn.Module) -> Router | None:
     """The router of a tower with early exits, or None."""
     return cast(Router | None, tower._modules.get("exits"))
 
 
 def attach_exits(tower: nn.Module, router: Router) -> None:
-    """Lets images leave the accelerated tower where the router says; it joins its state_dict.
+    """Lets images exit the accelerated tower where the router says; it joins its state_dict.
 
     Raises: NotImplementedError, ValueError on a tower or exits that do not go together.
     """
     require_exits_fit(tower, router)
     graphs.drop(tower)
+    router.prefix_tokens = tower_spec(tower).prefix_tokens
     tower.exits = router
+    cast(RowwiseTower, tower).segments = Segments.of(len(blocks_of(tower)), router.blocks)
 
 
 def detach_exits(tower: nn.Module) -> None:
     """The way back from attach_exits; nothing where there are none."""
     graphs.drop(tower)
     tower._modules.pop("exits", None)
+    if isinstance(tower, RowwiseTower):
+        tower.segments = Segments.of(len(tower._block_list()))
 
 
 def require_no_tokens(tower: nn.Module) -> None:
-    """Raises NotImplementedError where images that leave early could not give what is returned."""
-    spec = tower_spec(tower)
-    if spec.extra_output is not None:
+    """Raises NotImplementedError where images that exit early cannot give what is returned."""
+    if isinstance(tower, RowwiseTower):
+        spec, extra = tower.tower_spec, tower._extra_output()
+    else:
+        spec = tower_spec(tower)
+        extra = spec.extra_output
+    if extra is not None:
         raise NotImplementedError(
-            f"exits: {spec.extra_output} must be False, got True: an image that leaves early has no"
+            f"exits: {extra} must be False, got True: an image that exits early has no"
             " tokens of the last block; use lraee.full_depth"
         )
     if _are_parents_hooked(tower, spec):
@@ -310,12 +375,13 @@ def embedding_size(tower: nn.Module) -> int:
 
 
 def require_exits_fit(tower: nn.Module, router: Router) -> None:
-    """Raises unless images can leave this tower, float or accelerated, where the router says.
+    """Raises unless images can exit this tower, float or accelerated, where the router says.
 
     Raises: NotImplementedError on the tower, ValueError on heads outside it or of other widths.
     """
     require_no_tokens(tower)
-    D, E = tower_spec(tower).width, embedding_size(tower)
+    spec, E = tower_spec(tower), embedding_size(tower)
+    widths = (spec.width, 2 * spec.width) if spec.prefix_tokens else (spec.width,)
     L = len(blocks_of(tower))
     if router.blocks and router.blocks[-1] >= L:
         raise ValueError(
@@ -324,8 +390,8 @@ def require_exits_fit(tower: nn.Module, router: Router) -> None:
     for block, module in zip(router.blocks, router.heads, strict=True):
         head = cast(Int8Head, module)
         shape = head.gamma.shape[0], head.embedding_size
-        if shape not in ((D, E), (2 * D, E)):
+        if shape[0] not in widths or shape[1] != E:
             raise ValueError(
-                f"accelerate: exits must have heads [{D} or {2 * D}] -> [{E}], got"
+                f"accelerate: exits must have heads [{' or '.join(map(str, widths))}] -> [{E}], got"
                 f" [{shape[0]}] -> [{shape[1]}] after block {block}"
             )

@@ -3,12 +3,14 @@
 SigLIP, SigLIP2, PE-Core, EVA01, EVA02, MobileCLIP-B, ViTamin, DINOv2 and DINOv3 are such trunks.
 """
 
+import threading
 import weakref
 from typing import Any, cast
 
 import torch
 from open_clip.timm_model import TimmModel
-from timm.layers import AttentionPoolLatent, PatchEmbed
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -200,7 +202,7 @@ class OneByOne(Adapter):
         """Images [B, 3, H, W] -> patches [B, N, D]."""
         if len(x) < 2:
             return cast(Tensor, super().forward(x))
-        return torch.cat([super(OneByOne, self).forward(one) for one in x.split(1)])
+        return torch.cat([super(OneByOne, self).forward(one) for one in torch.split(x, 1)])
 
 
 class TimmMap(RowwiseMap):
@@ -249,6 +251,10 @@ class RowwisePool(Adapter):
         return mean if kind == "avg" else 0.5 * (patches.amax(1) + mean)
 
 
+_call = threading.local()
+"""The rotary positions of the call that this thread is in."""
+
+
 class TimmTower(RowwiseTower):
     """Runs an accelerated TimmModel."""
 
@@ -262,24 +268,34 @@ class TimmTower(RowwiseTower):
     def _trunk(self) -> Any:
         return _trunk(self)
 
-    def _rope(self, x: Tensor) -> Any:
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, L, D] before the first block."""
         trunk = self._trunk
-        rope = getattr(trunk, "rope", None)
+        if self._has_rope_of_size:
+            embedding = trunk.patch_embed
+            grid = embedding.dynamic_feat_size(images.shape[-2:])
+            _call.rope = trunk.rope.get_embed(shape=grid)
+        return super().embed(images)
+
+    @property
+    def _has_rope_of_size(self) -> bool:
+        """Whether rotary positions are made anew in each call, for the size of its images."""
+        rope = getattr(self._trunk, "rope", None)
+        return rope is not None and (
+            self._trunk.dynamic_img_size or not hasattr(rope, "feat_shape")
+        )
+
+    def _rope(self) -> Any:
+        rope = getattr(self._trunk, "rope", None)
         if rope is None:
             return None
-        if trunk.dynamic_img_size:
-            return rope.get_embed(shape=trunk.patch_embed.dynamic_feat_size(x.shape[-2:]))
-        if hasattr(rope, "feat_shape"):
-            return rope.get_embed()
-        return rope.get_embed(shape=trunk.patch_embed.grid_size)
+        return _call.rope if self._has_rope_of_size else rope.get_embed()
 
     def _is_rope_lasting(self) -> bool:
-        trunk = self._trunk
-        rope = getattr(trunk, "rope", None)
-        if rope is None:
-            return True
-        is_cached = not trunk.dynamic_img_size and hasattr(rope, "feat_shape")
-        return is_cached and rope.get_embed() is rope.get_embed()
+        if self._has_rope_of_size:
+            return False
+        rope = self._rope()
+        return rope is None or rope is self._rope()
 
     def _runs_blocks(self, z: Tensor, rope: Any) -> Tensor:
         blocks = self._trunk.blocks

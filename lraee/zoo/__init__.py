@@ -46,7 +46,7 @@ class Entry:
             [
                 transforms.Resize(self.resize, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.CenterCrop(side),
-                _to_rgb,
+                _convert_to_rgb,
                 transforms.ToTensor(),
                 transforms.Normalize(hub.MEAN, hub.STD),
             ]
@@ -115,7 +115,7 @@ def _entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def _to_rgb(image: Image) -> Image:
+def _convert_to_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bench import harness
-from bench.harness import Comparison, Timing, Variant, Work, compare, copies, line
+from bench.harness import Comparison, Variant, Work, compare, copies, line
+from lraee.measurement.timing import Timing
 
 
 class FakeBenchmark:
@@ -58,14 +59,14 @@ def test_ratio_is_of_paired_rounds() -> None:
         budget_s=0.05,
         warm_s=0.0,
     )
-    assert result.ours == Timing(0.002, 0.002, 0.002)
-    assert result.rivals["slower"].median >= 0.004
-    assert result.ratios["slower"] == pytest.approx(result.rivals["slower"].median / 0.002)
+    assert result.ours == Timing(2.0, 2.0, 2.0)
+    assert result.rivals["slower"].median_ms >= 4
+    assert result.ratios["slower"] == pytest.approx(result.rivals["slower"].median_ms / 2)
 
 
 def test_percentiles_by_hand() -> None:
     seconds = [float(i) for i in range(11)]
-    assert Timing.of(seconds) == Timing(median=5.0, p20=2.0, p80=8.0)
+    assert Timing.of(seconds) == Timing(5e3, 2e3, 8e3)
 
 
 def test_copies_rotate_through_memory_of_their_own() -> None:
@@ -77,7 +78,7 @@ def test_copies_rotate_through_memory_of_their_own() -> None:
 
 
 def test_line_by_hand() -> None:
-    result = Comparison(Timing(41.2e-6, 40.8e-6, 42e-6), {}, {"torch bf16": 2.31})
+    result = Comparison(Timing(41.2e-3, 40.8e-3, 42e-3), {}, {"torch bf16": 2.31})
     text = line("ViT-B/32 mlp.fc1", "M=50 N=3072 K=768", result, Work(235_929_600, 2_705_000))
     cells = [cell.strip() for cell in text.split("|")]
     assert cells[0].split() == ["ViT-B/32", "mlp.fc1", "M=50", "N=3072", "K=768"]

@@ -247,7 +247,7 @@ def test_towers_and_half_types(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("probe_us", [1.5, 2.5])
-def test_a_probe_is_timed_where_asked(
+def test_the_time_of_a_probe_limits_the_exits(
     probe_us: float, model: nn.Module, images: Tensor, classes: Tensor,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -257,21 +257,41 @@ def test_a_probe_is_timed_where_asked(
     from lraee.calibration import pipeline as calibration
     from lraee.calibration import probe_time
 
-    asked: list[Any] = []
+    calls: list[Any] = []
 
     def measure(fast: nn.Module, block: int, head: Any, classes: Tensor, scale: float) -> Any:
-        asked.append((block, scale))
+        calls.append((block, scale))
         return probe_time.ProbeTime((100.0, 1000.0), (20.0, 200.0), (probe_us, 3.0), 0.03125)
 
     monkeypatch.setattr(calibration, "measure", measure)
     exits = calibrated(model, images, classes=classes, is_timed=True)
-    assert asked == [(3, pytest.approx(model.logit_scale.exp().item()))]
+    assert calls == [(3, pytest.approx(model.logit_scale.exp().item()))]
     assert exits.compaction == Compaction(0.03125)
     assert exits.card["time"]["probe_us"] == (probe_us, 3.0)
     assert ("one probe takes 2.5 % of the tower's time" in caplog.text) == (probe_us > 2)
     # 2 % of the tower's time hold one probe of 1.5 %; agreement has its two all the same
     assert len(exits.plans["learned"].blocks) == len(exits.plans["confidence"].blocks) == 1
     assert len(exits.plans["agreement"].blocks) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_number_of_exits_is_fixed_by_hand(
+    count: int, model: nn.Module, images: Tensor, classes: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe that takes the time of the whole tower limits nothing then."""
+    from lraee.calibration import pipeline
+    from lraee.calibration.probe_time import ProbeTime
+
+    def measure(*_: Any) -> ProbeTime:
+        return ProbeTime((100.0, 1000.0), (20.0, 200.0), (100.0, 3.0), 0.03125)
+
+    monkeypatch.setattr(pipeline, "measure", measure)
+    exits = calibrated(model, images, classes=classes, is_timed=True, num_exits=count, budget=0.9)
+    assert len(exits.plans["learned"].blocks) == count
+    assert len(exits.plans["static"].blocks) == 1
+    assert len(exits.plans["agreement"].blocks) <= max(2, count)
+    assert exits.card["recipe"]["rules"]["num_exits"] == count
+    assert exits.card["time"]["probe_us"] == (100.0, 3.0)
 
 
 # A folder to go on from

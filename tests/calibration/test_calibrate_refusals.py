@@ -54,6 +54,14 @@ def refusals() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         ),
         "both goals": ({"budget": 0.5, "epsilon": 0.1}, ValueError, "budget or epsilon must be"),
         "budget above all": ({"budget": 1.5}, ValueError, r"budget must be in \(0, 1\), got 1.5"),
+        "no exits": ({"num_exits": 0}, ValueError, "num_exits must be 1 to 5, got 0"),
+        "many exits": ({"num_exits": 6}, ValueError, "num_exits must be 1 to 5, got 6"),
+        "one exit of agreement": (
+            {"num_exits": 1}, ValueError, "num_exits must be at least 2 for an agreement gate",
+        ),
+        "more exits than candidates": (
+            {"num_exits": 4}, ValueError, "num_exits must be at most the 3 candidates, got 4",
+        ),
         "delta": ({"epsilon": 0.1, "delta": 0}, ValueError, r"delta must be in \(0, 1\), got 0"),
         "integer classes": ({"classes": texts.int()}, TypeError, "classes must be a float tensor"),
         "classes of another space": (
@@ -129,14 +137,15 @@ def test_the_teacher_is_the_model_that_was_accelerated(images: Tensor) -> None:
     state = model.state_dict()
     del model
     gc.collect()
-    with pytest.raises(LookupError, match="^calibrate: the float model is gone, .* give teacher="):
+    message = "^calibrate: the float model was freed, .* give teacher="
+    with pytest.raises(LookupError, match=message):
         lraee.calibrate(fast, images, **quick)
     other.load_state_dict(state)
     assert_same_exits(lraee.calibrate(fast, images, teacher=other, **quick), expected)
     alone = lraee.calibrate(fast, images, teacher=other.visual, **quick)
     assert_same_exits(alone, expected)
     lraee.accelerate(other, inplace=True)
-    with pytest.raises(LookupError, match="^calibrate: the float model is gone"):
+    with pytest.raises(LookupError, match="^calibrate: the float model was freed"):
         lraee.calibrate(other, images, **quick)
 
 

@@ -12,7 +12,7 @@ from lraee.calibration.head_training import augmented
 from lraee.calibration.noise import NoiseMeter
 from lraee.exits.head import pool
 from tests.clip_models import blocks_of, make_images, make_model
-from tests.exits.made_exits import make_exits, make_head
+from tests.exits.random_exits import make_exits, make_head
 from tests.support import assert_same, generator
 
 N, SIZE = 11, 32

@@ -8,14 +8,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from lraee.calibration import plans, scoring
+from lraee.calibration import gate_fitting, plans, scoring
 from lraee.calibration.plans import Goal, Rules, make_plan
 from lraee.calibration.risk import signed_epsilon
-from lraee.calibration.scoring import Costs, Found, Subset, Weights
+from lraee.calibration.scoring import Costs, ExitTable, Subset, Weights
 from lraee.calibration.thresholds import NEVER, PAPER_GRID, quantile_grid
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import GateKind
-from tests.calibration.found_tables import FULL, make_costs, make_found, rows_of
+from lraee.exits.plan import Plan
+from tests.calibration.exit_tables import FULL, make_costs, make_table, rows_of
 
 BLOCKS = (4, 6, 8, 9)
 M = len(BLOCKS)
@@ -33,8 +33,8 @@ def few_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(
     kind: GateKind,
-    gate_split: Found,
-    test_split: Found,
+    gate_split: ExitTable,
+    test_split: ExitTable,
     *,
     costs: Costs,
     rules: Rules | None = None,
@@ -50,7 +50,7 @@ def planned(
 
 
 def naive_run(
-    found: Found, scores: np.ndarray[Any, Any], subset: Subset, thresholds: Sequence[float],
+    split: ExitTable, scores: np.ndarray[Any, Any], subset: Subset, thresholds: Sequence[float],
     costs: Costs,
 ) -> tuple[float, float]:  # fmt: skip
     """Mean gain and mean cost, image by image; all exits of the subset are probed."""
@@ -60,7 +60,7 @@ def naive_run(
         at = next(
             (e for e, (s, t) in enumerate(zip(row, thresholds, strict=True)) if s >= t), len(subset)
         )
-        gain += found.gain[i, subset[at] if at < len(subset) else -1]
+        gain += split.gain[i, subset[at] if at < len(subset) else -1]
         cost += spent[at]
     return gain / len(scores), cost / len(scores)
 
@@ -78,13 +78,13 @@ def all_thresholds(kind: GateKind, scores: np.ndarray[Any, Any], grid: str) -> l
 
 
 def best_within(
-    kind: GateKind, found: Found, subset: Subset, weights: tuple[Weights, ...], costs: Costs,
+    kind: GateKind, split: ExitTable, subset: Subset, weights: tuple[Weights, ...], costs: Costs,
     most: float, grid: str,
 ) -> tuple[float, float] | None:  # fmt: skip
     """Largest gain within the budget, and minus the smallest cost that gives it."""
-    scores = scoring.exit_scores(kind, found, subset, weights)
+    scores = scoring.exit_scores(kind, split, subset, weights)
     runs = [
-        naive_run(found, scores, subset, thresholds, costs)
+        naive_run(split, scores, subset, thresholds, costs)
         for thresholds in all_thresholds(kind, scores, grid)
     ]
     return max(((gain, -cost) for gain, cost in runs if cost <= most), default=None)
@@ -117,11 +117,11 @@ CASES: list[tuple[GateKind, Rules, float]] = [
 @pytest.mark.parametrize(("kind", "rules", "budget"), CASES)
 def test_budget_against_brute_force(kind: GateKind, rules: Rules, budget: float) -> None:
     """The exits are best on the gate split, the thresholds on the other, within the budget."""
-    gate_split, test_split = make_found(40, M, 0, nan_rows=1), make_found(50, M, 1, nan_rows=1)
+    gate_split, test_split = make_table(40, M, 0, nan_rows=1), make_table(50, M, 1, nan_rows=1)
     costs, most = make_costs(M, probe=2.0), budget * FULL
     best = None
     for subset in all_subsets(kind, rules):
-        weights = scoring.fit_weights(kind, gate_split, subset)
+        weights = gate_fitting.fit_weights(kind, gate_split, subset)
         key = best_within(kind, gate_split, subset, weights, costs, most, rules.grid)
         if key is not None and (best is None or key > best[0]):
             best = key, subset, weights
@@ -143,21 +143,21 @@ def test_budget_against_brute_force(kind: GateKind, rules: Rules, budget: float)
 @pytest.mark.parametrize("kind", get_args(GateKind))
 @pytest.mark.parametrize("seed", range(3))
 def test_figures_image_by_image(kind: GateKind, goal: dict[str, float], seed: int) -> None:
-    gate_split, found = make_found(60, M, seed), make_found(80, M, seed + 100, nan_rows=1)
+    gate_split, split = make_table(60, M, seed), make_table(80, M, seed + 100, nan_rows=1)
     costs = make_costs(M, probe=1.0)
-    plan, figures = planned(kind, gate_split, found, costs=costs, **goal)
+    plan, figures = planned(kind, gate_split, split, costs=costs, **goal)
     subset = tuple(BLOCKS.index(block) for block in plan.blocks)
     assert figures["exits"] == list(plan.blocks) and figures["gate"] == kind
-    full = float(found.gain[:, -1].mean())
+    full = float(split.gain[:, -1].mean())
     assert figures["gain_at_full_depth"] == pytest.approx(full)
-    ran = scoring.run_plan(plan, BLOCKS, found, costs)
+    ran = scoring.run_plan(plan, BLOCKS, split, costs)
     assert figures["gain"] == pytest.approx(ran.gain)
     assert figures["flops_saved"] == pytest.approx(ran.flops_saved)
     counts = [int((ran.at == e).sum()) for e in (*subset, M)]
     assert figures["share"] == pytest.approx([count / 80 for count in counts])
     if subset:
-        scores = scoring.exit_scores(kind, found, subset, plan.gate.weights)
-        gain, cost = naive_run(found, scores, subset, plan.gate.thresholds, costs)
+        scores = scoring.exit_scores(kind, split, subset, plan.gate.weights)
+        gain, cost = naive_run(split, scores, subset, plan.gate.thresholds, costs)
         assert figures["gain"] == pytest.approx(gain)
         assert figures["flops_saved"] == pytest.approx(1 - cost / FULL)
         if "budget" in goal:
@@ -187,24 +187,24 @@ def test_exits_worth_a_probe(kind: GateKind, thresholds: Any, kept: list[int]) -
 def test_exits_that_are_dropped_change_no_decision(seed: int) -> None:
     """Agreement looks back at one exit, patience at all: what they see must stay."""
     rng = np.random.default_rng(seed)
-    found, costs = make_found(60, M, seed), make_costs(M)
+    split, costs = make_table(60, M, seed), make_costs(M)
     subset = tuple(range(M))
     kind: GateKind = "agreement" if seed % 2 else "patience"
-    weights = scoring.fit_weights(kind, found, subset)
-    scores = scoring.exit_scores(kind, found, subset, weights)
+    weights = gate_fitting.fit_weights(kind, split, subset)
+    scores = scoring.exit_scores(kind, split, subset, weights)
     thresholds = [float(step) for step in rng.choice([1, 2, NEVER], M)]
     if kind == "agreement":
         thresholds = [float(rng.choice([*coarse(column, 4), NEVER])) for column in scores.T]
     kept = plans._kept(kind, thresholds)
-    expected, _ = naive_run(found, scores, subset, thresholds, costs)
+    expected, _ = naive_run(split, scores, subset, thresholds, costs)
     if kept:
-        part = scoring.exit_scores(kind, found, tuple(kept), tuple(weights[e] for e in kept))
-        actual, _ = naive_run(found, part, tuple(kept), [thresholds[e] for e in kept], costs)
+        part = scoring.exit_scores(kind, split, tuple(kept), tuple(weights[e] for e in kept))
+        actual, _ = naive_run(split, part, tuple(kept), [thresholds[e] for e in kept], costs)
         assert actual == expected
 
 
 def test_static_picks_the_best_exit_that_is_affordable() -> None:
-    gate_split = make_found(200, M, 3)
+    gate_split = make_table(200, M, 3)
     costs = make_costs(M, probe=2.0)  # leaving costs 22, 42, 62, 82 of 100
     for budget, allowed in ((0.25, [0]), (0.5, [0, 1]), (0.7, [0, 1, 2]), (0.9, [0, 1, 2, 3])):
         plan, figures = planned("static", gate_split, gate_split, costs=costs, budget=budget)
@@ -217,9 +217,9 @@ def test_static_picks_the_best_exit_that_is_affordable() -> None:
 
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_a_budget_out_of_reach_is_one_line(kind: GateKind) -> None:
-    found = make_found(50, M, 4)
+    split = make_table(50, M, 4)
     with pytest.raises(ValueError) as caught:
-        planned(kind, found, found, costs=make_costs(M), budget=0.1)
+        planned(kind, split, split, costs=make_costs(M), budget=0.1)
     assert str(caught.value) == (
         f"calibrate: the {kind} gate must reach the budget of 0.1, got no exits that do; ask for"
         " less, or give other candidates"
@@ -227,18 +227,18 @@ def test_a_budget_out_of_reach_is_one_line(kind: GateKind) -> None:
 
 
 def test_where_chance_left_no_choice_within_the_budget_the_cheapest_is_taken() -> None:
-    """Exits fit the budget on one split; on the other nobody is sure enough of them."""
-    gate_split = make_found(60, M, 5)
+    """Exits fit the budget on one split; on the other no score is high enough."""
+    gate_split = make_table(60, M, 5)
     test_split = replace(gate_split, features=gate_split.features * np.nan)
     plan, figures = planned("confidence", gate_split, test_split, costs=make_costs(M), budget=0.7)
     assert plan.blocks == () and figures["flops_saved"] == 0.0
 
 
 def test_agreement_has_its_two_exits_where_probes_are_dear() -> None:
-    found = make_found(80, M, 6)
-    plan, _ = planned("agreement", found, found, costs=make_costs(M), rules=Rules(1), budget=0.95)
+    split = make_table(80, M, 6)
+    plan, _ = planned("agreement", split, split, costs=make_costs(M), rules=Rules(1), budget=0.95)
     assert len(plan.blocks) == 2
-    one, _ = planned("learned", found, found, costs=make_costs(M), rules=Rules(1), budget=0.95)
+    one, _ = planned("learned", split, split, costs=make_costs(M), rules=Rules(1), budget=0.95)
     assert len(one.blocks) <= 1
 
 
@@ -250,7 +250,7 @@ DELTA, CALIBRATIONS = 0.1, 300
 
 def violations(kind: GateKind, epsilon: float, *, is_signed: bool) -> tuple[int, int]:
     """How many of 300 calibrations exceed epsilon on the population, and how many save anything."""
-    population = make_found(4000, 3, 7, is_signed=is_signed)
+    population = make_table(4000, 3, 7, is_signed=is_signed)
     costs = make_costs(3)
     allowed = signed_epsilon(epsilon) if is_signed else epsilon
     rng = np.random.default_rng(0)
@@ -310,14 +310,14 @@ def test_exits_and_path_never_see_the_losses_that_are_tested(
     paths: list[Any] = []
     original = plans._Planner.tested
 
-    def tested(self: Any, path: Any, table: Any, split: Found, subset: Subset) -> Any:
+    def tested(self: Any, path: Any, table: Any, split: ExitTable, subset: Subset) -> Any:
         paths.append((path, subset))
         return original(self, path, table, split, subset)
 
     monkeypatch.setattr(plans._Planner, "tested", tested)
-    gate_split, costs = make_found(80, M, 8), make_costs(M)
+    gate_split, costs = make_table(80, M, 8), make_costs(M)
     for seed in (9, 10):
-        test_split = make_found(70, M, seed)
+        test_split = make_table(70, M, seed)
         planned(kind, gate_split, test_split, costs=costs, epsilon=0.2)
         worst = replace(test_split, loss=1.0 - test_split.loss, gain=1.0 - test_split.gain)
         planned(kind, gate_split, worst, costs=costs, epsilon=0.2)
@@ -333,11 +333,11 @@ def test_exits_and_path_never_see_the_losses_that_are_tested(
 @pytest.mark.usefixtures("few_thresholds")
 def test_exits_for_a_proof_are_the_cheapest_that_would_likely_pass(kind: GateKind) -> None:
     """Along each path up to the first whose mean loss + 1.645 standard errors exceeds epsilon."""
-    gate_split, costs, images = make_found(150, M, 15), make_costs(M), 200
+    gate_split, costs, images = make_table(150, M, 15), make_costs(M), 200
     planner = plans._Planner(kind, costs, Goal(epsilon=0.2), Rules(2))
     cheapest = {}
     for subset in all_subsets(kind, Rules(2)):
-        weights = scoring.fit_weights(kind, gate_split, subset)
+        weights = gate_fitting.fit_weights(kind, gate_split, subset)
         table = plans.score_table(kind, gate_split, subset, weights, costs)
         for choice in planner.path(table):
             loss = gate_split.losses(table, subset, [choice.thresholds])[:, 0]
@@ -353,7 +353,7 @@ def test_exits_for_a_proof_are_the_cheapest_that_would_likely_pass(kind: GateKin
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_too_few_images_prove_nothing(kind: GateKind) -> None:
     """Even without a single loss, 30 images cannot prove 1 % at 95 %: 0.99 ** 30 = 0.74."""
-    gate_split, few = make_found(100, M, 11), make_found(30, M, 12)
+    gate_split, few = make_table(100, M, 11), make_table(30, M, 12)
     plan, figures = planned(kind, gate_split, few, costs=make_costs(M), epsilon=0.01)
     assert plan.blocks == () and plan.gate.kind == kind
     assert figures["is_certified"] is False
@@ -363,18 +363,18 @@ def test_too_few_images_prove_nothing(kind: GateKind) -> None:
 
 @pytest.mark.parametrize("is_signed", [False, True])
 def test_what_was_proven_is_on_the_card(is_signed: bool) -> None:
-    gate_split = make_found(300, M, 13, is_signed=is_signed)
-    found = make_found(600, M, 14, is_signed=is_signed)
+    gate_split = make_table(300, M, 13, is_signed=is_signed)
+    split = make_table(600, M, 14, is_signed=is_signed)
     costs = make_costs(M)
-    plan, figures = planned("confidence", gate_split, found, costs=costs, epsilon=0.2)
+    plan, figures = planned("confidence", gate_split, split, costs=costs, epsilon=0.2)
     assert figures["is_certified"] is True and plan.blocks
     assert (figures["epsilon"], figures["delta"], figures["images"]) == (0.2, 0.05, 600)
     assert figures["bound"] == ("betting" if is_signed else "hoeffding_bentkus")
-    at = scoring.run_plan(plan, BLOCKS, found, costs).at
+    at = scoring.run_plan(plan, BLOCKS, split, costs).at
     if is_signed:  # a drop of accuracy
-        loss = found.gain[:, -1].mean() - found.gain[np.arange(600), at].mean()
+        loss = split.gain[:, -1].mean() - split.gain[np.arange(600), at].mean()
     else:  # answers that are not those of full depth
-        loss = np.mean([found.loss[i, e] for i, e in enumerate(at)])
+        loss = np.mean([split.loss[i, e] for i, e in enumerate(at)])
     assert figures["loss"] == pytest.approx(float(loss), abs=1e-12)
     assert figures["loss"] < 0.2 and 0 < figures["step"] < figures["steps"]
 

@@ -11,24 +11,25 @@ from torch import Tensor, nn
 
 import lraee
 from lraee.calibration.collect import Pair
+from lraee.calibration.gate_fitting import fit_logistic, fit_weights
 from lraee.calibration.scoring import (
     NO_WEIGHTS,
     Costs,
-    Found,
+    ExitTable,
     exit_scores,
-    fit_weights,
     run_plan,
     score_table,
 )
 from lraee.calibration.targets import judge
-from lraee.calibration.thresholds import NEVER, leave_at
-from lraee.exits.bundle import Exits, Plan
-from lraee.exits.gate import Gate, GateKind, fit_logistic, steady_sigmoid, unit
+from lraee.calibration.thresholds import NEVER, exit_at
+from lraee.exits.bundle import Exits
+from lraee.exits.gate import Gate, GateKind, steady_sigmoid, unit
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.towers.flops import PartFlops, probe_flops
-from tests.calibration.found_tables import FULL, make_costs, make_found
+from tests.calibration.exit_tables import FULL, make_costs, make_table
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.support import EPS32, assert_same, assert_within
 
 BLOCKS = (1, 2, 3, 4)
@@ -48,7 +49,7 @@ def images() -> Tensor:
     return pictures
 
 
-def at_calibration(model: nn.Module, exits: Exits, images: Tensor, batch: int) -> Found:
+def at_calibration(model: nn.Module, exits: Exits, images: Tensor, batch: int) -> ExitTable:
     """What calibration knows of these images."""
     pair = Pair(model, lraee.accelerate(model), images, batch=batch, progress=False)
     classes = exits.router().classes
@@ -97,7 +98,7 @@ def test_scores_at_calibration_are_those_at_run_time(
         for part in images.split(16):
             fast.encode_image(part)
     depths = np.array([*exits.plan.blocks, 5])
-    leaves = leave_at(expected, gate.thresholds)
+    leaves = exit_at(expected, gate.thresholds)
     assert t.exit_block.tolist() == depths[leaves].tolist()
     assert len(set(leaves.tolist())) >= (1 if kind == "static" else 3), "no test of decisions"
 
@@ -139,7 +140,7 @@ def test_a_plan_does_at_run_time_what_it_was_said_to_do(
 
 
 def test_losses_against_a_loop() -> None:
-    found = make_found(50, 4, 0, nan_rows=2)
+    found = make_table(50, 4, 0, nan_rows=2)
     subset, weights = (0, 2, 3), ((1.0, 2.0, -0.01, 0.1),) * 3
     table = score_table("learned", found, subset, weights, make_costs(4))
     choices = [(NEVER, NEVER, NEVER), (0.75, NEVER, 0.625), (0.5, 0.5, 0.5), (-NEVER, 0.0, 0.0)]
@@ -157,7 +158,7 @@ def test_losses_against_a_loop() -> None:
 
 
 def test_score_table_by_hand() -> None:
-    found, costs = make_found(20, 3, 1), make_costs(3, probe=2.0)
+    found, costs = make_table(20, 3, 1), make_costs(3, probe=2.0)
     table = score_table("confidence", found, (0, 2), (NO_WEIGHTS,) * 2, costs)
     assert_same(torch.from_numpy(table.scores), found.features[:, [0, 2], 0])
     assert table.gains.tolist() == found.gain[:, [0, 2, 3]].tolist()
@@ -166,12 +167,12 @@ def test_score_table_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_weights_are_fitted_exit_by_exit(kind: GateKind) -> None:
-    found = make_found(80, 4, 2, nan_rows=3)
+    found = make_table(80, 4, 2, nan_rows=3)
     subset = (1,) if kind == "static" else (0, 1, 3)
     weights = fit_weights(kind, found, subset)
     assert len(weights) == len(subset)
     for place, e in enumerate(subset):
-        right = found.is_understood[:, e]
+        right = found.is_correct[:, e]
         if kind == "learned":
             w, b = fit_logistic(found.features[:, e], right)
             assert weights[place] == (*w.tolist(), b)
@@ -189,7 +190,7 @@ def test_weights_are_fitted_exit_by_exit(kind: GateKind) -> None:
 
 
 def test_a_probe_is_what_the_features_say() -> None:
-    found = make_found(30, 2, 3, nan_rows=1)
+    found = make_table(30, 2, 3, nan_rows=1)
     embedding, top1, confidence, margin, variance, learned = found.probe(1, (2.0, -1.0, 0.01, 0.5))
     assert_same(embedding, found.embedding[:, 1])
     assert_same(top1, found.top1[:, 1])
@@ -200,7 +201,7 @@ def test_a_probe_is_what_the_features_say() -> None:
 
 
 def test_a_plan_without_exits_saves_nothing() -> None:
-    found = make_found(10, 3, 4)
+    found = make_table(10, 3, 4)
     ran = run_plan(Plan((), Gate("learned", (), ())), [1, 2, 3], found, make_costs(3))
     assert ran.at.tolist() == [3] * 10 and ran.flops_saved == 0.0
     assert ran.gain == pytest.approx(float(found.gain[:, -1].mean()))
@@ -208,7 +209,7 @@ def test_a_plan_without_exits_saves_nothing() -> None:
 
 def test_plans_name_depths_and_tables_candidates() -> None:
     """Blocks 5 and 11 are candidates 0 and 2."""
-    found, costs = make_found(40, 3, 5), make_costs(3)
+    found, costs = make_table(40, 3, 5), make_costs(3)
     gate = Gate("confidence", (NO_WEIGHTS,) * 2, (0.5, 0.25))
     ran = run_plan(Plan((5, 11), gate), [5, 8, 11], found, costs)
     for i, at in enumerate(ran.at):

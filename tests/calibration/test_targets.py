@@ -25,7 +25,7 @@ def probes_of(top1: Tensor, embedding: Tensor | None = None) -> dict[str, Tensor
 
 def test_right_is_what_the_float_model_says() -> None:
     found = judge(probes_of(TOP1), {"teacher": TEACHER, "full": FULL}, classes=CLASSES, labels=None)
-    assert found.is_understood.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
+    assert found.is_correct.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
     assert found.gain.tolist() == [[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]]
     # The loss is against int8 at full depth, which is wrong of image 2
     assert found.loss.tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]]
@@ -37,7 +37,7 @@ def test_a_proof_is_of_the_answer_at_full_depth() -> None:
         probes_of(TOP1), {"teacher": TEACHER, "full": FULL}, classes=CLASSES, labels=None,
         is_proof=True,
     )  # fmt: skip
-    assert found.is_understood.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
+    assert found.is_correct.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
     assert found.gain.tolist() == (1 - found.loss).tolist()
 
 
@@ -48,7 +48,7 @@ def test_right_is_the_label_where_there_are_labels(is_proof: bool) -> None:
         probes_of(TOP1), {"teacher": TEACHER, "full": FULL}, classes=CLASSES, labels=labels,
         is_proof=is_proof,
     )  # fmt: skip
-    assert found.is_understood.int().tolist() == [[1, 1], [1, 0], [0, 1], [1, 1]]
+    assert found.is_correct.int().tolist() == [[1, 1], [1, 0], [0, 1], [1, 1]]
     assert found.gain.tolist() == [[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 0]]
     # (right at full depth - right here + 1) / 2
     assert found.loss.tolist() == [
@@ -92,7 +92,7 @@ def test_without_classes_right_is_what_float_finds(has_index: bool) -> None:
         answers = [naive_search(each, int8, place) for each in (*embedding[i], int8[place])]
         truth = naive_search(floats[place], floats, place)
         right, same = [a == truth for a in answers], [a == answers[-1] for a in answers]
-        assert found.is_understood[i].tolist() == right[:-1]
+        assert found.is_correct[i].tolist() == right[:-1]
         assert found.gain[i].tolist() == right and found.loss[i].tolist() == [not s for s in same]
         assert proof.gain[i].tolist() == same and proof.loss[i].tolist() == found.loss[i].tolist()
     means = found.gain.mean(0)
@@ -105,4 +105,4 @@ def test_the_same_image_twice_loses_nothing() -> None:
     teacher = torch.cat([once, once[:3]])
     probes = probes_of(torch.zeros(9, 1, dtype=torch.int64), teacher[:, None])
     found = judge(probes, {"teacher": teacher, "full": teacher}, classes=None, labels=None)
-    assert found.loss.sum() == 0.0 and found.gain.mean() == 1.0 and found.is_understood.all()
+    assert found.loss.sum() == 0.0 and found.gain.mean() == 1.0 and found.is_correct.all()

@@ -162,11 +162,11 @@ def test_full_grids(m: int) -> None:
 def test_leave_at_is_the_first_that_reaches(m: int, seed: int) -> None:
     table = table_of(50, m, seed, levels=4)
     thresholds = np.random.default_rng(seed).choice([0.25, 0.3, 0.5, 0.75, NEVER], m).tolist()
-    exits = lct.leave_at(table.scores, thresholds)
+    exits = lct.exit_at(table.scores, thresholds)
     assert exits.dtype == np.int64
     assert exits.tolist() == naive_leave_at(table.scores, thresholds)
-    assert lct.leave_at(table.scores, [NEVER] * m).tolist() == [m] * 50
-    assert lct.leave_at(np.full((2, m), np.nan, np.float32), [-1.0] * m).tolist() == [m, m]
+    assert lct.exit_at(table.scores, [NEVER] * m).tolist() == [m] * 50
+    assert lct.exit_at(np.full((2, m), np.nan, np.float32), [-1.0] * m).tolist() == [m, m]
 
 
 def test_thresholds_are_compared_as_torch_compares_them() -> None:
@@ -174,7 +174,7 @@ def test_thresholds_are_compared_as_torch_compares_them() -> None:
     scores = np.array(PAPER_GRID, np.float32)[:, None]
     for threshold in PAPER_GRID:
         leaves = (torch.from_numpy(scores[:, 0]) >= threshold).numpy()
-        assert (lct.leave_at(scores, [threshold]) == 0).tolist() == leaves.tolist()
+        assert (lct.exit_at(scores, [threshold]) == 0).tolist() == leaves.tolist()
         table = ScoreTable(scores, np.eye(25, 2), np.array([1.0, 2.0]))
         choice = lct.search(table, max_cost=2, grids=[[threshold]])
         assert choice.cost == (50 - leaves.sum()) / 25
@@ -270,8 +270,8 @@ def test_budget_and_threshold_errors() -> None:
     message = "search: max_cost must be at least the cheapest achievable cost = 1.0, got 0.5"
     with pytest.raises(ValueError, match=f"^{message}$"):
         lct.search(good_table(), max_cost=0.5, grids=[[0.5], [0.5]])
-    with pytest.raises(ValueError, match="^leave_at: thresholds must be one per exit = 2, got 1$"):
-        lct.leave_at(np.zeros((3, 2), np.float32), [0.5])
+    with pytest.raises(ValueError, match="^exit_at: thresholds must be one per exit = 2, got 1$"):
+        lct.exit_at(np.zeros((3, 2), np.float32), [0.5])
     with pytest.raises(ValueError, match="^quantile_grid: points must be at least 1, got 0$"):
         lct.quantile_grid(np.zeros(3, np.float32), points=0)
 
@@ -321,5 +321,5 @@ def test_rounding_flips_no_decision_on_a_quantile_grid() -> None:
     moved = scores + (rng.random(500, np.float32) - np.float32(0.5)) * np.float32(2.0**-13)
     assert (moved != scores).any()
     for threshold in lct.quantile_grid(scores):
-        before, after = (lct.leave_at(x[:, None], [threshold]) for x in (scores, moved))
+        before, after = (lct.exit_at(x[:, None], [threshold]) for x in (scores, moved))
         assert before.tolist() == after.tolist()

@@ -133,7 +133,8 @@ def test_a_run_cut_off_goes_on(
         return original(*args, **options)
 
     monkeypatch.setattr(calibration, "train_head", train_head)
-    out, options = tmp_path / "exits", ("--classes", data[1], "--budget", 0.9)
+    out = tmp_path / "exits"
+    options = ("--classes", data[1], "--budget", 0.9, "--exits", 2)
     assert calibrate(data, out, *options).exit_code != 0
     kept = {path.name for path in (out / "unfinished").iterdir()}
     assert kept == {"run", "embeddings.safetensors", "view 0.safetensors", "head 6.safetensors"}
@@ -141,6 +142,7 @@ def test_a_run_cut_off_goes_on(
     assert result.exit_code == 0, result.output
     assert len(trained) == 4, "of three heads one was there already, and one broke off"
     assert not (out / "unfinished").exists() and list(Exits.load(out).heads) == [6, 9, 11]
+    assert len(Exits.load(out).plans["learned"].blocks) == 2
 
 
 # Mistakes
@@ -168,6 +170,7 @@ def test_wrong_usage(
     ("options", "message"),
     [
         (("--budget", 0.5, "--epsilon", 0.1), "budget or epsilon must be given, one of the two"),
+        (("--exits", 6), "num_exits must be 1 to 5, got 6"),
         (("--budget", 1.5), "budget must be in (0, 1), got 1.5"),
         (("--epsilon", 0.1, "--delta", 2), "delta must be in (0, 1), got 2.0"),
         (("--recipe", "worst"), "recipe must be one of best, paper or a Recipe, got 'worst'"),
@@ -209,7 +212,7 @@ def test_what_is_no_exits_is_one_line(data: tuple[Path, Path], tmp_path: Path) -
 
 def test_exits_of_another_model_are_one_line(data: tuple[Path, Path], tmp_path: Path) -> None:
     from tests.clip_models import make_model
-    from tests.exits.made_exits import make_exits
+    from tests.exits.random_exits import make_exits
 
     make_exits(make_model(), kind="confidence").save(tmp_path)
     options = ("--data", data[0], "--no-progress", "--scheme", "int8", "--limit", 4)

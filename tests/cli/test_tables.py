@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lraee.cli import tables
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate
+from lraee.exits.plan import Plan
 from tests.exits.small_exits import small_exits
 
 

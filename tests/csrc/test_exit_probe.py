@@ -3,55 +3,54 @@
 import itertools
 import math
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lraee import ops
-from lraee.ops import reference
+from lraee.ops import Norm, PackedLinear, ProbeHead, reference
+from lraee.ops.backend import operators
 from tests.csrc.levels import LEVELS, TYPES, assert_same_everywhere, at_level
 from tests.support import EPS32, assert_same, assert_within, generator
 
 NAMES = ("embedding", "top1", "confidence", "margin", "variance", "score")
 
 
-def _weight(name: str, N: int, K: int, source: torch.Generator) -> dict[str, Tensor]:
+def _linear(N: int, K: int, source: torch.Generator) -> PackedLinear:
     w_q = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
     scale = torch.rand(N, generator=source) * 1e-3 + 1e-4
-    return {name: w_q, f"{name}_scale": scale, f"{name}_sum": w_q.sum(1, dtype=torch.int32)}
+    return PackedLinear(w_q, scale, w_q.sum(1, dtype=torch.int32))
+
+
+def _biased(linear: PackedLinear, source: torch.Generator) -> PackedLinear:
+    return linear._replace(bias=torch.randn(linear.N, generator=source) * 0.1)
 
 
 def _head(
     D: int, E: int, K: int, hidden: int | None = None, has_class_token: bool = False
-) -> dict[str, Any]:
-    """Arguments of exit_probe other than z, weights unpacked."""
+) -> ProbeHead:
+    """Weights unpacked."""
     source = generator(0)
     first = E if hidden is None else hidden
     P = 2 * D if has_class_token else D
-    head: dict[str, Any] = {
-        "gamma": torch.rand(P, generator=source) + 0.5,
-        "beta": torch.randn(P, generator=source) * 0.1,
-        **_weight("w1", first, P, source),
-        "b1": torch.randn(first, generator=source) * 0.1,
-        "w2": None, "w2_scale": None, "w2_sum": None, "b2": None,
-        "classes": torch.nn.functional.normalize(torch.randn(K, E, generator=source)),
-        "gate": torch.tensor([2.0, -1.0, 0.001, -0.5]),
-        "logit_scale": 100.0,
-    }  # fmt: skip
-    if hidden is not None:
-        head |= _weight("w2", E, hidden, source)
-        head["b2"] = torch.randn(E, generator=source) * 0.1
-    return head
+    norm = Norm(torch.rand(P, generator=source) + 0.5, torch.randn(P, generator=source) * 0.1)
+    w1 = _biased(_linear(first, P, source), source)
+    classes = torch.nn.functional.normalize(torch.randn(K, E, generator=source))
+    w2 = None if hidden is None else _biased(_linear(E, hidden, source), source)
+    return ProbeHead(norm, w1, w2, classes, 100.0, torch.tensor([2.0, -1.0, 0.001, -0.5]))
 
 
-def _packed(head: dict[str, Any]) -> dict[str, Any]:
-    return head | {n: ops.pack_weight(head[n])[0] for n in ("w1", "w2") if head[n] is not None}
+def _packed(head: ProbeHead) -> ProbeHead:
+    def packed(linear: PackedLinear) -> PackedLinear:
+        return linear._replace(w=ops.pack_weight(linear.w)[0])
+
+    second = None if head.second is None else packed(head.second)
+    return head._replace(first=packed(head.first), second=second)
 
 
-def _probe(z: Tensor, head: dict[str, Any]) -> tuple[Tensor, ...]:
-    return ops.exit_probe(z, **_packed(head))
+def _probe(z: Tensor, head: ProbeHead) -> tuple[Tensor, ...]:
+    return ops.exit_probe(z, _packed(head))
 
 
 def _patches(B: int, L: int, D: int, seed: int = 1) -> Tensor:
@@ -59,25 +58,17 @@ def _patches(B: int, L: int, D: int, seed: int = 1) -> Tensor:
     return torch.randn(B, L, D, generator=source) * 2 + torch.randn(B, 1, D, generator=source) * 5
 
 
-def _reference(z: Tensor, head: dict[str, Any]) -> tuple[Tensor, ...]:
-    order = (
-        "gamma", "beta", "eps", "w1", "w1_scale", "w1_sum", "b1", "w2", "w2_scale", "w2_sum", "b2",
-        "classes", "logit_scale", "gate",
-    )  # fmt: skip
-    return reference.exit_probe(z, *(({"eps": 1e-5} | head)[name] for name in order))
-
-
 def _assert_gate(
-    actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], head: dict[str, Any], **where: object
+    actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], head: ProbeHead, **where: object
 ) -> None:
     """Bounds on what goes through exp; the logits themselves have the same bits.
 
     c = 1 / sum exp(x), x <= 0: exp within 2 float32 roundings here and in torch, the sum of K terms
     7 + K / 64 roundings here and at most K there, the quotient 1, and 3 for each merge of chunks.
     """
-    K = head["classes"].shape[0]
+    K = head.classes.shape[0]
     c_bound = (8 + 2 * K + K // 16) * EPS32
-    gate = head["gate"].double().abs()
+    gate = head.gate.double().abs()
     largest = float(gate[0] + gate[1] + gate[3] + gate[2] * expected[4].abs().max())
     s_bound = float(gate[0] + 3 * gate[1]) * c_bound + 8 * EPS32 * (1 + largest)
     assert_same(actual[1], expected[1], **where)
@@ -106,9 +97,9 @@ def test_affine_head_has_the_bits_of_the_definition(
     head = _head(D, E, K, has_class_token=has_class_token)
     pairs = [(dtype, dtype) for dtype in TYPES] + [(torch.float32, torch.float16)]
     for dtype, class_dtype in pairs:
-        z, given = _patches(B, L, D).to(dtype), head | {"classes": head["classes"].to(class_dtype)}
+        z, given = _patches(B, L, D).to(dtype), head._replace(classes=head.classes.to(class_dtype))
         actual = at_level(level, partial(_probe, z, given))
-        expected = _reference(z, given)
+        expected = reference.exit_probe(z, given)
         where = {"level": level, "dtype": dtype, "class_dtype": class_dtype}
         assert_same(actual[0], expected[0], name="embedding", **where)
         _assert_gate(tuple(actual), expected, given, **where)
@@ -121,18 +112,17 @@ def test_two_layer_head_is_its_operators_in_a_row(level: str, has_class_token: b
     z, head = _patches(3, 20, 96), _head(96, 40, 100, 72, has_class_token)
     packed = _packed(head)
     actual = at_level(level, lambda: _probe(z, head))
-    pooled, _ = reference._pool(z, head["gamma"].numel())
+    pooled, _ = reference.pool(z, head.norm.gamma.numel())
 
     def embed() -> list[Tensor]:
-        h = ops.layer_norm_quantize(pooled, head["gamma"], head["beta"], symmetric=False)
-        w1 = (packed["w1"], head["w1_scale"], head["w1_sum"], head["b1"])
-        hidden = ops.quantize_rows(ops.int8_linear(*h, *w1, activation="gelu"), symmetric=False)
-        w2 = (packed["w2"], head["w2_scale"], head["w2_sum"], head["b2"])
-        return [ops.int8_linear(*hidden, *w2)]
+        h = ops.layer_norm_quantize(pooled, head.norm.gamma, head.norm.beta, symmetric=False)
+        hidden = ops.int8_linear(*h, packed.first, activation="gelu")
+        assert packed.second is not None
+        return [ops.int8_linear(*ops.quantize_rows(hidden, symmetric=False), packed.second)]
 
     assert_same(actual[0], at_level(level, embed)[0])
     length = (actual[0].double() ** 2).sum(1, keepdim=True).sqrt()
-    logits = 100 * (actual[0].double() / length) @ head["classes"].double().T
+    logits = 100 * (actual[0].double() / length) @ head.classes.double().T
     p = torch.softmax(logits, 1).topk(2)
     # A logit of at most 100 is off by some 10 roundings: 100 * 10 * 2^-24.
     assert_within(actual[2], p.values[:, 0], 1e-4)
@@ -144,9 +134,10 @@ def test_two_layer_head_is_its_operators_in_a_row(level: str, has_class_token: b
 def test_close_to_the_definition_with_two_layers(has_class_token: bool) -> None:
     """Gelu differs in its last bits, so a hidden value can fall on the other side of a step."""
     z, head = _patches(16, 50, 768), _head(768, 512, 1000, 256, has_class_token)
-    actual, expected = _probe(z, head), _reference(z, head)
+    actual, expected = _probe(z, head), reference.exit_probe(z, head)
     _, scale, _ = reference.quantize_rows(expected[0], False)
-    w2 = head["w2"].double().abs() * head["w2_scale"].double()[:, None]
+    assert head.second is not None
+    w2 = head.second.w.double().abs() * head.second.w_scale.double()[:, None]
     # Each hidden value may move by one step of its row, bounded by its range / 255; few do.
     bound = w2.amax(1) * 8 * 0.05
     assert_within(actual[0], expected[0], bound[None].expand_as(actual[0]))
@@ -203,11 +194,11 @@ def test_ties_go_to_the_lowest_class() -> None:
     z, head = _patches(3, 9, 64), _head(64, 24, 200)
     best = _probe(z, head)[1]
     for b, other in itertools.product(range(3), (5, 63, 64, 190)):
-        tied = head["classes"].clone()
+        tied = head.classes.clone()
         tied[other] = tied[best[b]]
         for level in LEVELS:
             _, top1, confidence, margin, *_ = at_level(
-                level, partial(_probe, z, head | {"classes": tied})
+                level, partial(_probe, z, head._replace(classes=tied))
             )
             assert top1[b] == min(other, int(best[b]))
             assert margin[b] == 0 or other == best[b]
@@ -235,10 +226,10 @@ def test_reads_any_strides_and_empty_batches(has_class_token: bool) -> None:
     assert [list(t.shape) for t in _probe(base[:0], head)] == [[0, 24], *[[0]] * 5]
 
 
-def test_other_lengths_of_gamma_are_refused_below_the_door_too() -> None:
+def test_other_lengths_of_gamma_are_refused_by_the_implementation_too() -> None:
     """The operator would read past the pooled row."""
-    z, head = _patches(2, 5, 32), _packed(_head(32, 24, 70)) | {"eps": 1e-5}
+    z, head = _patches(2, 5, 32), _packed(_head(32, 24, 70))
     for length in (31, 33, 63, 65, 96):
-        given = head | {"gamma": torch.ones(length), "beta": torch.ones(length)}
+        norm = Norm(torch.ones(length), torch.ones(length))
         with pytest.raises(ValueError, match=rf"\[2 D\] = \[32\] or \[64\], got \[{length}\]"):
-            torch.ops.lraee.exit_probe(z, **given)
+            operators("cpu").exit_probe(z, head._replace(norm=norm))

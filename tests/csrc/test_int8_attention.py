@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lraee import ops
+from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
 from tests.csrc.levels import LEVELS, TYPES, assert_same_everywhere, at_level
 from tests.support import EPS32, HALF_STEP, assert_same, assert_within, generator
@@ -157,3 +158,114 @@ def test_one_token_is_its_own_value() -> None:
     for level in LEVELS:
         y = at_level(level, partial(_attend, qkv, 2))[0]
         assert_same(y, qkv[..., 64:])
+
+
+# Rotary positions and key masks
+
+
+def _rope(R: int, d: int, seed: int = 5) -> Tensor:
+    half = torch.rand(R, d // 2, generator=generator(seed)) * 2 * math.pi
+    return torch.stack([half.cos(), half.sin()]).repeat(1, 1, 2)
+
+
+def _turned(qkv: Tensor, H: int, rope: Tensor) -> Tensor:
+    """qkv with Q and K rotated in float32, outside the operator."""
+    B, L, D3 = qkv.shape
+    x = qkv.clone().view(B, L, 3, H, D3 // 3 // H)
+    cos, sin = rope[:, :, None, None]
+    tail = x[:, L - rope.shape[1] :, :2]
+    x1, x2 = tail.chunk(2, -1)
+    tail.copy_(tail * cos + torch.cat([-x2, x1], -1) * sin)
+    return x.view(B, L, D3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_rope_has_the_bits_of_rotated_tokens(level: str, prefix: int) -> None:
+    """The same float32 steps in the operator and before it."""
+    for (d, H), causal in itertools.product([(16, 3), (40, 2), (64, 2), (2, 1)], (False, True)):
+        qkv, rope = _qkv(2, 30, H, d), _rope(30 - prefix, d)
+
+        def both(
+            qkv: Tensor = qkv, rope: Tensor = rope, H: int = H, causal: bool = causal
+        ) -> list[Tensor]:
+            y = ops.int8_attention(qkv, num_heads=H, causal=causal, rope=rope)
+            return [y, *_attend(_turned(qkv, H, rope), H, causal)]
+
+        y, expected = at_level(level, both)
+        assert_same(y, expected, level=level, d=d, causal=causal, prefix=prefix)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_masked_tokens_change_no_bit_of_the_others(level: str, dtype: torch.dtype) -> None:
+    """Wherever they are, whatever they hold, rotated or not: the bits of a call without them."""
+    for (L, H, d), has_rope in itertools.product([(21, 2, 16), (50, 1, 40)], (False, True)):
+        qkv, rope = _qkv(3, L, H, d).to(dtype), _rope(L, d) if has_rope else None
+        mask = torch.rand(3, L, generator=generator(L)) < 0.6
+        mask[1] = torch.arange(L) < 7  # padding behind the tokens
+        qkv[~mask] = math.nan
+
+        def masked(
+            qkv: Tensor = qkv, rope: Tensor | None = rope, mask: Tensor = mask, H: int = H
+        ) -> list[Tensor]:
+            return [ops.int8_attention(qkv, num_heads=H, rope=rope, key_mask=mask)]
+
+        y = at_level(level, masked)[0]
+        for b in range(3):
+            valid = mask[b]
+            alone = qkv[b : b + 1, valid]
+            turned = None if rope is None else rope[:, valid]
+
+            def unmasked(
+                alone: Tensor = alone, turned: Tensor | None = turned, H: int = H
+            ) -> list[Tensor]:
+                return [ops.int8_attention(alone, num_heads=H, rope=turned)]
+
+            assert_same(y[b, valid], at_level(level, unmasked)[0][0], level=level, image=b)
+
+
+def test_a_causal_mask_and_a_key_mask() -> None:
+    """Query i has the bits of the image of the valid tokens up to i, and itself as its query."""
+    qkv = _qkv(1, 12, 2, 16)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 0]]).bool()
+    y = ops.int8_attention(qkv, num_heads=2, causal=True, key_mask=mask)
+    assert not y[0, :2].any()  # no key to see
+    alone = ops.int8_attention(qkv[:, mask[0]], num_heads=2, causal=True)
+    assert_same(y[:, mask[0]], alone)
+    everything = torch.ones(1, 12, dtype=torch.bool)
+    plain = ops.int8_attention(qkv, num_heads=2, causal=True)
+    assert_same(ops.int8_attention(qkv, num_heads=2, causal=True, key_mask=everything), plain)
+
+
+def test_an_image_without_keys_gives_zero() -> None:
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1] = False
+    for level in LEVELS:
+        y = at_level(
+            level, lambda: [ops.int8_attention(_qkv(3, 5, 2, 16), num_heads=2, key_mask=mask)]
+        )[0]
+        assert not y[1].any() and y[0].any() and y[2].any()
+
+
+def test_rope_and_mask_are_close_to_the_reference_operator() -> None:
+    for dtype, causal in itertools.product(TYPES, (False, True)):
+        qkv, rope = _qkv(3, 50, 2, 64).to(dtype), _rope(49, 64)
+        mask = torch.rand(3, 50, generator=generator(1)) < 0.7
+        y = ops.int8_attention(qkv, num_heads=2, causal=causal, rope=rope, key_mask=mask)
+        expected = reference.int8_attention(qkv, 2, causal, rope, mask)
+        bound = bounds.of_attention(qkv, expected, 2)
+        assert_within(y, expected, bound, dtype=dtype, causal=causal)
+
+
+def test_all_levels_and_thread_counts_agree_on_rope_and_mask() -> None:
+    for B, L, H, d in [(1, 50, 3, 64), (3, 77, 1, 40), (2, 5, 2, 6)]:
+        qkv, rope = _qkv(B, L, H, d), _rope(L - 1, d)
+        mask = torch.rand(B, L, generator=generator(2)) < 0.5
+
+        def call(
+            qkv: Tensor = qkv, rope: Tensor = rope, mask: Tensor = mask, H: int = H
+        ) -> list[Tensor]:
+            return [ops.int8_attention(qkv, num_heads=H, rope=rope, key_mask=mask)]
+
+        assert_same_everywhere(call, B=B, L=L, H=H, d=d)

@@ -1,37 +1,119 @@
 """int8_block on the CPU: the bits of the seven operators, at each level, batch and thread count."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from lraee import ops
-from lraee.ops import block
+from lraee.ops import BlockOperands, Norm, PackedLinear, reference
+from lraee.ops.backend import operators
 from tests.csrc.levels import LEVELS, TYPES, assert_same_everywhere, at_level
 from tests.support import assert_same, generator
 
 
-def _linear(N: int, K: int, source: torch.Generator, *, has_scale: bool = False) -> list[Any]:
+def _linear(N: int, K: int, source: torch.Generator, *, has_scale: bool = False) -> PackedLinear:
     w, w_sum = ops.pack_weight(torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8))
     bias = torch.randn(N, generator=source)
-    scale = [torch.rand(N, generator=source)] if has_scale else []
-    return [w, torch.rand(N, generator=source) * 1e-3, w_sum, bias, *scale]
+    scale = torch.rand(N, generator=source) if has_scale else None
+    return PackedLinear(w, torch.rand(N, generator=source) * 1e-3, w_sum, bias, scale)
 
 
-def _arguments(D: int, hidden: int, seed: int, *, has_scale: bool = False) -> list[Any]:
+def _block(D: int, hidden: int, seed: int, *, heads: int, causal: bool = False) -> BlockOperands:
+    """A causal one has a layer scale and quick_gelu."""
     source = generator(seed)
-    norms = [[torch.rand(D, generator=source), torch.randn(D, generator=source)] for _ in range(2)]
-    return [
-        norms[0], _linear(3 * D, D, source), _linear(D, D, source, has_scale=has_scale),
-        norms[1], _linear(hidden, D, source), _linear(D, hidden, source, has_scale=has_scale),
-    ]  # fmt: skip
+    norms = [
+        Norm(torch.rand(D, generator=source), torch.randn(D, generator=source)) for _ in range(2)
+    ]
+    return BlockOperands(
+        norms[0], _linear(3 * D, D, source), _linear(D, D, source, has_scale=causal),
+        norms[1], _linear(hidden, D, source), _linear(D, hidden, source, has_scale=causal),
+        num_heads=heads, causal=causal, activation="quick_gelu" if causal else "gelu",
+    )  # fmt: skip
 
 
-def _by_operator(x: Tensor, arguments: list[Any], heads: int, causal: bool, act: str) -> Tensor:
-    return block.int8_block(
-        x, *arguments, (1e-5, 1e-5), (False,) * 4, heads, causal, act, operators=torch.ops.lraee
-    )
+def _variants(L: int, D: int, hidden: int, heads: int, B: int) -> dict[str, BlockOperands]:
+    """Blocks of other families."""
+    source = generator(11)
+    block = _block(D, hidden, seed=12, heads=heads)
+    half = torch.rand(L - 1, D // heads // 2, generator=source) * 6
+    rope = torch.stack([half.cos(), half.sin()]).repeat(1, 1, 2)
+    mask = torch.rand(B, L, generator=source) < 0.7
+    gated = block._replace(c_fc=_linear(2 * hidden, D, source), gated=True, activation="silu")
+    mlp_norm = Norm(torch.rand(hidden, generator=source), torch.randn(hidden, generator=source))
+    rms = [norm._replace(beta=None) for norm in (block.norm_1, block.norm_2)]
+    return {
+        "rope": block._replace(rope=rope),
+        "mask": block._replace(key_mask=mask),
+        "rope_mask": block._replace(rope=rope, key_mask=mask),
+        "rms": block._replace(norm_1=rms[0], norm_2=rms[1]),
+        "gated": gated,
+        "gated_gelu": gated._replace(activation="gelu_tanh", mlp_norm=mlp_norm),
+        "gated_rms_rope": gated._replace(
+            norm_1=rms[0], mlp_norm=mlp_norm._replace(beta=None), rope=rope
+        ),
+    }
+
+
+VARIANTS = ("rope", "mask", "rope_mask", "rms", "gated", "gated_gelu", "gated_rms_rope")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("first_only", [False, True])
+def test_bits_of_the_operators_of_other_families(variant: str, first_only: bool) -> None:
+    """Fused image by image, or operator by operator with shared threads; all levels."""
+    for (B, L, D, hidden, heads), dtype in zip(
+        [(1, 60, 64, 256, 2), (5, 17, 48, 100, 4), (2, 9, 32, 70, 2)], TYPES, strict=True
+    ):
+        x = torch.randn(B, L, D, generator=generator(B)).to(dtype)
+        block = _variants(L, D, hidden, heads, B)[variant]
+
+        def both(x: Tensor = x, block: BlockOperands = block, B: int = B) -> list[Tensor]:
+            fused = ops.int8_block(x, block, first_only=first_only)
+            apart = reference.int8_block(x, block, first_only, operators=operators("cpu"))
+            return [fused, apart]
+
+        for level in LEVELS:
+            actual, expected = at_level(level, both)
+            assert_same(actual, expected, level=level, B=B, dtype=dtype)
+        assert_same_everywhere(both, B=B, L=L, D=D)
+
+
+def test_padded_images_have_the_bits_of_their_valid_tokens() -> None:
+    """An image in a batch padded to the longest, and alone: NaflexSigLIP's case."""
+    lengths, L = (9, 4, 13), 13
+    x = torch.randn(3, L, 32, generator=generator(1))
+    mask = torch.arange(L)[None] < torch.tensor(lengths)[:, None]
+    block = _block(32, 64, seed=2, heads=2)
+    whole = ops.int8_block(x, block._replace(key_mask=mask))
+    for b, length in enumerate(lengths):
+        alone = ops.int8_block(x[b : b + 1, :length].contiguous(), block)
+        assert_same(whole[b : b + 1, :length], alone, image=b)
+
+
+@pytest.mark.parametrize("rare", ["attention_norm", "qk_norms", "has_post_norm"])
+def test_rare_options_run_operator_by_operator(rare: str) -> None:
+    """The same bits in any batch; close to the same block in float."""
+    D, H = 64, 2
+    x = torch.randn(6, 11, D, generator=generator(4))
+    source = generator(9)
+    norms = [Norm(torch.rand(n, generator=source), torch.randn(n, generator=source))
+             for n in (D, D // H, D // H)]  # fmt: skip
+    value = {"attention_norm": norms[0], "qk_norms": (norms[1], norms[2]._replace(beta=None)),
+             "has_post_norm": True}[rare]  # fmt: skip
+    for gated in (False, True):
+        variant = "gated_gelu" if gated else "rope"
+        block = _variants(11, D, 96, H, 6)[variant]._replace(**{rare: value})
+        assert not block.is_fused
+        whole = ops.int8_block(x, block)
+        for b in range(6):
+            assert_same(ops.int8_block(x[b : b + 1], block), whole[b : b + 1], image=b)
+        first = ops.int8_block(x, block, first_only=True)
+        assert_same(first, whole[:, :1])
+        assert_same_everywhere(lambda block=block: [ops.int8_block(x, block)])
+
+
+def _by_operator(x: Tensor, block: BlockOperands) -> Tensor:
+    return reference.int8_block(x, block, operators=operators("cpu"))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -43,12 +125,11 @@ def test_bits_of_the_operators(
     B: int, L: int, D: int, hidden: int, heads: int, dtype: torch.dtype
 ) -> None:
     x = torch.randn(B, L, D, generator=generator(B)).to(dtype)
-    for causal, act in ((False, "gelu"), (True, "quick_gelu")):
-        arguments = _arguments(D, hidden, seed=L, has_scale=causal)
+    for causal in (False, True):
+        block = _block(D, hidden, seed=L, heads=heads, causal=causal)
 
-        def both(act: str = act, causal: bool = causal, a: list[Any] = arguments) -> list[Tensor]:
-            return [ops.int8_block(x, *a, num_heads=heads, causal=causal, activation=act),
-                    _by_operator(x, a, heads, causal, act)]  # fmt: skip
+        def both(block: BlockOperands = block) -> list[Tensor]:
+            return [ops.int8_block(x, block), _by_operator(x, block)]
 
         for level in LEVELS:
             actual, expected = at_level(level, both)
@@ -67,12 +148,11 @@ def test_the_first_token_alone_has_its_bits(
 ) -> None:
     x = torch.randn(B, L, D, generator=generator(B)).to(dtype)
     for causal in (False, True):
-        arguments = _arguments(D, hidden, seed=L, has_scale=causal)
-        whole = ops.int8_block(x, *arguments, num_heads=heads, causal=causal)
+        block = _block(D, hidden, seed=L, heads=heads, causal=causal)
+        whole = ops.int8_block(x, block)
 
-        def first(arguments: list[Any] = arguments, causal: bool = causal) -> list[Tensor]:
-            options = {"num_heads": heads, "causal": causal, "first_only": True}
-            return [ops.int8_block(x, *arguments, **options)]
+        def first(block: BlockOperands = block) -> list[Tensor]:
+            return [ops.int8_block(x, block, first_only=True)]
 
         assert_same(first()[0], whole[:, :1], causal=causal)
         assert_same_everywhere(first, B=B, L=L, D=D)
@@ -80,30 +160,30 @@ def test_the_first_token_alone_has_its_bits(
 
 def test_first_tokens_of_more_images_than_a_chunk_of_rows_holds() -> None:
     x = torch.randn(700, 3, 16, generator=generator(9))
-    arguments = _arguments(16, 4096, seed=10)
+    block = _block(16, 4096, seed=10, heads=1)
     x[417, 2, 3] = torch.nan
-    actual = ops.int8_block(x, *arguments, num_heads=1, first_only=True)
-    assert_same(actual, ops.int8_block(x, *arguments, num_heads=1)[:, :1])
+    actual = ops.int8_block(x, block, first_only=True)
+    assert_same(actual, ops.int8_block(x, block)[:, :1])
     assert actual.isnan().flatten(1).any(1).nonzero()[:, 0].tolist() == [417]
-    assert ops.int8_block(x[:0], *arguments, num_heads=1, first_only=True).shape == (0, 1, 16)
+    assert ops.int8_block(x[:0], block, first_only=True).shape == (0, 1, 16)
 
 
 def test_long_sequences_are_cut_into_chunks_of_rows() -> None:
     """2,600 tokens are more than a chunk holds in the MLP."""
     x = torch.randn(2, 2600, 64, generator=generator(3))
-    arguments = _arguments(64, 2048, seed=4)
-    actual = ops.int8_block(x, *arguments, num_heads=1)
-    assert_same(actual, _by_operator(x, arguments, 1, False, "gelu"))
+    block = _block(64, 2048, seed=4, heads=1)
+    actual = ops.int8_block(x, block)
+    assert_same(actual, _by_operator(x, block))
 
 
 def test_an_image_has_the_same_bits_in_any_batch_and_nan_stays_at_home() -> None:
     x = torch.randn(9, 13, 64, generator=generator(5))
-    arguments = _arguments(64, 256, seed=6)
-    alone = torch.cat([ops.int8_block(x[i : i + 1], *arguments, num_heads=2) for i in range(9)])
+    block = _block(64, 256, seed=6, heads=2)
+    alone = torch.cat([ops.int8_block(x[i : i + 1], block) for i in range(9)])
     for B in range(1, 10):
-        assert_same(ops.int8_block(x[:B], *arguments, num_heads=2), alone[:B], B=B)
+        assert_same(ops.int8_block(x[:B], block), alone[:B], B=B)
     x[4, 3, 7] = torch.nan
-    actual = ops.int8_block(x, *arguments, num_heads=2)
+    actual = ops.int8_block(x, block)
     others = [i for i in range(9) if i != 4]
     assert_same(actual[others], alone[others])
     assert actual[4].isnan().any()
@@ -111,8 +191,8 @@ def test_an_image_has_the_same_bits_in_any_batch_and_nan_stays_at_home() -> None
 
 def test_strided_tokens() -> None:
     x = torch.randn(4, 6, 32, generator=generator(7)).transpose(0, 1)
-    arguments = _arguments(32, 64, seed=8)
-    actual = ops.int8_block(x, *arguments, num_heads=2)
+    block = _block(32, 64, seed=8, heads=2)
+    actual = ops.int8_block(x, block)
     assert actual.is_contiguous()
-    assert_same(actual, ops.int8_block(x.contiguous(), *arguments, num_heads=2))
-    assert ops.int8_block(x[:0], *arguments, num_heads=2).shape == (0, 4, 32)
+    assert_same(actual, ops.int8_block(x.contiguous(), block))
+    assert ops.int8_block(x[:0], block).shape == (0, 4, 32)

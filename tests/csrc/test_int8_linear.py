@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lraee import _C, ops
-from lraee.ops import reference
+from lraee.ops import PackedLinear, reference
 from tests.support import EPS32, HALF_STEP, assert_same, assert_within, generator, quantized_linear
 
 LEVELS = _C.isa_levels()
@@ -73,7 +73,7 @@ def test_shapes_of_real_layers_are_exact(level: str, M: int, N: int, K: int) -> 
     case = quantized_linear(M, N, K, seed=3)
     w, w_sum = ops.pack_weight(case["w_q"])
     ones = torch.ones
-    y = ops.int8_linear(case["x_q"], ones(M), case["x_zero"], w, ones(N), w_sum)
+    y = ops.int8_linear(case["x_q"], ones(M), case["x_zero"], PackedLinear(w, ones(N), w_sum))
     expected = (case["x_q"].double() - case["x_zero"][:, None]) @ case["w_q"].double().T
     assert_same(y, expected.float(), M=M, N=N, K=K, level=level)
 
@@ -88,7 +88,7 @@ def test_extremes_at_the_longest_k(
     x_q = torch.full((M, K), x_value, dtype=torch.int8)
     w, w_sum = ops.pack_weight(torch.full((N, K), w_value, dtype=torch.int8))
     x_zero = None if zero is None else torch.full((M,), zero, dtype=torch.int32)
-    y = ops.int8_linear(x_q, torch.ones(M), x_zero, w, torch.ones(N), w_sum)
+    y = ops.int8_linear(x_q, torch.ones(M), x_zero, PackedLinear(w, torch.ones(N), w_sum))
     total = (x_value - (zero or 0)) * w_value * K
     assert -(2**31) <= total < 2**31
     assert_same(y, torch.full((M, N), total, dtype=torch.int32).float(), level=level)
@@ -98,7 +98,7 @@ def test_neighbouring_extremes_do_not_saturate(level: str) -> None:
     """255 * 127 * 2 and 255 * 128 * 2 do not fit the int16 of vpmaddubsw."""
     case = quantized_linear(13, 33, 47, extremes=True)
     w, w_sum = ops.pack_weight(case["w_q"])
-    y = ops.int8_linear(case["x_q"], torch.ones(13), None, w, torch.ones(33), w_sum)
+    y = ops.int8_linear(case["x_q"], torch.ones(13), None, PackedLinear(w, torch.ones(33), w_sum))
     assert_same(y, (case["x_q"].double() @ case["w_q"].double().T).float(), level=level)
 
 
@@ -118,13 +118,13 @@ def _both(
     """int8_linear by the level in force and by the reference."""
     options = {"activation": activation, "out_dtype": out_dtype}
     operands = _operands(case, out_dtype, parts)
-    x_zero = operands.pop("x_zero")
+    x_zero, residual = operands.pop("x_zero"), operands.pop("residual")
     w, w_sum = ops.pack_weight(case["w_q"])
     inputs = case["x_q"], case["x_scale"], x_zero
-    y = ops.int8_linear(*inputs, w, case["w_scale"], w_sum, **operands, **options)
-    return y, reference.int8_linear(
-        *inputs, case["w_q"], case["w_scale"], w_sum, **operands, **options
-    )
+    linear = PackedLinear(w, case["w_scale"], w_sum, **operands)
+    y = ops.int8_linear(*inputs, linear, residual=residual, **options)
+    plain = linear._replace(w=case["w_q"])
+    return y, reference.int8_linear(*inputs, plain, residual=residual, **options)
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -153,7 +153,7 @@ def _through_activation(values: Tensor, activation: str, out_dtype: torch.dtype)
     w, w_sum = ops.pack_weight(torch.zeros(N, 1, dtype=torch.int8))
     x_q = torch.zeros(1, 1, dtype=torch.int8)
     return ops.int8_linear(
-        x_q, torch.ones(1), None, w, torch.ones(N), w_sum, values,
+        x_q, torch.ones(1), None, PackedLinear(w, torch.ones(N), w_sum, values),
         activation=activation, out_dtype=out_dtype,
     )[0]  # fmt: skip
 
@@ -218,10 +218,10 @@ def test_rows_may_have_any_stride(level: str) -> None:
     x_q = wide[:, K : 2 * K]
     for rows in (x_q, x_q[:1].expand(M, K), x_q.flip(0)[::2][:1].expand(M, K)):
         inputs = rows, case["x_scale"], case["x_zero"]
-        y = ops.int8_linear(*inputs, w, case["w_scale"], w_sum, residual=residual)
-        expected = reference.int8_linear(
-            *inputs, case["w_q"], case["w_scale"], w_sum, residual=residual
-        )
+        linear = PackedLinear(w, case["w_scale"], w_sum)
+        y = ops.int8_linear(*inputs, linear, residual=residual)
+        plain = linear._replace(w=case["w_q"])
+        expected = reference.int8_linear(*inputs, plain, residual=residual)
         assert_same(y, expected, level=level, stride=rows.stride())
 
 
@@ -235,7 +235,9 @@ def test_nothing_is_written_or_read_beyond_the_rows(level: str) -> None:
         wide = torch.full((M, K + 8), poison, dtype=torch.int8)
         wide[:, :K] = case["x_q"]
         results.append(
-            ops.int8_linear(wide[:, :K], case["x_scale"], None, w, case["w_scale"], w_sum)
+            ops.int8_linear(
+                wide[:, :K], case["x_scale"], None, PackedLinear(w, case["w_scale"], w_sum)
+            )
         )
     assert_same(results[0], results[1], level=level)
 
@@ -248,8 +250,8 @@ def test_a_row_has_the_same_bits_in_any_batch_and_thread_count(level: str, activ
 
     def compute(rows: slice) -> Tensor:
         return ops.int8_linear(
-            case["x_q"][rows], case["x_scale"][rows], case["x_zero"][rows], w, case["w_scale"],
-            w_sum, case["bias"], activation=activation,
+            case["x_q"][rows], case["x_scale"][rows], case["x_zero"][rows],
+            PackedLinear(w, case["w_scale"], w_sum, case["bias"]), activation=activation,
         )  # fmt: skip
 
     num_threads = torch.get_num_threads()

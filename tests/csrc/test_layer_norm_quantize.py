@@ -79,3 +79,17 @@ def test_a_row_has_the_same_bits_wherever_it_stands() -> None:
         alone = ops.layer_norm_quantize(x[m : m + 1], gamma, beta, symmetric=False)
         for left, right in zip(alone, whole, strict=True):
             assert_same(left[0], right[m])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rms_norm_matches_the_definition(level: str, dtype: torch.dtype) -> None:
+    for (M, D), symmetric in itertools.product(SHAPES, (False, True)):
+        x = (torch.randn(M, D, generator=generator(D)) * 3 + 1).to(dtype)
+        if M > 2:
+            x[1, D // 2], x[2] = math.nan, 0.0
+        gamma = torch.randn(D, generator=generator(1))
+        call = partial(ops.layer_norm_quantize, x, gamma, None, eps=1e-6, symmetric=symmetric)
+        expected = reference.layer_norm_quantize(x, gamma, None, 1e-6, symmetric)
+        for left, right in zip(at_level(level, call), expected, strict=True):
+            assert_same(left, right, level=level, shape=x.shape)

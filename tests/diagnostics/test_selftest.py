@@ -14,8 +14,15 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from lraee.cli import main as cli
+from lraee.cli import tables
 from lraee.diagnostics import guarded_memory as poison
-from lraee.diagnostics import interpreter, selftest, selftest_cases, selftest_sizes
+from lraee.diagnostics import (
+    interpreter,
+    selftest,
+    selftest_cases,
+    selftest_results,
+    selftest_sizes,
+)
 from lraee.diagnostics import selftest_timing as selftest_time
 from lraee.diagnostics.interpreter import Device
 from lraee.diagnostics.selftest_sizes import FULL, QUICK, TINY, Sizes, Target
@@ -74,13 +81,13 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
 ) -> None:
     cases = list(selftest_cases.cases(Target(CPU, ARCHS[capability]), sizes))
     of_kernel = Counter(case.kernel for case in cases)
-    extra = {"int8_linear_from_float", "int8_linear_quantized"}
+    extra = {"int8_linear_quantized"}
     assert {*register.LAUNCHERS, *extra} <= of_kernel.keys()
     assert len(cases) == len({(case.kernel, case.config, case.shape) for case in cases})
     linears = [case for case in cases if case.kernel == "int8_linear"]
-    labels = {selftest_cases._label(row) for b in configs.TABLE[capability] for row in b}
+    labels = {selftest_results.label(row) for b in configs.TABLE[capability] for row in b}
     for rows in MEASURED.get(capability, {}).values():
-        labels |= {selftest_cases._label(configs.Config(*numbers)) for _, numbers in rows}
+        labels |= {selftest_results.label(configs.Config(*numbers)) for _, numbers in rows}
     assert labels == {case.config for case in linears}
     parts = {part for case in linears for part in case.shape.split()[3:]}
     names = {"x_zero", "bias", "layer_scale", "residual"}
@@ -88,7 +95,16 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
     for name in names:
         assert any(name not in case.shape for case in linears)
     shapes = " / ".join(case.shape for case in cases)
-    for text in ("causal", "class token", "one layer", "H=", " symmetric", "asymmetric"):
+    for text in (
+        "causal",
+        "class token",
+        "one layer",
+        "H=",
+        "rope",
+        "gated",
+        " symmetric",
+        "asymmetric",
+    ):
         assert text in shapes
 
 
@@ -322,7 +338,7 @@ def test_what_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = selftest_time.measure(CPU, {"int8_linear"}, progress=False)
     refused = {row.kernel for row in rows if row.error is not None}
     assert refused == {"int8_linear", "tower"}
-    table = cli.tables.of_selftest({"rows": [], "times": [selftest.asdict(row) for row in rows]})
+    table = tables.of_selftest({"rows": [], "times": [selftest.asdict(row) for row in rows]})
     assert next(table).row_count == 0 and next(table).row_count == len(rows)
 
 

@@ -13,10 +13,10 @@ from lraee.data.classes import Classes
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
 from lraee.evaluation import evaluate
-from lraee.evaluation.evaluate import Embedded, compare, embed, nearest, tower_bytes
+from lraee.evaluation.evaluate import Embedded, compare, embed, tower_bytes
 from lraee.storage.json import write_json
 from tests.clip_models import make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.image_files import folder
 from tests.support import assert_same
 
@@ -101,16 +101,6 @@ def test_without_labels_or_classes_only_direction_is_measured() -> None:
     for row in (base, fast):
         assert row.top1 is row.top5 is row.agreement is row.neighbours is None
         assert row.cosine_mean == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_nearest_against_a_plain_loop(chunk: int) -> None:
-    rows = nn.functional.normalize(torch.randn(50, 8), dim=-1)
-    found = nearest(rows, chunk)
-    assert found is not None
-    for i in range(50):
-        others = [j for j in range(50) if j != i]
-        assert found[i] == max(others, key=lambda j: float(rows[i] @ rows[j]))
 
 
 def test_photos_are_decoded_once_and_models_take_turns(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lraee.evaluation.evaluate import Embedded
-from lraee.evaluation.retrieval import DEPTHS, ranked, search_all
+from lraee.evaluation.retrieval import DEPTHS, search_all
+from lraee.measurement.neighbours import other_neighbours
 from tests.support import generator
 
 
@@ -95,15 +96,6 @@ def test_against_a_plain_loop(n: int, share: float) -> None:
             )  # noqa: E501
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1024])
-def test_ranked_in_chunks(chunk: int) -> None:
-    rows = F.normalize(torch.randn(30, 6, generator=generator(0)), dim=1)
-    found = ranked(rows, 4, chunk)
-    for i in range(30):
-        others = sorted((j for j in range(30) if j != i), key=lambda j: -float(rows[i] @ rows[j]))
-        assert found[i].tolist() == others[:4]
-
-
 def test_photos_that_are_not_finite_find_nothing() -> None:
     """And do not stand in the way of others, in either form."""
     base = F.normalize(torch.randn(14, 8, generator=generator(1)), dim=1)
@@ -111,7 +103,7 @@ def test_photos_that_are_not_finite_find_nothing() -> None:
     broken[3] = torch.nan
     labels: list[int | None] = [0] * 14
     row = search_all(embedded_of({"float": base, "int8": broken}, labels))[1]
-    lost = {i for i in range(14) if i == 3 or int(ranked(base, 1)[i]) == 3}
+    lost = {i for i in range(14) if i == 3 or int(other_neighbours(base, 1)[i]) == 3}
     assert row.recall_1 == pytest.approx(100 * (14 - len(lost)) / 14)
     assert row.class_1 == pytest.approx(100 * 13 / 14)
     first, second = search_all(embedded_of({"float": broken, "int8": broken}, labels))

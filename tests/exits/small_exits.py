@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import Scheme
-from tests.exits.made_exits import make_head
+from tests.exits.random_exits import make_head
 from tests.support import generator
 
 D, E = 8, 6

@@ -7,10 +7,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from lraee.exits.bundle import Exits, Plan, one_class
+from lraee.exits.bundle import Exits, one_class
 from lraee.exits.gate import CLASS_FREE, Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
-from tests.exits.made_exits import make_head
+from tests.exits.random_exits import make_head
 from tests.exits.small_exits import D, E, small_exits
 from tests.support import assert_same, generator
 
@@ -103,23 +104,25 @@ def test_a_plan_without_exits_runs_to_the_end() -> None:
     exits = small_exits()
     closed = replace(exits, plans={"none": Plan((), gate_of(0))}, chosen="none")
     router = closed.router()
-    z = torch.randn(3, 4, D, generator=generator(0))
-    found = router([lambda x: x + 1] * 5, z, lambda x: x[:, 0])
-    assert_same(found, (z + 1 + 1 + 1 + 1 + 1)[:, 0])
+    routing = router.start(3, 5, is_static=False)
+    z, y = torch.randn(3, 4, D, generator=generator(0)), torch.randn(3, E, generator=generator(1))
+    assert not routing.is_done
+    assert_same(routing.compact_all(z), z)
+    assert_same(routing.merge(y), y)
 
 
 @pytest.mark.parametrize(
-    ("share", "gone", "moved", "blocks", "pays"),
+    ("share", "dropped", "moved", "blocks", "pays"),
     [
-        # gone * blocks against share * moved: equality does not pay
+        # dropped * blocks against share * moved: equality does not pay
         (0.1, 1, 10, 1, False), (0.1, 1, 9, 1, True), (0.5, 2, 12, 3, False),
         (0.5, 2, 11, 3, True), (0.0, 1, 1000, 1, True), (0.0, 0, 1000, 1, False),
     ],
 )  # fmt: skip
 def test_break_even_of_compaction(
-    share: float, gone: int, moved: int, blocks: int, pays: bool
+    share: float, dropped: int, moved: int, blocks: int, pays: bool
 ) -> None:
-    assert Compaction(share).pays(gone=gone, moved=moved, blocks=blocks) is pays
+    assert Compaction(share).pays(dropped=dropped, moved=moved, blocks=blocks) is pays
 
 
 def test_exits_is_a_value() -> None:

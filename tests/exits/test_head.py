@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lraee.exits.head import EPS, HeadWeights, Int8Head, contrasts, pool
 from lraee.layers.scheme import INT8, quantize_weight
-from lraee.ops import reference
-from tests.exits.made_exits import make_head
+from lraee.ops import Norm, PackedLinear, ProbeHead, reference
+from tests.exits.random_exits import make_head
 from tests.support import EPS32, assert_same, assert_within, generator
 
 D, E, K = 40, 24, 9
@@ -99,14 +99,15 @@ def test_pool_by_hand() -> None:
 
 def definition(head: HeadWeights, z: Tensor, classes: Tensor, scale: float) -> tuple[Tensor, ...]:
     """reference.exit_probe on weights quantized here, plain layout."""
-    layers: list[Tensor | None] = []
-    for w, b in ((head.w1, head.b1), (head.w2, head.b2)):
-        if w is None:
-            layers += [None] * 4
-        else:
-            w_q, w_scale = quantize_weight(w, INT8, "reference")
-            layers += [w_q, w_scale, w_q.sum(1, dtype=torch.int32), b]
-    return reference.exit_probe(z, head.gamma, head.beta, EPS, *layers, classes, scale, GATE)
+
+    def linear(w: Tensor, b: Tensor | None) -> PackedLinear:
+        w_q, w_scale = quantize_weight(w, INT8, "reference")
+        return PackedLinear(w_q, w_scale, w_q.sum(1, dtype=torch.int32), b)
+
+    second = None if head.w2 is None else linear(head.w2, head.b2)
+    norm = Norm(head.gamma, head.beta, EPS)
+    operands = ProbeHead(norm, linear(head.w1, head.b1), second, classes, scale, GATE)
+    return reference.exit_probe(z, operands)
 
 
 @forms

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 import lraee
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.router import Compaction, Router
+from lraee.ops.reference import Probe
 from lraee.towers import flops
+from lraee.towers import runner as vision
+from lraee.towers.executor import EagerExecutor
 from lraee.towers.families import find_tower
+from lraee.towers.segments import Segments
 from tests.clip_models import make_images, make_lraee_tiny, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.support import assert_same, generator
 
 FIXED = (0.0, 0.0, 0.0, 0.0)
@@ -47,6 +51,34 @@ def table_router(exits: tuple[int, ...], thresholds: list[float], copy_share: fl
     return router
 
 
+class TableTower:
+    """Blocks that change nothing and note how many images they ran on."""
+
+    def __init__(self, router: Router, blocks: int, last_column: float) -> None:
+        self.router, self.depth, self.last_column = router, blocks, last_column
+        self.rows: list[int] = []
+
+    def embed(self, images: Tensor) -> Tensor:
+        return images
+
+    def run_blocks(self, z: Tensor, first: int, last: int) -> Tensor:
+        self.rows += [len(z)] * (last - first)
+        return z
+
+    def probe(self, e: int, z: Tensor) -> Probe:
+        return self.router.probe(e, z)
+
+    def may_overwrite(self, last: int) -> bool:
+        return False
+
+    def finish(self, z: Tensor) -> Tensor:
+        return torch.stack([z[:, 0, 0], torch.full((len(z),), self.last_column)], dim=1)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        segments = Segments.of(self.depth, self.router.blocks)
+        return vision.route(self, segments, self.router, z, EagerExecutor(self))
+
+
 def naive(scores: list[list[float]], thresholds: list[float]) -> list[int]:
     """Exit of each image, one by one; the number of exits at full depth."""
     found = []
@@ -71,33 +103,21 @@ def test_random_tables_against_a_naive_router(cases: int) -> None:
         z = torch.zeros(B, 2, max(m, 2))
         z[:, 1, :m] = torch.tensor(scores)
         z[:, 0, 0] = torch.arange(B)
-        finish_e = torch.tensor(float(m))
-        found = router(
-            [lambda x: x] * blocks,
-            z,
-            lambda x, e=finish_e: torch.stack([x[:, 0, 0], e.expand(len(x))], dim=1),
-        )
+        found = TableTower(router, blocks, float(m))(z)
         expected = [[float(i), float(e)] for i, e in enumerate(naive(scores, thresholds))]
         assert found.tolist() == expected, (case, exits, thresholds, scores)
 
 
 def test_dropped_images_run_no_further() -> None:
-    """Blocks see survivors only; a copy that does not pay is not made."""
-    seen: list[int] = []
-
-    def block(z: Tensor) -> Tensor:
-        seen.append(len(z))
-        return z
-
+    """Blocks run on survivors only; a copy that does not pay is not made."""
     z = torch.zeros(4, 2, 2)
+    z[:, 0, 0] = torch.arange(4)
     z[:, 1, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     z[:, 1, 1] = torch.tensor([0.0, 1.0, 0.0, 1.0])
     for copy_share, expected in ((0.0, [4, 3, 1]), (1.9, [4, 3, 1]), (2.0, [4, 4, 1])):
-        seen.clear()
-        router = table_router((1, 2), [0.5, 0.5], copy_share)
-        found = router([block] * 3, z, lambda x: x[:, 0] + 7)
-        assert seen == expected, copy_share
-        assert found[2].tolist() == [7, 7] and found[0, 1] == 0 and found[1, 1] == 1
+        tower = TableTower(table_router((1, 2), [0.5, 0.5], copy_share), 3, 7.0)
+        assert tower(z).tolist() == [[0, 0], [1, 1], [2, 7], [3, 1]]
+        assert tower.rows == expected, copy_share
 
 
 # A real tower
@@ -225,9 +245,12 @@ def test_half_types(tiny: nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_empty_batch_and_normalize(fast: nn.Module) -> None:
-    nothing = fast.visual.exits(fast.visual._blocks(), torch.zeros(0, 50, 192), fast.visual._finish)
-    assert nothing.shape == (0, 256)  # encode_image itself: open_clip cannot embed 0 images
+def test_empty_batch_and_normalize(fast: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = fast.visual
+    monkeypatch.setattr(type(tower), "embed", lambda tower, x: torch.zeros(len(x), 50, 192))
+    nothing = tower(torch.zeros(0, 3, 56, 56))  # open_clip itself cannot embed 0 images
+    monkeypatch.undo()
+    assert nothing.shape == (0, 256)
     y = fast.encode_image(pictures(3), normalize=True)
     assert torch.allclose(y.norm(dim=1), torch.ones(3), atol=1e-5)
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 import lraee
-from lraee.exits.bundle import Exits, Plan
+from lraee.exits.bundle import Exits
 from lraee.exits.gate import Gate, GateKind
+from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import PAPER, Scheme
 from lraee.towers.state import tower_hash
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.exits.small_exits import D, E, nested, small_exits
 from tests.support import assert_same
 

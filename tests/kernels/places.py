@@ -15,11 +15,14 @@ from torch import nn
 import lraee
 from lraee.exits.bundle import Exits
 from lraee.kernels import register
-from lraee.ops import registry
+from lraee.ops import backend, registry
 from lraee.ops.backend import Backend
 
-CALLERS = ("linear", "modules", "quantize", "rowwise", "exits.head")
-"""Modules of lraee that ask lraee.backend for operators."""
+CALLERS = (
+    "layers.int8_linear", "layers.int8_block", "layers.scheme", "layers.batch_invariant",
+    "exits.head",
+)  # fmt: skip
+"""Modules of lraee that take operators from lraee.ops.backend."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Place:
         return lraee.accelerate(there, backend="triton", exits=exits)
 
 
-CUDA = Place(torch.device("cuda"), torch.ops.lraee)
+CUDA = Place(torch.device("cuda"), backend.operators("triton"))
 INTERPRETER = Place(
     torch.device("cpu"),
     SimpleNamespace(
@@ -52,8 +55,8 @@ INTERPRETER = Place(
 )
 
 
-def _operators(backend: Backend) -> Any:
-    return INTERPRETER.operators if backend == "reference" else torch.ops.lraee
+def _operators(chosen: Backend) -> Any:
+    return INTERPRETER.operators if chosen == "reference" else backend.operators(chosen)
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """exit_probe in the interpreter: the decision of the definition, in one launch."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bench.launches import launches_of
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned, poisoned_all
@@ -12,6 +11,7 @@ from lraee.diagnostics.selftest_inputs import probe
 from lraee.kernels.configs import ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.exit_probe_score import classes_per_program
+from lraee.kernels.operands import ProbeHead
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
 from tests.support import EPS32, assert_same, assert_within
@@ -19,18 +19,18 @@ from tests.support import EPS32, assert_same, assert_within
 NAMES = ("embedding", "top1", "confidence", "margin", "variance", "score")
 
 
-def check_probe(given: list[Any], seed: int, **parameters: object) -> None:
+def check_probe(z: Tensor, head: ProbeHead, seed: int, **parameters: object) -> None:
     """Variance bit for bit, the embedding too where no gelu is before it, and from it top1."""
-    expected = dict(zip(NAMES, reference.exit_probe(*given), strict=True))
-    K = given[12].shape[0]
+    expected = dict(zip(NAMES, reference.exit_probe(z, head), strict=True))
+    K = head.classes.shape[0]
     with guarded_outputs():
-        results = exit_probe(poisoned(given[0], row_pad=seed % 3), *poisoned_all(given[1:]))
+        results = exit_probe(poisoned(z, row_pad=seed % 3), *poisoned_all([head]))
     actual = dict(zip(NAMES, results, strict=True))
     parameters |= {"seed": seed}
     assert_same(actual["variance"], expected["variance"], name="variance", **parameters)
-    bound = bounds.of_embedding(given)
+    bound = bounds.of_embedding(z, head)
     assert_within(actual["embedding"], expected["embedding"], bound, **parameters)
-    wanted = bounds.decision(actual["embedding"], actual["variance"], given)
+    wanted = bounds.decision(actual["embedding"], actual["variance"], head)
     for name, bound in bounds.of_decision(K).items():
         assert actual[name].dtype == wanted[name].dtype
         assert_within(actual[name], wanted[name], bound, name=name, **parameters)
@@ -59,32 +59,33 @@ def test_exit_probe(has_class_token: bool) -> None:
     assert len(SHAPES) >= 200
     for seed, shape in enumerate(SHAPES):
         if seed % 10 == 0 or seed >= len(SHAPES) - 4:
-            check_probe(probe(*shape, seed, has_class_token), seed, shape=shape)
+            check_probe(*probe(*shape, seed, has_class_token), seed, shape=shape)
 
 
 @pytest.mark.slow
 @both_inputs
 def test_exit_probe_every_shape(has_class_token: bool) -> None:
     for seed, shape in enumerate(SHAPES, start=1):
-        check_probe(probe(*shape, seed, has_class_token), seed, shape=shape)
+        check_probe(*probe(*shape, seed, has_class_token), seed, shape=shape)
 
 
 def test_classes_of_many_programs() -> None:
     """300 classes are dealt to five programs; the best two lie in different ones."""
     given = probe(3, 4, 64, None, 32, 300, 1)
     assert classes_per_program(300) == 64
-    check_probe(given, 1)
+    check_probe(*given, 1)
     embedding = reference.exit_probe(*given)[0]
-    given[12][290] = F.normalize(embedding[0], dim=0)
-    given[12][10] = F.normalize(embedding[0] + 0.1 * torch.randn(32), dim=0)
-    check_probe(given, 1)
+    given[1].classes[290] = F.normalize(embedding[0], dim=0)
+    given[1].classes[10] = F.normalize(embedding[0] + 0.1 * torch.randn(32), dim=0)
+    check_probe(*given, 1)
     assert exit_probe(*given)[1][0] == 290
 
 
 def test_lowest_index_of_a_tie_wins() -> None:
     given = probe(2, 3, 64, None, 32, 200, 0)
-    given[12] = given[12][:1].expand(200, 32).contiguous()
-    _, top1, confidence, margin, *_ = exit_probe(*given)
+    z, head = given
+    head = head._replace(classes=head.classes[:1].expand(200, 32).contiguous())
+    _, top1, confidence, margin, *_ = exit_probe(z, head)
     assert_same(top1, torch.zeros(2, dtype=torch.int64))
     assert_same(margin, torch.zeros(2))
     assert_within(confidence, torch.full((2,), 1 / 200), 200 * EPS32)
@@ -121,7 +122,7 @@ def test_an_image_has_the_same_bits_in_any_batch(has_class_token: bool) -> None:
     given = probe(18, 5, 64, 48, 32, 80, 0, has_class_token)
     whole = exit_probe(*given)
     for first, last in ((0, 1), (17, 18), (3, 9)):
-        part = exit_probe(given[0][first:last], *given[1:])
+        part = exit_probe(given[0][first:last], given[1])
         for name, value, expected in zip(NAMES, part, whole, strict=True):
             assert_same(value, expected[first:last], name=name)
 
@@ -130,9 +131,9 @@ def test_variance_survives_a_large_mean() -> None:
     """E[x^2] - E[x]^2 in float32 would lose all of it: mean 3e4, variance 1e-4 per channel."""
     given = probe(1, 50, 64, None, 16, 3, 0)
     noise = torch.randn(1, 50, 64) * 0.01
-    given[0] = noise + 3e4
-    exact = given[0].double()[:, 1:].var(1, correction=0).sum(1)
-    variance = exit_probe(*given)[4]
+    z = noise + 3e4
+    exact = z.double()[:, 1:].var(1, correction=0).sum(1)
+    variance = exit_probe(z, given[1])[4]
     assert_within(variance.double(), exact, 1e-4 * exact)
 
 
@@ -147,8 +148,7 @@ def test_one_launch(has_class_token: bool) -> None:
 @both_inputs
 def test_no_images(has_class_token: bool) -> None:
     given = probe(2, 5, 64, 48, 32, 20, 0, has_class_token)
-    given[0] = given[0][:0]
-    embedding, *rest = exit_probe(*given)
+    embedding, *rest = exit_probe(given[0][:0], given[1])
     assert embedding.shape == (0, 32)
     assert all(value.shape == (0,) for value in rest)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import lraee
 from lraee.diagnostics import selftest_inputs
@@ -17,7 +18,7 @@ from lraee.kernels import register
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference, registry
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.kernels.places import Place, at
 from tests.support import assert_same, assert_within
 
@@ -36,14 +37,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 
 def moved(values: Any, place: Place) -> Any:
-    """Tensors of a list or dict on the device."""
-
-    def one(value: object) -> object:
-        return value.to(place.device) if isinstance(value, Tensor) else value
-
-    if isinstance(values, dict):
-        return {name: one(value) for name, value in values.items()}
-    return [one(value) for value in values]
+    """Tensors of a list, dict or record on the device."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(place.device), values)
 
 
 def assert_all_same(actual: Sequence[Tensor], expected: Sequence[Tensor], **why: object) -> None:
@@ -82,13 +77,8 @@ def test_weights(place: Place) -> None:
 
 
 def call_linear(place: Place, given: dict[str, Any], activation: str) -> Tensor:
-    """int8_linear on the device, arguments by place as the dispatcher hands them on."""
-    given = moved(given, place)
-    names = ("x_q", "x_scale", "x_zero", "w", "w_scale", "w_sum", "bias")
-    options = {name: given[name] for name in ("residual", "layer_scale", "out_dtype")}
-    y: Tensor = place.operators.int8_linear(
-        *(given[name] for name in names), activation=activation, **options
-    )
+    """int8_linear on the device."""
+    y: Tensor = place.operators.int8_linear(**moved(given, place), activation=activation)
     return y
 
 
@@ -115,13 +105,13 @@ def test_int8_attention(place: Place, causal: bool) -> None:
 @pytest.mark.parametrize("has_class_token", [False, True])
 def test_exit_probe(place: Place, has_class_token: bool) -> None:
     for seed, shape in enumerate([(1, 10, 64, 48, 32, 70), (3, 5, 33, None, 20, 7)]):
-        given = selftest_inputs.probe(*shape, seed, has_class_token)
-        results = place.operators.exit_probe(*moved(given, place))
+        z, head = selftest_inputs.probe(*shape, seed, has_class_token)
+        results = place.operators.exit_probe(*moved((z, head), place))
         embedding, top1, confidence, margin, variance, score = (value.cpu() for value in results)
-        wanted = reference.exit_probe(*given)
+        wanted = reference.exit_probe(z, head)
         assert_same(variance, wanted[4], seed=seed)
-        assert_within(embedding, wanted[0], bounds.of_embedding(given), seed=seed)
-        decided = bounds.decision(embedding, variance, given)
+        assert_within(embedding, wanted[0], bounds.of_embedding(z, head), seed=seed)
+        decided = bounds.decision(embedding, variance, head)
         found = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
         for name, bound in bounds.of_decision(shape[-1]).items():
             assert_within(found[name], decided[name], bound, name=name, seed=seed)
@@ -146,7 +136,7 @@ def test_operators_give_a_row_the_same_bits_in_any_batch(place: Place) -> None:
     attended, probed = ops.int8_attention(qkv, 2), ops.exit_probe(*probe)
     assert_same(ops.int8_attention(qkv[3:4], 2).cpu(), attended[3:4].cpu())
     for first, last in ((0, 1), (5, 18)):
-        part_probe = ops.exit_probe(probe[0][first:last], *probe[1:])
+        part_probe = ops.exit_probe(probe[0][first:last], probe[1])
         assert_all_same(part_probe, [value[first:last] for value in probed])
 
 

@@ -1,7 +1,5 @@
 """int8_block in the interpreter: seven launches, and the bits of its operators one by one."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,26 +7,29 @@ from torch import Tensor
 from bench.launches import launches_of
 from lraee.diagnostics import selftest_cases, selftest_inputs
 from lraee.kernels.int8_block import int8_block
-from lraee.ops import block
+from lraee.kernels.operands import BlockOperands, PackedLinear
+from lraee.ops import reference
 from tests.support import assert_same, assert_within
 
 H, D = 2, 32
 
 
-def arguments(B: int, L: int, seed: int, activation: str = "none") -> list[Any]:
-    return [*selftest_inputs.block(B, L, H, D // H, seed, torch.device("cpu"))[:-1], activation]
+def arguments(B: int, L: int, seed: int, activation: str = "none") -> tuple[Tensor, BlockOperands]:
+    x, operands = selftest_inputs.block(B, L, H, D // H, seed, torch.device("cpu"))
+    return x, operands._replace(activation=activation)
 
 
-def one_by_one(given: list[Any], *, first_only: bool = False) -> Tensor:
+def one_by_one(x: Tensor, operands: BlockOperands, *, first_only: bool = False) -> Tensor:
     """The block by launchers that quantize rows in a launch of their own."""
-    return block.int8_block(*given, first_only, operators=selftest_cases.launchers())
+    launchers = selftest_cases.launchers()
+    return reference.int8_block(x, operands, first_only, operators=launchers)
 
 
 def test_the_bits_of_its_operators_one_by_one() -> None:
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9), (1, 50)]):
         given = arguments(B, L, seed, "quick_gelu" if seed == 2 else "none")
         for first_only in (False, True):
-            expected = one_by_one(given, first_only=first_only)
+            expected = one_by_one(*given, first_only=first_only)
             assert_same(int8_block(*given, first_only=first_only), expected, seed=seed)
 
 
@@ -42,19 +43,23 @@ def test_it_is_the_block() -> None:
     """Attention errs by its bound; a value next to a tie behind it moves by a step of its row."""
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9)]):
         given = arguments(B, L, seed)
-        expected = block.int8_block(*given)
+        expected = reference.int8_block(*given)
         assert_within(int8_block(*given), expected, 2e-2 * float(expected.abs().max()), seed=seed)
-        one = [*given]
-        one[2] = [None if part is None else part * 0 for part in given[2]]  # no attention at all
-        assert_same(int8_block(*one), block.int8_block(*one), seed=seed)
+        x, operands = given
+        no_attention = operands._replace(
+            in_proj=PackedLinear(*(part * 0 for part in operands.in_proj if part is not None))
+        )
+        expected = reference.int8_block(x, no_attention)
+        assert_same(int8_block(x, no_attention), expected, seed=seed)
 
 
 def test_an_image_alone_and_in_a_batch() -> None:
     given = arguments(4, 7, 1, "gelu")
-    given[0][2] = torch.nan
-    whole = int8_block(*given)
+    x, operands = given
+    x[2] = torch.nan
+    whole = int8_block(x, operands)
     for i in (0, 1, 3):
-        alone = int8_block(given[0][i : i + 1], *given[1:])
+        alone = int8_block(x[i : i + 1], operands)
         assert_same(alone, whole[i : i + 1], image=i)
         assert alone.isfinite().all()
 

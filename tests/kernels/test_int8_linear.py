@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned, poisoned_all
-from lraee.diagnostics.selftest_inputs import float_rows, linear
+from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned_all
+from lraee.diagnostics.selftest_inputs import linear
 from lraee.kernels import configs, workspace
 from lraee.kernels.configs import Config
-from lraee.kernels.int8_linear import (
-    int8_linear,
-    int8_linear_from_float,
-    int8_linear_quantized,
-)
+from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
+from lraee.kernels.operands import PackedLinear
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
 from tests.support import assert_same, assert_within
@@ -37,7 +34,7 @@ SHAPES = [
 def check(M: int, N: int, K: int, seed: int, config: Config | None, activation: str = "none") -> None:  # fmt: skip  # noqa: E501
     given = linear(M, N, K, seed)
     expected = reference.int8_linear(**given, activation=activation)
-    guarded = poisoned_all(given, row_pad=seed % 3) | {"w": poisoned(given["w"])}
+    guarded = poisoned_all(given, row_pad=seed % 3)
     with guarded_outputs():
         actual = int8_linear(**guarded, activation=activation, config=config)
     parameters = {"M": M, "N": N, "K": K, "seed": seed, "config": config, "act": activation}
@@ -84,7 +81,7 @@ def test_no_rows_and_no_columns() -> None:
 
 def test_w_with_another_layout_is_refused() -> None:
     given = linear(4, 8, 16, 0)
-    given["w"] = given["w"].view(16, 8)
+    given["linear"] = given["linear"]._replace(w=given["linear"].w.view(16, 8))
     with pytest.raises(AssertionError, match=r"w must have the CUDA layout \[8, 16\]"):
         int8_linear(**given)
 
@@ -103,60 +100,10 @@ def test_large_sums_do_not_pass_through_half() -> None:
     K = 512
     x_q, w = torch.full((1, K), 127, dtype=torch.int8), torch.full((16, K), 127, dtype=torch.int8)
     x_scale, w_scale = torch.tensor([0.01]), torch.full((16,), 0.001)
-    y = int8_linear(
-        x_q, x_scale, None, w, w_scale, w.sum(1, dtype=torch.int32), out_dtype=torch.float16
-    )
+    linear = PackedLinear(w, w_scale, w.sum(1, dtype=torch.int32))
+    y = int8_linear(x_q, x_scale, None, linear, out_dtype=torch.float16)
     product = torch.tensor(127.0 * 127 * K) * (torch.tensor(0.01) * torch.tensor(0.001))
     assert_same(y, product.to(torch.float16).expand(1, 16).contiguous())
-
-
-# int8_linear_from_float
-
-
-FLOAT_SHAPES = [
-    (M, N, K, config)
-    for M in (1, 2, 3, 17, 31, 50)
-    for N, K in (
-        (1, 1),
-        (5, 8),
-        (16, 33),
-        (20, 40),
-        (31, 64),
-        (33, 97),
-        (40, 160),
-        (48, 31),
-        (64, 2),
-    )
-    for config in (TINY, WIDE, SPLIT, SPLIT_WIDE)
-]
-
-
-def check_from_float(M: int, N: int, K: int, seed: int, config: Config) -> None:
-    """The same bits as quantize_rows followed by int8_linear, a NaN row and a zero row included."""
-    symmetric = seed % 2 == 0
-    given = linear(M, N, K, seed)
-    x = float_rows(M, K, seed)
-    for name in ("x_q", "x_scale", "x_zero"):
-        del given[name]
-    expected = reference.int8_linear(*reference.quantize_rows(x, symmetric), **given)
-    guarded = poisoned_all(given)
-    with guarded_outputs():
-        actual = int8_linear_from_float(
-            *poisoned_all([x], row_pad=seed % 3), symmetric, **guarded, config=config
-        )
-    assert_same(actual, expected, M=M, N=N, K=K, seed=seed, config=config)
-
-
-def test_int8_linear_from_float() -> None:
-    for seed, (M, N, K, config) in enumerate(FLOAT_SHAPES[::3]):
-        check_from_float(M, N, K, seed, config)
-
-
-@pytest.mark.slow
-def test_int8_linear_from_float_every_shape() -> None:
-    assert len(FLOAT_SHAPES) >= 200
-    for seed, (M, N, K, config) in enumerate(FLOAT_SHAPES):
-        check_from_float(M, N, K, seed + 1, config)
 
 
 # int8_linear_quantized
@@ -166,10 +113,10 @@ def check_quantized(M: int, N: int, K: int, seed: int, config: Config) -> None:
     """The same bits as int8_linear followed by quantize_rows."""
     symmetric = seed % 2 == 0
     given = linear(M, N, K, seed)
-    if seed % 4 == 0 and given["bias"] is not None:
-        given["bias"][0] = torch.nan
+    if seed % 4 == 0 and given["linear"].bias is not None:
+        given["linear"].bias[0] = torch.nan
     expected = reference.quantize_rows(reference.int8_linear(**given), symmetric)
-    guarded = poisoned_all(given, row_pad=seed % 3) | {"w": poisoned(given["w"])}
+    guarded = poisoned_all(given, row_pad=seed % 3)
     with guarded_outputs():
         actual = int8_linear_quantized(**guarded, symmetric=symmetric, config=config)
     for one, other in zip(actual, expected, strict=True):
@@ -194,7 +141,6 @@ def test_pieces_of_several_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(configs, "MOST_SPREAD_ROWS", 0)
     for seed, config in enumerate([TINY, SPLIT, WIDE]):
         check_quantized(70, width, 40, seed, config)
-        check_from_float(70, 17, width, seed, config)
 
 
 def test_quantizing_no_rows_and_no_columns() -> None:

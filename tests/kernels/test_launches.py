@@ -14,7 +14,7 @@ from bench.gpu_model import (
     probe_launches,
     rows,
 )
-from bench.launches import launches_of, meta
+from bench.launches import launches_of, meta, meta_linear
 from bench.shapes import B32, L14, Tower
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.configs import Config
@@ -110,8 +110,8 @@ def test_a_product_alone_is_not_compiled_anew_for_another_width() -> None:
     constants = []
     for M, N in ((50, 768), (600, 768), (600, 3072)):
         x = (meta(M, 768, dtype=torch.int8), meta(M), meta(M, dtype=torch.int32))
-        w = (meta(N, 768, dtype=torch.int8), meta(N), meta(N, dtype=torch.int32))
-        (launch,) = launches_of(lambda x=x, w=w: int8_linear(*x, *w, config=config))  # type: ignore[misc]
+        w = meta_linear(N, 768)
+        (launch,) = launches_of(lambda x=x, w=w: int8_linear(*x, w, config=config))  # type: ignore[misc]
         constants.append(launch.constants)
     assert constants[0] == constants[1] == constants[2]
 

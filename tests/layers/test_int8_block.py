@@ -11,7 +11,7 @@ from torch import nn
 from lraee.layers.build import build_block
 from lraee.layers.int8_attention import Int8Attention, Int8MultiheadAttention, is_causal
 from lraee.layers.scheme import INT8, PAPER, Scheme, quantize_weight
-from lraee.ops import reference
+from lraee.ops import PackedLinear, reference
 from lraee.towers.families import blocks_of
 from lraee.towers.open_clip import read_block
 from tests.clip_models import VARIANTS, make_model
@@ -45,14 +45,13 @@ def block_by_hand(block, x, *, symmetric=(), causal=False):
         eps = block.get_submodule(name).eps
         return reference.layer_norm_quantize(rows, gamma, beta, eps, site in symmetric)
 
-    def linear(name, x_quantized, **epilogue):
+    def linear(name, x_quantized, layer_scale=None, **epilogue):
         bias = own.get(f"{name}bias")
         w_q, w_scale = quantize_weight(own[f"{name}weight"], INT8)
         bias = None if bias is None else bias.float()
         w_sum = w_q.sum(1, dtype=torch.int32)
-        return reference.int8_linear(
-            *x_quantized, w_q, w_scale, w_sum, bias, out_dtype=x.dtype, **epilogue
-        )
+        packed = PackedLinear(w_q, w_scale, w_sum, bias, layer_scale)
+        return reference.int8_linear(*x_quantized, packed, out_dtype=x.dtype, **epilogue)
 
     def rows_of(y, site):
         return reference.quantize_rows(y.reshape(B * L, -1), site in symmetric)

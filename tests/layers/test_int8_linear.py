@@ -9,7 +9,7 @@ from torch import nn
 
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import INT8, quantize_weight
-from lraee.ops import reference
+from lraee.ops import PackedLinear, reference
 from tests.support import assert_same, generator
 
 
@@ -28,9 +28,8 @@ def test_forward_is_the_operators(backend, bias, rounding):
     linear, w_q = make_linear(bias=bias, rounding=rounding, backend=backend)
     x = torch.randn(2, 5, 33, generator=generator(1))
     x_q, x_scale, x_zero = reference.quantize_rows(x.view(10, 33), rounding == "row_symmetric")
-    expected = reference.int8_linear(
-        x_q, x_scale, x_zero, w_q, linear.w_scale, w_q.sum(1, dtype=torch.int32), linear.bias
-    )
+    plain = PackedLinear(w_q, linear.w_scale, w_q.sum(1, dtype=torch.int32), linear.bias)
+    expected = reference.int8_linear(x_q, x_scale, x_zero, plain)
     assert_same(linear(x), expected.view(2, 5, 24))
 
 

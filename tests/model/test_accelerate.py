@@ -21,7 +21,7 @@ from tests.clip_models import (
     make_model,
     make_texts,
 )
-from tests.support import assert_same
+from tests.support import TEXT_BOUND, assert_same, assert_within
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_forward_and_text_are_as_before(variant, output_dict):
     fast = lraee.accelerate(model)
     images, texts = make_images(2), make_texts()
     assert type(fast) is type(model)
-    assert_same(fast.encode_text(texts), model.encode_text(texts))
+    assert_within(fast.encode_text(texts), model.encode_text(texts), TEXT_BOUND)
     assert_same(fast.logit_scale, model.logit_scale)
     expected, found = model(images, texts), fast(images, texts)
     if output_dict:
@@ -62,7 +62,8 @@ def test_forward_and_text_are_as_before(variant, output_dict):
         expected, found = list(expected.values()), list(found.values())
     assert len(found) == len(expected)
     assert_same(found[0], fast.encode_image(images, normalize=True))
-    for actual, wanted in zip(found[1:], expected[1:], strict=True):
+    assert_within(found[1], expected[1], TEXT_BOUND)
+    for actual, wanted in zip(found[2:], expected[2:], strict=True):
         assert_same(actual, wanted)
     assert_same(fast.get_logits(images, texts)[0].T, fast.get_logits(images, texts)[1])
 
@@ -313,4 +314,4 @@ def test_check_on_the_real_model():
     model, photos = make_lraee_tiny(), photo_crops(6)
     fast = lraee.accelerate(model, check=photos)
     texts = torch.randint(1, 49000, (4, 24))
-    assert_same(fast.encode_text(texts), model.encode_text(texts))
+    assert_within(fast.encode_text(texts), model.encode_text(texts), TEXT_BOUND)

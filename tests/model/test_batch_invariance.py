@@ -189,12 +189,12 @@ def test_rows_multiply_alone(isa: str, activation: ops.Activation) -> None:
     a = quantized_linear(M, N, K, seed=4)
     a["x_scale"][11] = math.nan
     w, w_sum = ops.pack_weight(a["w_q"])
+    linear = ops.PackedLinear(w, a["w_scale"], w_sum, a["bias"], a["layer_scale"])
 
     def multiply(rows: slice) -> Tensor:
         return ops.int8_linear(
-            a["x_q"][rows], a["x_scale"][rows], a["x_zero"][rows], w, a["w_scale"], w_sum,
-            a["bias"], residual=a["residual"][rows], layer_scale=a["layer_scale"],
-            activation=activation,
+            a["x_q"][rows], a["x_scale"][rows], a["x_zero"][rows], linear,
+            residual=a["residual"][rows], activation=activation,
         )  # fmt: skip
 
     for threads in (1, 2):
@@ -229,11 +229,12 @@ def test_images_are_probed_alone(isa: str) -> None:
     w, w_sum = ops.pack_weight(w_q)
     classes = nn.functional.normalize(torch.randn(K, E, generator=source), dim=1)
 
+    norm = ops.Norm(torch.ones(D), torch.zeros(D))
+    first = ops.PackedLinear(w, torch.full((E,), 0.01), w_sum)
+    head = ops.ProbeHead(norm, first, None, classes, 30.0, torch.ones(4))
+
     def probe(images: Tensor) -> tuple[Tensor, ...]:
-        return ops.exit_probe(
-            images, torch.ones(D), torch.zeros(D), w, torch.full((E,), 0.01), w_sum, None,
-            None, None, None, None, classes, torch.ones(4), logit_scale=30.0,
-        )  # fmt: skip
+        return ops.exit_probe(images, head)
 
     torch.set_num_threads(1)
     alone = [probe(image[None]) for image in z]

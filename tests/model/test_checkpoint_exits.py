@@ -16,7 +16,7 @@ from lraee.exits.gate import CLASS_FREE, GateKind
 from lraee.model.acceleration import acceleration_of
 from lraee.model.checkpoint import FORMAT
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.sealed_files import resealed
 from tests.support import assert_same, generator
 

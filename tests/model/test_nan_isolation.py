@@ -37,7 +37,9 @@ def _linear(x: Tensor) -> Tensor:
     case = quantized_linear(x.shape[0], 24, x.shape[1], seed=3)
     w, w_sum = ops.pack_weight(case["w_q"])
     quantized = ops.quantize_rows(x, symmetric=False)
-    return ops.int8_linear(*quantized, w, case["w_scale"], w_sum, case["bias"], activation="gelu")
+    return ops.int8_linear(
+        *quantized, ops.PackedLinear(w, case["w_scale"], w_sum, case["bias"]), activation="gelu"
+    )
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lraee
-from lraee.exits.bundle import Plan
+from lraee.exits.plan import Plan
 from lraee.model.set_classes import unit_classes
 from tests.clip_models import CONTEXT, VOCABULARY, make_images, make_model
-from tests.exits.made_exits import make_exits
-from tests.support import assert_same, assert_within, generator
+from tests.exits.random_exits import make_exits
+from tests.support import TEXT_BOUND, assert_same, assert_within, generator
 
 E = 24
 
@@ -77,7 +77,7 @@ def test_the_gate_looks_for_the_new_classes(model: nn.Module) -> None:
         y = fast.encode_image(images)
     assert t.exit_block.tolist() == [1] * 9
     rows = F.normalize(classes.double(), dim=1)
-    logits = 20.0 * F.normalize(y.double(), dim=1) @ rows.T  # made_exits' scale
+    logits = 20.0 * F.normalize(y.double(), dim=1) @ rows.T  # random_exits' scale
     expected = torch.softmax(logits, dim=1).max(1).values
     # A logit is off by what float16 loses of a class; a softmax moves by half of that at most
     lost = 20.0 * 2.0**-11 * float((rows - rows.mean(0)).norm(dim=1).max())
@@ -98,8 +98,10 @@ def test_texts(model: nn.Module, fast: nn.Module) -> None:
     texts = ["a photo of a dog", "a cat", "zebra"]
     fast.set_classes(texts, tokenizer)
     with torch.no_grad():
-        expected = model.encode_text(tokenizer(texts), normalize=True)
+        whole = model.encode_text(tokenizer(texts), normalize=True)
+        expected = fast.encode_text(tokenizer(texts), normalize=True)
     assert_same(classes_now(fast), unit_classes("x", expected, E))
+    assert_within(expected, whole, TEXT_BOUND)
     fast.set_classes(("one",), tokenizer)
     assert classes_now(fast).shape == (1, E)
 

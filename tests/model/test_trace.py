@@ -10,7 +10,7 @@ import lraee
 from lraee.model.trace import ExitStats, has_exits
 from lraee.towers.flops import PartFlops, probe_flops
 from tests.clip_models import VARIANTS, make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.support import assert_same
 
 LAYERS = 3

@@ -1,4 +1,4 @@
-"""The door, the fakes and the FLOP formulas of every operator, as the dispatcher runs them here."""
+"""The checks, fakes and FLOP formulas of every operator, as the dispatcher runs them here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lraee import ops
-from lraee.ops import registry
+from lraee.ops import BlockOperands, Norm, PackedLinear, ProbeHead, registry
 from tests.support import assert_same, generator, quantized_linear
 
 Call = Callable[..., Any]
@@ -20,47 +20,56 @@ Call = Callable[..., Any]
 def _linear_arguments(M: int = 5, N: int = 18, K: int = 30) -> tuple[list[Any], dict[str, Any]]:
     case = quantized_linear(M, N, K)
     w, w_sum = ops.pack_weight(case["w_q"])
-    positional = [case[name] for name in ("x_q", "x_scale", "x_zero")]
-    positional += [w, case["w_scale"], w_sum, case["bias"]]
-    options = {name: case[name] for name in ("residual", "layer_scale")}
-    return positional, {**options, "activation": "gelu", "out_dtype": torch.float32}
+    linear = PackedLinear(w, case["w_scale"], w_sum, case["bias"], case["layer_scale"])
+    positional = [case["x_q"], case["x_scale"], case["x_zero"], linear]
+    options = {"residual": case["residual"], "activation": "gelu", "out_dtype": torch.float32}
+    return positional, options
 
 
-def _probe_arguments(
-    two_layers: bool = True, has_class_token: bool = False
-) -> tuple[list[Any], dict[str, Any]]:
+def _linear(N: int, K: int, source: torch.Generator, scale: Tensor | None = None) -> PackedLinear:
+    w_q = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
+    w, w_sum = ops.pack_weight(w_q)
+    w_scale, bias = (torch.rand(N, generator=source) * 0.01 for _ in range(2))
+    return PackedLinear(w, w_scale, w_sum, bias, scale)
+
+
+def _probe_arguments(two_layers: bool = True, has_class_token: bool = False) -> list[Any]:
     source = generator(7)
     B, L, D, H, E, K = 3, 6, 20, 16, 12, 5
     P = 2 * D if has_class_token else D
-
-    def layer(N: int, K_in: int) -> list[Tensor]:
-        w_q = torch.randint(-127, 128, (N, K_in), generator=source, dtype=torch.int8)
-        w, w_sum = ops.pack_weight(w_q)
-        return [w, torch.rand(N, generator=source) * 0.01, w_sum, torch.rand(N, generator=source)]
-
-    positional: list[Any] = [torch.randn(B, L, D, generator=source), torch.ones(P), torch.zeros(P)]
-    positional += [*layer(H, P), *layer(E, H)] if two_layers else [*layer(E, P), *[None] * 4]
-    positional += [F.normalize(torch.randn(K, E, generator=source), dim=1), torch.ones(4)]
-    return positional, {"logit_scale": 10.0}
+    first = _linear(H if two_layers else E, P, source)
+    second = _linear(E, H, source) if two_layers else None
+    classes = F.normalize(torch.randn(K, E, generator=source), dim=1)
+    norm = Norm(torch.ones(P), torch.zeros(P))
+    head = ProbeHead(norm, first, second, classes, 10.0, torch.ones(4))
+    return [torch.randn(B, L, D, generator=source), head]
 
 
-def _block_arguments() -> tuple[list[Any], dict[str, Any]]:
+def _block_arguments() -> list[Any]:
     source = generator(8)
     B, L, D, hidden = 2, 5, 32, 48
-
-    def linear(N: int, K: int, *scale: Tensor) -> list[Tensor]:
-        w_q = torch.randint(-127, 128, (N, K), generator=source, dtype=torch.int8)
-        w, w_sum = ops.pack_weight(w_q)
-        vectors = [torch.rand(N, generator=source) * 0.01 for _ in range(2)]
-        return [w, vectors[0], w_sum, vectors[1], *scale]
-
-    norm = [torch.ones(D), torch.zeros(D)]
+    norm = Norm(torch.ones(D), torch.zeros(D))
     scale = torch.rand(D, generator=source)
-    positional = [
-        torch.randn(B, L, D, generator=source),
-        norm, linear(3 * D, D), linear(D, D, scale), norm, linear(hidden, D), linear(D, hidden),
+    block = BlockOperands(
+        norm, _linear(3 * D, D, source), _linear(D, D, source, scale),
+        norm, _linear(hidden, D, source), _linear(D, hidden, source), num_heads=2,
+    )  # fmt: skip
+    return [torch.randn(B, L, D, generator=source), block]
+
+
+def _gated_arguments() -> list[Any]:
+    """All that the operator takes: a gated MLP with a norm, RMSNorm, rotated tokens, a mask."""
+    x, block = _block_arguments()
+    source = generator(9)
+    mlp_norm = Norm(torch.ones(48), torch.zeros(48), 1e-6)
+    return [
+        x,
+        block._replace(
+            norm_1=Norm(torch.ones(32), None), c_fc=_linear(96, 32, source), gated=True,
+            activation="silu", mlp_norm=mlp_norm, rope=torch.randn(2, 4, 16, generator=source),
+            key_mask=x[:, :, 0] > -1,
+        ),
     ]  # fmt: skip
-    return positional, {"num_heads": 2}
 
 
 def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
@@ -68,6 +77,7 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
     x = torch.randn(5, 30, generator=source)
     qkv = torch.randn(2, 7, 48, generator=source)
     w_q = torch.randint(-127, 128, (18, 30), generator=source, dtype=torch.int8)
+    rope = torch.randn(2, 6, 8, generator=source)
     return {
         "quantize_rows": (ops.quantize_rows, [x], {"symmetric": False}),
         "quantize_rows_strided": (ops.quantize_rows, [x.T], {"symmetric": True}),
@@ -78,16 +88,28 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
         "pack_weight": (ops.pack_weight, [w_q], {}),
         "unpack_weight": (ops.unpack_weight, [ops.pack_weight(w_q)[0], 18, 30], {}),
         "int8_linear": (ops.int8_linear, *_linear_arguments()),
-        "int8_block": (ops.int8_block, *_block_arguments()),
+        "int8_block": (ops.int8_block, _block_arguments(), {}),
         "int8_linear_empty": (ops.int8_linear, *_linear_arguments(M=0)),
         "float_linear": (ops.float_linear, [x, x, x[:, 0]], {}),
         "float_linear_column_major": (ops.float_linear, [x, x.T.contiguous().T], {}),
         "int8_attention": (ops.int8_attention, [qkv], {"num_heads": 2}),
         "int8_attention_causal": (ops.int8_attention, [qkv], {"num_heads": 2, "causal": True}),
-        "exit_probe": (ops.exit_probe, *_probe_arguments()),
-        "exit_probe_affine": (ops.exit_probe, *_probe_arguments(two_layers=False)),
-        "exit_probe_class_token": (ops.exit_probe, *_probe_arguments(has_class_token=True)),
-        "exit_probe_affine_class_token": (ops.exit_probe, *_probe_arguments(False, True)),
+        "int8_attention_rope": (
+            ops.int8_attention, [qkv], {"num_heads": 2, "rope": rope, "key_mask": qkv[:, :, 0] > 0},
+        ),
+        "layer_norm_quantize_rms": (
+            ops.layer_norm_quantize, [x, torch.ones(30), None], {"symmetric": True},
+        ),
+        "gated_quantize": (ops.gated_quantize, [x], {}),
+        "gated_quantize_norm": (
+            ops.gated_quantize, [x.half()],
+            {"activation": "gelu", "norm": Norm(torch.ones(15), None, 1e-6)},
+        ),
+        "int8_block_gated": (ops.int8_block, _gated_arguments(), {}),
+        "exit_probe": (ops.exit_probe, _probe_arguments(), {}),
+        "exit_probe_affine": (ops.exit_probe, _probe_arguments(two_layers=False), {}),
+        "exit_probe_class_token": (ops.exit_probe, _probe_arguments(has_class_token=True), {}),
+        "exit_probe_affine_class_token": (ops.exit_probe, _probe_arguments(False, True), {}),
     }  # fmt: skip
 
 
@@ -99,7 +121,7 @@ def test_every_operator_has_a_case() -> None:
 
 
 def _operator_calls(call: Call, arguments: list[Any], options: dict[str, Any]) -> Any:
-    """The arguments with which the door calls its operator."""
+    """The arguments with which a public function calls its operator."""
     calls = []
 
     class Recorder(torch.overrides.TorchFunctionMode):
@@ -113,13 +135,13 @@ def _operator_calls(call: Call, arguments: list[Any], options: dict[str, Any]) -
     with Recorder():
         call(*arguments, **options)
     ((operator, args, kwargs),) = calls
-    return operator, args, kwargs
+    return getattr(operator, "default", operator), args, kwargs
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str) -> None:
     operator, args, kwargs = _operator_calls(*CASES[name])
-    outcome = torch.library.opcheck(operator.default, args, kwargs)
+    outcome = torch.library.opcheck(operator, args, kwargs)
     assert set(outcome.values()) == {"SUCCESS"}, outcome
 
 
@@ -166,6 +188,9 @@ def test_flops_are_two_for_each_multiply_add() -> None:
         "int8_linear": 2 * 5 * 18 * 30,
         "int8_attention": 2 * 2 * (2 * 7 * 7 * 16),
         "int8_block": 2 * 2 * 5 * 32 * (4 * 32 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
+        "int8_attention_rope": 2 * 2 * (2 * 7 * 7 * 16),
+        "int8_block_gated": 2 * 2 * 5 * 32 * (4 * 32 + 96 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
+        "gated_quantize": 0,
         "exit_probe": 2 * 3 * (20 * 16 + 16 * 12 + 5 * 12),
         "exit_probe_affine": 2 * 3 * (20 * 12 + 5 * 12),
         "exit_probe_class_token": 2 * 3 * (40 * 16 + 16 * 12 + 5 * 12),
@@ -180,9 +205,17 @@ def test_flops_are_two_for_each_multiply_add() -> None:
         assert counter.get_total_flops() == flops, name
 
 
-def _door_errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Exception], str]]:
+def _errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Exception], str]]:
     """Operator, replaced positional arguments by index, replaced options, error, its message."""
-    long = torch.zeros(2, registry.GROUP_K, dtype=torch.int8).expand(2, 4)
+    linear, block, head = (
+        CASES[name][1][at]
+        for name, at in (("int8_linear", 3), ("int8_block", 1), ("exit_probe", 1))
+    )
+    foreign = torch.zeros(7, 7, dtype=torch.int8)
+
+    def norm(*sizes: int) -> dict[str, Norm]:
+        return {"norm": Norm(*(torch.ones(size) for size in sizes))}
+
     return [
         ("quantize_rows", {0: torch.zeros(3)}, {}, ValueError, r"quantize_rows: x must have 2 dim"),
         ("quantize_rows", {0: torch.zeros(3, 3, dtype=torch.int32)}, {}, TypeError,
@@ -203,17 +236,19 @@ def _door_errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Excep
         ("int8_linear", {0: torch.zeros(30, 5, dtype=torch.int8).T}, {}, ValueError,
          r"int8_linear: x_q must have contiguous rows"),
         ("int8_linear", {2: torch.zeros(5)}, {}, TypeError, r"int8_linear: x_zero must be int32"),
-        ("int8_linear", {3: torch.zeros(7, 7, dtype=torch.int8)}, {}, ValueError,
+        ("int8_linear", {3: linear._replace(w=foreign)}, {}, ValueError,
          r"int8_linear: w must have the cpu layout .* of \[N, K\] = \[18, 30\], got \[7, 7\]"),
-        ("int8_linear", {4: torch.ones(18, 1)}, {}, ValueError, r"int8_linear: w_scale must have"),
-        ("int8_linear", {6: torch.ones(17)}, {}, ValueError, r"int8_linear: bias must have shape"),
+        ("int8_linear", {3: linear._replace(w_scale=torch.ones(18, 1))}, {}, ValueError,
+         r"int8_linear: w_scale must have"),
+        ("int8_linear", {3: linear._replace(bias=torch.ones(17))}, {}, ValueError,
+         r"int8_linear: bias must have shape"),
         ("int8_linear", {}, {"residual": torch.zeros(5, 17)}, ValueError, r"residual must have"),
         ("int8_linear", {}, {"residual": torch.zeros(5, 18).half()}, TypeError,
          r"int8_linear: residual must be float32, got float16"),
         ("int8_linear", {}, {"activation": "relu"}, ValueError,
          r"activation must be one of none, gelu, gelu_tanh, quick_gelu, got 'relu'"),
         ("int8_linear", {}, {"out_dtype": torch.float64}, TypeError, r"out_dtype must be float32"),
-        ("int8_linear", {4: torch.ones(18, device="meta")}, {}, ValueError,
+        ("int8_linear", {3: linear._replace(w_scale=torch.ones(18, device="meta"))}, {}, ValueError,
          r"int8_linear: w_scale must be on cpu like the input, got meta"),
         ("float_linear", {0: torch.zeros(5, 30).half()}, {}, TypeError, r"x must be float32"),
         ("float_linear", {1: torch.zeros(5, 29)}, {}, ValueError,
@@ -225,33 +260,60 @@ def _door_errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Excep
          r"int8_attention: qkv must have a last size of 3 \* num_heads \* d"),
         ("int8_attention", {}, {"num_heads": 0}, ValueError, r"num_heads = 0"),
         ("int8_attention", {0: torch.zeros(2, 0, 48)}, {}, ValueError, r"at least one token"),
-        ("int8_block", {}, {"num_heads": 3}, ValueError, r"num_heads = 3, got \[2, 5, 32\]"),
-        ("int8_block", {1: [torch.ones(31), torch.ones(32)]}, {}, ValueError,
-         r"int8_block: norm_1 gamma must have shape \[32\], got \[31\]"),
-        ("int8_block", {6: [None] * 4}, {}, ValueError, r"c_proj must be w, w_scale, w_sum, bias"),
-        ("int8_block", {2: [torch.zeros(2, 2, dtype=torch.int8), *[torch.ones(96)] * 3]}, {},
-         ValueError, r"int8_block: in_proj must have the cpu layout"),
-        ("int8_block", {}, {"activation": "relu"}, ValueError, r"activation must be one of none"),
+        ("int8_block", {1: block._replace(num_heads=3)}, {}, ValueError,
+         r"num_heads = 3, got \[2, 5, 32\]"),
+        ("int8_block", {1: block._replace(norm_1=Norm(torch.ones(31), torch.ones(32)))}, {},
+         ValueError, r"int8_block: norm_1.gamma must have shape \[32\], got \[31\]"),
+        ("int8_block", {1: block._replace(c_proj=block.in_proj)}, {}, ValueError,
+         r"int8_block: c_proj.w_scale must have shape \[32\], got \[96\]"),
+        ("int8_block", {1: block._replace(in_proj=block.in_proj._replace(w=foreign))}, {},
+         ValueError, r"int8_block: in_proj.w must have the cpu layout"),
+        ("int8_block", {1: block._replace(activation="relu")}, {}, ValueError,
+         r"activation must be one of none"),
+        ("int8_block", {1: block._replace(symmetric=(True,))}, {}, ValueError,
+         r"symmetric must have 4 values, got 1"),
+        ("int8_attention", {}, {"rope": torch.zeros(2, 8, 8)}, ValueError,
+         r"rope must rotate an even number of channels of at most L = 7 tokens"),
+        ("int8_attention", {}, {"rope": torch.zeros(2, 6, 6)}, ValueError,
+         r"int8_attention: rope must have shape \[2, 6, 8\], got \[2, 6, 6\]"),
+        ("int8_attention", {}, {"rope": torch.zeros(2, 6, 8).half()}, TypeError,
+         r"rope must be float32"),
+        ("int8_attention", {}, {"key_mask": torch.ones(2, 7)}, TypeError, r"key_mask must be bool"),
+        ("int8_attention", {}, {"key_mask": torch.ones(2, 6).bool()}, ValueError,
+         r"key_mask must have shape \[2, 7\], got \[2, 6\]"),
+        ("gated_quantize", {0: torch.zeros(3, 5)}, {}, ValueError, r"x must have shape \[M, 2 H\]"),
+        ("gated_quantize", {}, {"activation": "relu"}, ValueError,
+         r"gated_quantize: activation must be one of none, silu, gelu"),
+        ("gated_quantize", {}, norm(30, 30), ValueError,
+         r"gated_quantize: norm.gamma must have shape \[15\], got \[30\]"),
+        ("int8_block", {1: block._replace(mlp_norm=block.norm_1)}, {}, ValueError,
+         r"mlp_norm must be None unless gated"),
+        ("int8_block", {1: block._replace(gated=True, activation="silu")}, {}, ValueError,
+         r"c_proj.w must have the cpu layout .* of \[N, K\] = \[32, 24\]"),
+        ("int8_block", {1: block._replace(activation="silu")}, {}, ValueError,
+         r"activation must be one of none, gelu, gelu_tanh, quick_gelu, got 'silu'"),
         ("exit_probe", {0: torch.zeros(3, 1, 20)}, {}, ValueError, r"a class token and a patch"),
-        ("exit_probe", {11: torch.zeros(0, 12)}, {}, ValueError, r"classes must have shape"),
-        ("exit_probe", {12: torch.ones(3)}, {}, ValueError, r"gate must have shape \[4\]"),
-        ("exit_probe", {8: None}, {}, ValueError, r"w2_scale and w2_sum must be given with w2"),
-        ("exit_probe", {3: long}, {}, ValueError, r"exit_probe: w1 must have the cpu layout"),
-        ("exit_probe", {1: torch.ones(30)}, {}, ValueError,
+        ("exit_probe", {1: head._replace(classes=torch.zeros(0, 12))}, {}, ValueError,
+         r"classes must have shape"),
+        ("exit_probe", {1: head._replace(gate=torch.ones(3))}, {}, ValueError,
+         r"gate must have shape \[4\]"),
+        ("exit_probe", {1: head._replace(first=head.first._replace(w=foreign))}, {}, ValueError,
+         r"exit_probe: first.w must have the cpu layout"),
+        ("exit_probe", {1: head._replace(**norm(30, 20))}, {}, ValueError,
          r"exit_probe: gamma must have shape \[D\] or \[2 D\] = \[20\] or \[40\], got \[30\]"),
-        ("exit_probe", {1: torch.ones(20, 1)}, {}, ValueError,
-         r"exit_probe: gamma must have shape .*, got \[20, 1\]"),
-        ("exit_probe", {1: torch.ones(20).half()}, {}, TypeError,
-         r"exit_probe: gamma must be float32, got float16"),
-        ("exit_probe", {1: torch.ones(40)}, {}, ValueError,
+        ("exit_probe", {1: head._replace(norm=Norm(torch.ones(20, 1), torch.ones(20)))}, {},
+         ValueError, r"exit_probe: gamma must have shape .*, got \[20, 1\]"),
+        ("exit_probe", {1: head._replace(norm=Norm(torch.ones(20).half(), torch.ones(20)))}, {},
+         TypeError, r"exit_probe: gamma must be float32, got float16"),
+        ("exit_probe", {1: head._replace(**norm(40, 20))}, {}, ValueError,
          r"exit_probe: beta must have shape \[40\], got \[20\]"),
-        ("exit_probe", {1: torch.ones(40), 2: torch.ones(40)}, {}, ValueError,
-         r"exit_probe: w1 must have the cpu layout .* of \[N, K\] = \[16, 40\]"),
+        ("exit_probe", {1: head._replace(**norm(40, 40))}, {}, ValueError,
+         r"exit_probe: first.w must have the cpu layout .* of \[N, K\] = \[16, 40\]"),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "replaced", "options", "error", "message"), _door_errors())
-def test_door_names_the_argument_the_rule_and_the_value(
+@pytest.mark.parametrize(("name", "replaced", "options", "error", "message"), _errors())
+def test_an_error_names_the_argument_the_rule_and_the_value(
     name: str, replaced: dict[int, Any], options: dict[str, Any], error: Any, message: str
 ) -> None:
     call, arguments, usual = CASES[name]

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from lraee.ops import reference
+from lraee.ops import Norm, PackedLinear, ProbeHead, reference
 from tests.support import EPS32, assert_same, assert_within, generator, quantized_linear
 
 
@@ -104,8 +105,10 @@ def test_int8_linear_by_hand() -> None:
     assert w_sum.tolist() == [11, 1, 1]
     y = reference.int8_linear(
         x_q, torch.tensor([0.5, 2.0]), torch.tensor([1, 0], dtype=torch.int32),
-        w, torch.tensor([1.0, 2.0, 4.0]), w_sum, torch.tensor([0.0, 1.0, 0.0]),
-        layer_scale=torch.tensor([1.0, 10.0, 1.0]),
+        PackedLinear(
+            w, torch.tensor([1.0, 2.0, 4.0]), w_sum, torch.tensor([0.0, 1.0, 0.0]),
+            layer_scale=torch.tensor([1.0, 10.0, 1.0]),
+        ),
         residual=torch.tensor([[0.0, 0.0, 100.0], [0.0, 0.0, 0.0]]),
     )  # fmt: skip
     # Row 0: acc = 17, 9, 1; minus zero * w_sum = 6, 8, 0; times 0.5 * w_scale = 3, 8, 0.
@@ -119,7 +122,7 @@ def test_int8_linear_integers_are_exact_at_the_extremes(K: int) -> None:
     w, w_sum = reference.pack_weight(torch.full((1, K), -128, dtype=torch.int8))
     zero = torch.tensor([-128], dtype=torch.int32)
     one = torch.ones(1)
-    y = reference.int8_linear(x_q, one, zero, w, one, w_sum)
+    y = reference.int8_linear(x_q, one, zero, PackedLinear(w, one, w_sum))
     assert y.item() == float(torch.tensor(-255 * 128 * K, dtype=torch.int64))
 
 
@@ -139,10 +142,9 @@ def test_activations_against_float64(activation: str) -> None:
 def test_int8_linear_refuses_a_foreign_layout() -> None:
     case = quantized_linear(2, 5, 8)
     with pytest.raises(ValueError, match=r"int8_linear: w must have the plain layout \[N, K\]"):
-        reference.int8_linear(
-            case["x_q"], case["x_scale"], None, torch.zeros(1, 2, 16, 4, dtype=torch.int8),
-            case["w_scale"], torch.zeros(5, dtype=torch.int32),
-        )  # fmt: skip
+        w, w_sum = torch.zeros(1, 2, 16, 4, dtype=torch.int8), torch.zeros(5, dtype=torch.int32)
+        linear = PackedLinear(w, case["w_scale"], w_sum)
+        reference.int8_linear(case["x_q"], case["x_scale"], None, linear)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -174,39 +176,44 @@ def test_int8_attention_does_not_see_a_shift_of_all_keys() -> None:
     assert unshifted_error < 0.1 * y.abs().max()
 
 
-def _probe_arguments(two_layers: bool, has_class_token: bool = False) -> tuple[object, ...]:
+def _probe_arguments(two_layers: bool, has_class_token: bool = False) -> tuple[Tensor, ProbeHead]:
     source = generator(5)
     B, L, D, H, E, K = 3, 10, 24, 20, 12, 7
     P = 2 * D if has_class_token else D
     z = torch.randn(B, L, D, generator=source) + 3
-    rows = {"w1": (H if two_layers else E, P), "w2": (E, H)}
-    weights = {}
-    for name, (N, K_in) in rows.items():
+
+    def linear(N: int, K_in: int) -> PackedLinear:
         w_q = torch.randint(-127, 128, (N, K_in), generator=source, dtype=torch.int8)
         w, w_sum = reference.pack_weight(w_q)
-        weights[name] = (w, torch.rand(N, generator=source) * 0.01, w_sum, torch.rand(N))
+        scale, bias = torch.rand(N, generator=source) * 0.01, torch.rand(N, generator=source)
+        return PackedLinear(w, scale, w_sum, bias)
+
+    first = linear(H if two_layers else E, P)
+    second = linear(E, H) if two_layers else None
     classes = F.normalize(torch.randn(K, E, generator=source), dim=1)
-    second = weights["w2"] if two_layers else (None, None, None, None)
-    gate = torch.tensor([1.5, -0.5, 0.02, 0.1])
-    norm = (torch.rand(P, generator=source) + 0.5, torch.randn(P, generator=source), 1e-5)
-    return z, *norm, *weights["w1"], *second, classes, 20.0, gate
+    norm = Norm(torch.rand(P, generator=source) + 0.5, torch.randn(P, generator=source), 1e-5)
+    return z, ProbeHead(norm, first, second, classes, 20.0, torch.tensor([1.5, -0.5, 0.02, 0.1]))
 
 
 @pytest.mark.parametrize("has_class_token", [False, True])
 @pytest.mark.parametrize("two_layers", [True, False])
 def test_exit_probe_against_its_formula(two_layers: bool, has_class_token: bool) -> None:
-    arguments = _probe_arguments(two_layers, has_class_token)
-    z, gamma, beta, eps, w1, s1, _, b1, w2, s2, _, b2, classes, logit_scale, gate = arguments
-    embedding, top1, confidence, margin, variance, score = reference.exit_probe(*arguments)
+    z, head = _probe_arguments(two_layers, has_class_token)
+    norm, first, second, classes, logit_scale, gate = head
+    embedding, top1, confidence, margin, variance, score = reference.exit_probe(z, head)
     patches = z[:, 1:].double()
     mean = patches.mean(1)
     sav = (patches - mean[:, None]).square().sum(-1).mean(-1)
     assert_within(variance, sav, sav * 1e-5)
     pooled = torch.cat([mean, z[:, 0].double()], 1) if has_class_token else mean
-    x = F.layer_norm(pooled, pooled.shape[1:], gamma.double(), beta.double(), eps)
-    y = x @ (w1 * s1[:, None]).double().T + b1.double()
-    if two_layers:
-        y = F.gelu(y) @ (w2 * s2[:, None]).double().T + b2.double()
+    x = F.layer_norm(pooled, pooled.shape[1:], norm.gamma.double(), norm.beta.double(), norm.eps)
+
+    def linear(x: Tensor, layer: PackedLinear) -> Tensor:
+        assert layer.bias is not None
+        return x @ (layer.w * layer.w_scale[:, None]).double().T + layer.bias.double()
+
+    y = linear(x, first)
+    y = y if second is None else linear(F.gelu(y), second)
     assert_within(embedding, y, 0.05 * float(y.abs().max()))
     p = (logit_scale * F.normalize(embedding.double(), dim=1) @ classes.double().T).softmax(1)
     top = p.topk(2, dim=1)
@@ -228,10 +235,10 @@ def test_exit_probe_sees_the_class_token_behind_the_patch_mean(dtype: torch.dtyp
     z = torch.tensor([[[1, -3], [2, -1], [4, -1]]], dtype=dtype)
     gamma, beta = torch.tensor([127.0, 3.0, 30.0, 128.0]), torch.zeros(4)
     w1, w1_sum = reference.pack_weight(torch.tensor([[1, 0, 2, 0], [0, 1, 0, 1]]).to(torch.int8))
-    layer = (w1, torch.tensor([0.5, 2.0]), w1_sum, torch.tensor([0.5, 8.0]))
+    layer = PackedLinear(w1, torch.tensor([0.5, 2.0]), w1_sum, torch.tensor([0.5, 8.0]))
     classes, gate = torch.tensor([[1.0, 0.0], [0.0, -1.0]]), torch.tensor([0.0, 0.0, 1.0, 0.0])
     embedding, top1, confidence, _, variance, score = reference.exit_probe(
-        z, gamma, beta, 4.0, *layer, None, None, None, None, classes, 2.0, gate
+        z, ProbeHead(Norm(gamma, beta, 4.0), layer, None, classes, 2.0, gate)
     )
     assert_same(embedding, torch.tensor([[74.0, -250.0]]))
     assert_same(variance, torch.tensor([1.0]))
@@ -243,20 +250,67 @@ def test_exit_probe_sees_the_class_token_behind_the_patch_mean(dtype: torch.dtyp
 
 @pytest.mark.parametrize("has_class_token", [False, True])
 def test_exit_probe_keeps_a_bad_image_to_itself(has_class_token: bool) -> None:
-    arguments = _probe_arguments(True, has_class_token)
-    clean = reference.exit_probe(*arguments)
-    z = arguments[0].clone()
+    z, head = _probe_arguments(True, has_class_token)
+    clean = reference.exit_probe(z, head)
+    z = z.clone()
     z[1, 4, 3] = math.nan
-    spoilt = reference.exit_probe(z, *arguments[1:])
+    spoilt = reference.exit_probe(z, head)
     for after, before in zip(spoilt, clean, strict=True):
         assert_same(after[[0, 2]], before[[0, 2]])
     assert spoilt[1][1] == 0 and all(spoilt[i][1].isnan().all() for i in (0, 2, 3, 4, 5))
 
 
 def test_exit_probe_with_one_class() -> None:
-    arguments = list(_probe_arguments(True))
-    arguments[12] = arguments[12][:1]
-    _, top1, confidence, margin, _, _ = reference.exit_probe(*arguments)
+    z, head = _probe_arguments(True)
+    head = head._replace(classes=head.classes[:1])
+    _, top1, confidence, margin, _, _ = reference.exit_probe(z, head)
     assert top1.tolist() == [0, 0, 0]
     assert_same(confidence, torch.ones(3))
     assert_same(margin, confidence)
+
+
+def test_rope_by_hand() -> None:
+    """Two tokens, one head of d = 2; the second token is turned by 90 degrees: (3, 4) -> (-4, 3).
+
+    With q = k = v the turned token and its key are (-4, 3); the first stays (1, 0).
+    """
+    token = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    turned = torch.tensor([[1.0, 0.0], [-4.0, 3.0]])
+    rope = torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]])
+    qkv = torch.cat([token, token, token], 1)[None]
+    expected = torch.cat([turned, turned, token], 1)[None]
+    y = reference.int8_attention(qkv, 1, False, rope)
+    assert_same(y, reference.int8_attention(expected, 1))
+    assert not torch.equal(y, reference.int8_attention(qkv, 1))
+
+
+def test_key_mask_by_hand() -> None:
+    """One valid token: every query gets its value, whatever the others hold; none: 0."""
+    qkv = torch.randn(2, 3, 3 * 4, generator=generator(6))
+    qkv[0, 0] = math.nan
+    mask = torch.tensor([[False, True, False], [False, False, False]])
+    y = reference.int8_attention(qkv, 2, False, None, mask)
+    for token in (1, 2):
+        assert_same(y[0, token], qkv[0, 1, 8:])
+    assert not y[1].any()
+
+
+def test_rms_norm_by_hand() -> None:
+    """(3, 4, 0, 0) has mean square 6.25, so with eps = 0 it is divided by 2.5."""
+    x_q, x_scale, x_zero = reference.layer_norm_quantize(
+        torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.tensor([2.0, 1.0, 1.0, 1.0]), None, 0.0, False
+    )
+    assert_same(x_scale, torch.tensor([2.4]) / 255)
+    assert x_zero.tolist() == [-128] and x_q.tolist() == [[127, 42, -128, -128]]
+
+
+def test_gated_quantize_by_hand() -> None:
+    """gate * up = (255, 0.25): scale 1, and of the rest 0.25 the step 1 / 254 takes 63.5 -> 64."""
+    x = torch.tensor([[51.0, 0.5, 5.0, 0.5]])
+    x_q, x_scale, x_zero, r_q, r_scale = reference.gated_quantize(x, "none")
+    assert x_q.tolist() == [[127, -128]] and x_zero.tolist() == [-128] and x_scale.tolist() == [1]
+    assert r_q.tolist() == [[0, 64]]
+    assert_same(r_scale, torch.tensor([1.0]) / 254)
+    silu = reference.gated_quantize(torch.tensor([[2.0, 3.0]]), "silu")
+    back = (silu[0].float() - silu[2]) * silu[1] + silu[3] * silu[4]
+    assert_within(back, torch.tensor([[6 / (1 + math.exp(-2))]], dtype=torch.float64), 1e-4)

@@ -5,10 +5,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lraee.calibration.collect import Pair
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
 from lraee.study.backbones import Model, backbone
-from lraee.study.looks import KeptPair
+from lraee.study.cached_features import CachedFeatures
 from lraee.study.trials import Backbone
 from tests.small_calibration import classes_of, pictures, small_clip
 
@@ -38,9 +39,9 @@ def small_form(name: str) -> Backbone:
     sides = {"learn": pictures(200), "report": pictures(120, seed=7)}
     fast = backbone(model.clip, name)
     pairs = {
-        side: KeptPair(
-            model.clip, fast, images, name=f"{name} {side}", teacher_name=f"teacher {side}",
-            stages=stages, progress=False,
+        side: CachedFeatures(
+            Pair(model.clip, fast, images, batch=64, progress=False),
+            name=f"{name} {side}", teacher_name=f"teacher {side}", stages=stages,
         )
         for side, images in sides.items()
     }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lraee.data.photos import DataError, Photos
-from lraee.study.examples import Said, chosen, examples, jpeg
+from lraee.study.examples import Answers, chosen, examples, jpeg
 
 NAMES = ("ant", "bee", "cat")
 # Photos 0 to 5; exits after blocks 8 and 10 of 12
@@ -22,7 +22,7 @@ TAKEN = torch.tensor([0, 1, 1, 0, 2, 2])
 """Photos 0, 1, 2 are rescued, 3 is lost, 4 right both ways, 5 wrong both ways."""
 
 
-def said(**changes: Any) -> Said:
+def said(**changes: Any) -> Answers:
     arguments: dict[str, Any] = {
         "blocks": (8, 10, 12),
         "top1": TOP1,
@@ -31,7 +31,7 @@ def said(**changes: Any) -> Said:
         "full_probability": torch.tensor([0.3, 0.9, 0.5, 0.7, 0.8, 0.2]),
         "taken": TAKEN,
     }
-    return Said(**(arguments | changes))
+    return Answers(**(arguments | changes))
 
 
 @pytest.fixture

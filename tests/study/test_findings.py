@@ -13,7 +13,7 @@ from tests.study_report import quadrants, report, row, spread, without_parts
 
 VERDICTS = {
     "quantization costs": True, "noise grows": True, "patch tokens works": True,
-    "rescue more": False, "owed to": None, "leave early": True, "learned gate": True,
+    "rescue more": False, "owed to": None, "exit early": True, "learned gate": True,
     "pathological": True, "taught by": True, "PABEE": True, "static": None, "AdaViT": True,
     "SmoothQuant": True, "time saved": True,
 }  # fmt: skip

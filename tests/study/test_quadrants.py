@@ -28,7 +28,7 @@ LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
 
 def study(**changes: Any) -> Any:
     arguments: dict[str, Any] = {
-        "right_with": SEEDS, "right_full": FULL, "left": LEFT, "gate_scores": SCORES,
+        "right_with": SEEDS, "right_full": FULL, "has_exited": LEFT, "gate_scores": SCORES,
         "right_at_exit": RIGHT_AT_EXIT, "exits": (8, 10), "labels": LABELS, "class_names": NAMES,
         "backbone": "int8", "recipe": "LRA-EE as published",
     }  # fmt: skip
@@ -54,8 +54,8 @@ def test_selectivity_is_of_the_first_seed() -> None:
     assert found["left_share"] == 50.0
     assert found["left_top1"] == 100.0
     assert found["stayed_top1"] == 25.0
-    assert study(left=marks("00000000"))["left_top1"] is None
-    assert study(left=marks("11111111"))["stayed_top1"] is None
+    assert study(has_exited=marks("00000000"))["left_top1"] is None
+    assert study(has_exited=marks("11111111"))["stayed_top1"] is None
 
 
 def test_auroc_counts_pairs_and_leaves_out_what_agrees_or_was_not_probed() -> None:
@@ -117,7 +117,7 @@ def test_owed_pairs_images() -> None:
     [
         ({"right_with": []}, "right_with must be bool"),
         ({"right_with": [FULL[:3]]}, r"right_with must be bool \[n\] = \[8\]"),
-        ({"left": LEFT[:3]}, r"left must be \[8\], got \[3\]"),
+        ({"has_exited": LEFT[:3]}, r"has_exited must be \[8\], got \[3\]"),
         ({"gate_scores": SCORES[:, :1]}, r"gate_scores must be \[8, 2\], got \[8, 1\]"),
         ({"exits": (8,)}, r"gate_scores must be \[8, 1\]"),
         ({"labels": LABELS[:2]}, r"labels must be \[8\]"),

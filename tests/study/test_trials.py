@@ -5,8 +5,8 @@ from functools import cache
 import torch
 
 from lraee import accelerate, trace
-from lraee.exits.bundle import Plan
 from lraee.exits.gate import Gate
+from lraee.exits.plan import Plan
 from lraee.study.trials import Outcome, Trial
 from lraee.towers.flops import PartFlops, probe_flops
 from tests.small_calibration import QUICK, pictures
@@ -23,17 +23,17 @@ def outcome_at(threshold: float) -> Outcome:
     return trial().outcome(Plan((3, 5), gate))
 
 
-def test_nobody_leaves() -> None:
+def test_no_image_exits() -> None:
     outcome, form = outcome_at(2.0), small_form("int8")
-    assert (outcome.left_at == 6).all() and (outcome.taken == 2).all()
+    assert (outcome.exit_block == 6).all() and (outcome.taken == 2).all()
     assert torch.equal(outcome.right, form.full_top1 == form.report_labels)
     assert outcome.flops_saved < 0  # the probes
     assert outcome.scores.isfinite().all()
 
 
-def test_all_leave_at_once() -> None:
+def test_all_images_exit_at_once() -> None:
     outcome, form = outcome_at(0.0), small_form("int8")
-    assert (outcome.left_at == 3).all() and (outcome.taken == 0).all()
+    assert (outcome.exit_block == 3).all() and (outcome.taken == 0).all()
     assert torch.equal(outcome.right, outcome.top1_at_exit[:, 0] == form.report_labels)
     assert outcome.scores[:, 1].isnan().all()
     assert torch.equal(outcome.scores[:, 0], outcome.confidence_at_exit[:, 0])
@@ -47,7 +47,7 @@ def test_an_outcome_is_what_the_model_does() -> None:
     with torch.inference_mode(), trace(fast) as t:
         y = fast.encode_image(pictures(120, seed=7), normalize=True)
     # Probes see tokens rounded to float16: a score next to a threshold may fall on its other side
-    assert float((t.exit_block == outcome.left_at).double().mean()) > 0.97
+    assert float((t.exit_block == outcome.exit_block).double().mean()) > 0.97
     right = (y @ model.classes.T).argmax(1) == small_form("int8").report_labels
     assert float((right == outcome.right).double().mean()) > 0.97
     parts, probes = PartFlops.of(fast.visual), probe_flops(fast.visual.exits)  # as the paper counts

@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ import lraee
 from lraee.exits.gate import GateKind
 from lraee.towers import cuda_graphs as graphs
 from lraee.towers import runner as vision
-from lraee.towers.cuda_graphs import Captured, CaptureError, Segment
+from lraee.towers.cuda_graphs import Captured, CaptureError, Function
 from tests.clip_models import make_images, make_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.support import assert_same
 
 BATCHES = (1, 3, 5, 4, 16, 2, 5)
@@ -39,37 +40,37 @@ class NoEvent:
 
 
 class StandIn:
-    """Captures segments as functions; each replay spoils what all others made before."""
+    """Captures segments as functions; each replay poisons the outputs of all others."""
 
     def __init__(self) -> None:
-        self.made: list[tuple[Tensor, ...]] = []
+        self.outputs: list[tuple[Tensor, ...]] = []
         self.captures = self.replays = 0
 
-    def capture(self, segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
-        made = tuple(part.clone() for part in segment(given))
-        self.made.append(made)
+    def capture(self, function: Function, padded: Tensor, pool: Any) -> tuple[Captured, Any]:
+        outputs = tuple(part.clone() for part in function(padded))
+        self.outputs.append(outputs)
         self.captures += 1
-        self.spoil()
+        self.poison()
 
         def replay() -> None:
             self.replays += 1
-            found = segment(given)
-            self.spoil()
-            for into, part in zip(made, found, strict=True):
-                into.copy_(part)
+            results = function(padded)
+            self.poison()
+            for output, result in zip(outputs, results, strict=True):
+                output.copy_(result)
 
-        return Captured(replay, given, made), pool
+        return Captured(replay, padded, outputs), pool
 
-    def spoil(self) -> None:
-        for made in self.made:
-            for part in made:
+    def poison(self) -> None:
+        for outputs in self.outputs:
+            for part in outputs:
                 part.fill_(77)
 
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    made = StandIn()
-    monkeypatch.setattr(graphs, "capture", made.capture)
+    graphs_of_functions = StandIn()
+    monkeypatch.setattr(graphs, "capture", graphs_of_functions.capture)
     monkeypatch.setattr(graphs, "new_event", NoEvent)
     monkeypatch.setattr(graphs, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(
@@ -77,7 +78,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         "_is_for_graphs",
         lambda tower, x: tower.cuda_graphs and 0 < len(x) <= 128 and not torch.is_grad_enabled(),
     )
-    return made
+    return graphs_of_functions
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +104,28 @@ def test_a_tower_of_any_batch(stand_in: StandIn) -> None:
     kept = []
     for B in BATCHES:
         kept.append(with_and_without(fast, make_images(B)))
-    for found, expected in kept:  # after all: nobody has written over them
+    for found, expected in kept:  # after all calls: no result was overwritten
         assert_same(found, expected)
     assert stand_in.captures == 6 and stand_in.replays == len(BATCHES)  # 5 and 6 share a bucket
+
+
+def test_one_graph_per_segment_between_exits(stand_in: StandIn) -> None:
+    """Segments are built once; a call replays those that its images reach, and no other."""
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 3)))
+    segments, captures = fast.visual.segments, stand_in.captures
+    gate, images = fast.visual.exits.gate, make_images(4)
+    for thresholds, replays in (((-9.0, 9.0), 1), ((9.0, -9.0), 2), ((9.0, 9.0), 4)):
+        fast.visual.exits.gate = replace(gate, thresholds=thresholds)
+        fast.encode_image(images)
+        before = stand_in.replays
+        fast.encode_image(images)
+        assert stand_in.replays - before == replays, thresholds
+    assert stand_in.captures - captures == 4  # two up to an exit, the end, and what finishes
+    assert fast.visual.segments is segments
+    with lraee.full_depth(fast):
+        assert_same(*with_and_without(fast, images))
+    assert stand_in.captures - captures == 5
 
 
 @pytest.mark.parametrize("kind", GATES)
@@ -130,7 +150,7 @@ def test_exits(stand_in: StandIn, kind: GateKind) -> None:
     assert stand_in.replays > len(BATCHES) and len(left) > 1, left
 
 
-def test_rows_of_the_batch_before_are_nobody_s(stand_in: StandIn) -> None:
+def test_padding_rows_change_nothing(stand_in: StandIn) -> None:
     fast: Any = lraee.accelerate(small())
     images = make_images(6)
     expected = fast.encode_image(images[:5])
@@ -181,10 +201,10 @@ def test_hooks_see_every_call(stand_in: StandIn) -> None:
     assert len(seen) == 2 and stand_in.replays == replays + 1
 
 
-def test_what_cannot_be_captured_is_told_once(
+def test_a_failed_capture_is_logged_once(
     stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
+    def refuse(function: Function, padded: Tensor, pool: Any) -> tuple[Captured, Any]:
         raise CaptureError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", refuse)
@@ -233,8 +253,10 @@ def test_copies_make_graphs_of_their_own(stand_in: StandIn) -> None:
 
 
 def test_graphs_go_with_their_tower(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(segment: Segment, given: Tensor, pool: Any) -> tuple[Captured, Any]:
-        return Captured(lambda: None, given, segment(given)), pool  # as CUDA: numbers, no functions
+    def capture(function: Function, padded: Tensor, pool: Any) -> tuple[Captured, Any]:
+        return Captured(
+            lambda: None, padded, function(padded)
+        ), pool  # as CUDA: numbers, no functions
 
     monkeypatch.setattr(graphs, "capture", capture)
     fast: Any = lraee.accelerate(small())
@@ -257,7 +279,7 @@ def test_buckets() -> None:
 
 
 @pytest.fixture
-def there() -> tuple[Any, Any]:
+def on_gpu() -> tuple[Any, Any]:
     """A model on the GPU, plain and with exits."""
     model = small()
     exits = make_exits(model, blocks=(1, 2, 3))
@@ -267,8 +289,8 @@ def there() -> tuple[Any, Any]:
 
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_graphs_on_a_gpu(there: tuple[Any, Any]) -> None:
-    for fast in there:
+def test_graphs_on_a_gpu(on_gpu: tuple[Any, Any]) -> None:
+    for fast in on_gpu:
         for seed, B in enumerate((*BATCHES, 128)):
             torch.manual_seed(seed)
             images = make_images(B).to("cuda")
@@ -278,8 +300,8 @@ def test_graphs_on_a_gpu(there: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.gpu
-def test_threads_and_streams_on_a_gpu(there: tuple[Any, Any]) -> None:
-    _, fast = there
+def test_threads_and_streams_on_a_gpu(on_gpu: tuple[Any, Any]) -> None:
+    _, fast = on_gpu
     images = [make_images(B).to("cuda") for B in (1, 3, 8)]
     expected = [with_and_without(fast, part)[1] for part in images]
     wrong: list[int] = []
@@ -302,8 +324,8 @@ def test_threads_and_streams_on_a_gpu(there: tuple[Any, Any]) -> None:
 
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_numbers_that_change_are_seen_on_a_gpu(there: tuple[Any, Any]) -> None:
-    fast, _ = there
+def test_numbers_that_change_are_seen_on_a_gpu(on_gpu: tuple[Any, Any]) -> None:
+    fast, _ = on_gpu
     images = make_images(3).to("cuda")
     fast.encode_image(images)
     fast.load_state_dict(lraee.accelerate(small().to("cuda")).state_dict())

@@ -4,7 +4,9 @@
 #include "cpu/numerics/quantizer.h"
 
 // One head: K and V are brought into the scratch once, then blocks of queries go through scores,
-// softmax and P V.
+// softmax and P V. Keys that are rotated, or of which some are masked, are first copied in float32,
+// the valid ones side by side in the order of tokens: all that follows is computed as if there were
+// no others, so a masked token changes no bit of the rest.
 
 namespace lraee::cpu {
 namespace {
@@ -18,25 +20,25 @@ constexpr int kMeanVectors = kWidth == 1 ? 1 : 4;  // sums side by side
 
 // The mean of K over tokens, added in the order of tokens.
 template <class T>
-LRAEE_INLINE void mean_of_keys(const Int8AttentionArgs& args, const T* k, AttentionScratch& s) {
+LRAEE_INLINE void mean_of_keys(int64_t d, const T* k, int64_t stride, AttentionScratch& s) {
   for (int64_t c = 0; c < s.d_pad; ++c) s.k_mean[c] = 0.0f;
-  const Vf size = set1(static_cast<float>(args.L));
+  const Vf size = set1(static_cast<float>(s.L));
   int64_t c = 0;
-  for (; c + kMeanVectors * kWidth <= args.d; c += kMeanVectors * kWidth) {
+  for (; c + kMeanVectors * kWidth <= d; c += kMeanVectors * kWidth) {
     Vf sum[kMeanVectors];
     for (Vf& lane : sum) lane = set1(0.0f);
-    for (int64_t l = 0; l < args.L; ++l) {
+    for (int64_t l = 0; l < s.L; ++l) {
 #pragma GCC unroll 8
       for (int v = 0; v < kMeanVectors; ++v) {
-        sum[v] = sum[v] + load(k + l * args.stride_l + c + v * kWidth);
+        sum[v] = sum[v] + load(k + l * stride + c + v * kWidth);
       }
     }
     for (int v = 0; v < kMeanVectors; ++v) store(s.k_mean + c + v * kWidth, sum[v] / size);
   }
-  for_vectors(args.d - c, [&](int64_t left, int n, int) LRAEE_INLINE_LAMBDA {
+  for_vectors(d - c, [&](int64_t left, int n, int) LRAEE_INLINE_LAMBDA {
     Vf sum = set1(0.0f);
-    for (int64_t l = 0; l < args.L; ++l) {
-      sum = sum + load_first(k + l * args.stride_l + c + left, n);
+    for (int64_t l = 0; l < s.L; ++l) {
+      sum = sum + load_first(k + l * stride + c + left, n);
     }
     store_first(s.k_mean + c + left, sum / size, n);
   });
@@ -44,12 +46,11 @@ LRAEE_INLINE void mean_of_keys(const Int8AttentionArgs& args, const T* k, Attent
 
 // Key l, centred on the mean and quantized, goes to its place in the panels.
 template <class T>
-LRAEE_INLINE void pack_key(const Int8AttentionArgs& args, const T* k, int64_t l,
-                           AttentionScratch& s) {
-  for_vectors(args.d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+LRAEE_INLINE void pack_key(int64_t d, const T* k, int64_t l, AttentionScratch& s) {
+  for_vectors(d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
     store_first(s.row + c, load_first(k + c, n) - load(s.k_mean + c), n);
   });
-  s.k_scale[l] = quantize_row<true>(s.row, args.d, s.row_q).scale;
+  s.k_scale[l] = quantize_row<true>(s.row, d, s.row_q).scale;
   int8_t* const panel = s.k_q + l / kKeysPerPanel * s.groups * kKeysPerPanel * 4;
   for (int64_t g = 0; g < s.groups; ++g) {
     std::memcpy(panel + (g * kKeysPerPanel + l % kKeysPerPanel) * 4, s.row_q + g * 4, 4);
@@ -75,34 +76,84 @@ LRAEE_INLINE void offsets_of_keys(AttentionScratch& s) {
   }
 }
 
+// y = x * cos + (-x2, x1) * sin for a row x = (x1, x2) of two halves, each step rounded.
 template <class T>
-void pack_keys_and_values(const Int8AttentionArgs& args, const T* k, const T* v,
-                          AttentionScratch& s) {
-  mean_of_keys(args, k, s);
+LRAEE_INLINE void rotate(const T* x, const float* cos, const float* sin, int64_t d, float* y) {
+  const int64_t half = d / 2;
+  for_vectors(half, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+    const Vf x1 = load_first(x + c, n), x2 = load_first(x + half + c, n);
+    store_first(y + c, x1 * load_first(cos + c, n) - x2 * load_first(sin + c, n), n);
+    store_first(y + half + c,
+                x2 * load_first(cos + half + c, n) + x1 * load_first(sin + half + c, n), n);
+  });
+}
+
+// The row of a token in float32, rotated where it is to be.
+template <class T>
+LRAEE_INLINE void copy_row(const Int8AttentionArgs& args, const T* x, int64_t token, float* y) {
+  if (args.cos != nullptr && token >= args.prefix) {
+    const int64_t at = (token - args.prefix) * args.d;
+    rotate(x, args.cos + at, args.sin + at, args.d, y);
+  } else {
+    for_vectors(args.d, [&](int64_t c, int n, int)
+                            LRAEE_INLINE_LAMBDA { store_first(y + c, load_first(x + c, n), n); });
+  }
+}
+
+template <class T>
+LRAEE_INLINE void pack_value(int64_t d, const T* v, int64_t l, AttentionScratch& s) {
+  float* const row = s.v + l * s.d_pad;
+  for (int64_t c = d / 16 * 16; c < s.d_pad; ++c) row[c] = 0.0f;
+  for_vectors(d, [&](int64_t c, int n, int)
+                     LRAEE_INLINE_LAMBDA { store_first(row + c, load_first(v + c, n), n); });
+}
+
+// k: the keys, one at each stride.
+template <class T>
+LRAEE_INLINE void pack_keys(int64_t d, const T* k, int64_t stride, AttentionScratch& s) {
+  mean_of_keys(d, k, stride, s);
   std::memset(s.row_q, 0, static_cast<size_t>(s.d_pad));
   const int64_t last_panel = s.L_pad - kKeysPerPanel;
   std::memset(s.k_q + last_panel * s.groups * 4, 0,
               static_cast<size_t>(kKeysPerPanel * s.groups * 4));
   std::fill(s.k_scale + last_panel, s.k_scale + s.L_pad, 0.0f);
-  for (int64_t l = 0; l < args.L; ++l) {
-    pack_key(args, k + l * args.stride_l, l, s);
-    float* const row = s.v + l * s.d_pad;
-    for (int64_t c = args.d / 16 * 16; c < s.d_pad; ++c) row[c] = 0.0f;
-    for_vectors(args.d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
-      store_first(row + c, load_first(v + l * args.stride_l + c, n), n);
-    });
-  }
+  for (int64_t l = 0; l < s.L; ++l) pack_key(d, k + l * stride, l, s);
   offsets_of_keys(s);
 }
 
 template <class T>
-LRAEE_INLINE void pack_query(const Int8AttentionArgs& args, const T* q, int64_t i,
-                             AttentionScratch& s) {
+void pack_keys_and_values(const Int8AttentionArgs& args, const T* k, const T* v,
+                          AttentionScratch& s) {
+  if (!args.copies_keys()) {
+    pack_keys(args.d, k, args.stride_l, s);
+    for (int64_t l = 0; l < s.L; ++l) pack_value(args.d, v + l * args.stride_l, l, s);
+    return;
+  }
+  for (int64_t l = 0; l < s.L; ++l) {
+    const int64_t token = s.tokens[l];
+    copy_row(args, k + token * args.stride_l, token, s.k_rows + l * s.d_pad);
+    pack_value(args.d, v + token * args.stride_l, l, s);
+  }
+  pack_keys<float>(args.d, s.k_rows, s.d_pad, s);
+}
+
+// x: row i of the block of queries.
+template <class T>
+LRAEE_INLINE void pack_query_row(const Int8AttentionArgs& args, const T* x, int64_t i,
+                                 AttentionScratch& s) {
   int8_t* const q_q = s.q_q + i * s.groups * 4;
   for (int64_t c = args.d; c < s.groups * 4; ++c) q_q[c] = 0;  // the keys are 0 there
-  const Quantization quantization = quantization_of_row<true>(q, args.d);
-  write_quantized<true>(q, args.d, quantization, q_q);
+  const Quantization quantization = quantization_of_row<true>(x, args.d);
+  write_quantized<true>(x, args.d, quantization, q_q);
   s.q_scale[i] = quantization.scale * args.root;
+}
+
+template <class T>
+LRAEE_INLINE void pack_query(const Int8AttentionArgs& args, const T* q, int64_t token, int64_t i,
+                             AttentionScratch& s) {
+  if (args.cos == nullptr) return pack_query_row(args, q, i, s);
+  copy_row(args, q, token, s.q_row);
+  pack_query_row<float>(args, s.q_row, i, s);
 }
 
 // Logits of kQueries queries from `query` on against kPanels panels from `panel` on.
@@ -226,7 +277,7 @@ void value_tile(const Int8AttentionArgs& args, const AttentionScratch& s, int64_
   }
   const float* p = s.score + query * s.L_pad;
   const float* v_row = s.v + c;
-  for (int64_t j = 0; j < args.L; ++j, ++p, v_row += s.d_pad) {
+  for (int64_t j = 0; j < s.L; ++j, ++p, v_row += s.d_pad) {
     Vf value[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) value[v] = load(v_row + v * kWidth);
@@ -275,24 +326,67 @@ void int8_attention_of(const Int8AttentionArgs& args, const Int8AttentionPart& p
   const T* const q = static_cast<const T*>(args.qkv) + part.b * args.stride_b + part.h * args.d;
   T* const y = static_cast<T*>(args.y) + part.b * args.y_stride + part.h * args.d;
   pack_keys_and_values(args, q + D, q + 2 * D, s);
+  int64_t visible = 0;  // keys that the query sees, where it does not see all
+  const auto sees = [&](int64_t token) {
+    if (!args.is_causal) return s.L;
+    if (args.key_mask == nullptr) return token + 1;
+    while (visible < s.L && s.tokens[visible] <= token) ++visible;
+    return visible;
+  };
   // Blocks of nearly equal height: the last one is not left with a single query.
   int64_t blocks = (part.i_end - part.i_begin + kQueryBlock - 1) / kQueryBlock;
   for (int64_t i = part.i_begin; i < part.i_end; --blocks) {
     const int64_t queries = (part.i_end - i + blocks - 1) / blocks;
-    for (int64_t n = 0; n < queries; ++n) pack_query(args, q + (i + n) * args.stride_l, n, s);
+    for (int64_t n = 0; n < queries; ++n)
+      pack_query(args, q + (i + n) * args.stride_l, i + n, n, s);
     score_block(s, queries);
     for (int64_t n = 0; n < queries; ++n) {
-      softmax_row<T>(s.score + n * s.L_pad, args.is_causal ? i + n + 1 : args.L, s.L_pad);
+      float* const row = s.score + n * s.L_pad;
+      const int64_t count = sees(i + n);
+      if (count == 0) {  // a query without keys gets 0
+        std::fill(row, row + s.L_pad, 0.0f);
+      } else {
+        softmax_row<T>(row, count, s.L_pad);
+      }
     }
     value_block(args, s, queries, y + i * D);
     i += queries;
   }
 }
 
+// Lists the keys of image b in s.tokens; returns how many there are.
+inline int64_t list_keys(const Int8AttentionArgs& args, int64_t b, int32_t* tokens) {
+  int64_t count = 0;
+  for (int64_t l = 0; l < args.L; ++l) {
+    if (args.key_mask == nullptr || args.key_mask[b * args.L + l]) {
+      tokens[count++] = static_cast<int32_t>(l);
+    }
+  }
+  return count;
+}
+
+// All of an image's tokens masked: every query sees no key.
+template <class T>
+void fill_zero(const Int8AttentionArgs& args, const Int8AttentionPart& part, T* y) {
+  for (int64_t i = part.i_begin; i < part.i_end; ++i) {
+    for_vectors(args.d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+      store_first(y + i * args.H * args.d + c, set1(0.0f), n);
+    });
+  }
+}
+
 inline void int8_attention_at_level(const Int8AttentionArgs& args, const Int8AttentionPart& part,
                                     void* scratch) {
-  AttentionScratch s(scratch, args.L, args.d);
-  with_type(args.type, [&]<class T>(const T*) { int8_attention_of<T>(args, part, s); });
+  AttentionScratch s(scratch, args.L, args.d, args.copies_keys());
+  if (args.copies_keys()) s.L = list_keys(args, part.b, s.tokens);
+  with_type(args.type, [&]<class T>(const T*) {
+    if (s.L == 0) {
+      fill_zero(args, part, static_cast<T*>(args.y) + part.b * args.y_stride + part.h * args.d);
+      return;
+    }
+    s.L_pad = round_up(s.L, kKeysPerPanel);
+    int8_attention_of<T>(args, part, s);
+  });
 }
 
 }  // namespace

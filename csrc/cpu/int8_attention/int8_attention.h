@@ -15,6 +15,14 @@ struct Int8AttentionArgs {
   float root;  // d^-1/2
   void* y;     // [B, i_end, H d], the tokens of an image side by side
   int64_t y_stride;
+  const float* cos =
+      nullptr;  // [L - prefix, d], and sin: rotates the tokens from prefix on; or null
+  const float* sin = nullptr;
+  int64_t prefix = 0;
+  const bool* key_mask = nullptr;  // [B, L], contiguous: the tokens that are keys; or null: all
+
+  // Whether keys are copied in float32 before they are quantized: rotated, or the valid ones alone.
+  bool copies_keys() const { return cos != nullptr || key_mask != nullptr; }
 };
 
 // Queries i_begin..i_end - 1 of one head of one image.

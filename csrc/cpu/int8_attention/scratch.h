@@ -14,6 +14,7 @@ inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1)
 // Where each array of one head lies in the scratch. With L = 257 and d = 64 it takes 102 KB: it
 // stays in L2.
 struct AttentionScratch {
+  int64_t L;  // keys
   int64_t L_pad, d_pad, groups;
   int8_t* k_q;        // [L_pad / 16][groups][16][4], zero padded
   int32_t* k_offset;  // [L_pad] kLeftOffset * sum of k_q
@@ -25,10 +26,13 @@ struct AttentionScratch {
   int8_t* q_q;        // [kQueryBlock][4 groups]
   float* q_scale;     // [kQueryBlock]
   float* score;       // [kQueryBlock][L_pad]
+  float* k_rows;      // [L][d_pad] keys in float32, where they are rotated or masked
+  int32_t* tokens;    // [L] the token of each key
+  float* q_row;       // [d_pad]
   int64_t size_bytes;
 
-  AttentionScratch(void* base, int64_t L, int64_t d)
-      : L_pad(round_up(L, kKeysPerPanel)), d_pad(round_up(d, 16)), groups((d + 3) / 4) {
+  AttentionScratch(void* base, int64_t L, int64_t d, bool copies_keys)
+      : L(L), L_pad(round_up(L, kKeysPerPanel)), d_pad(round_up(d, 16)), groups((d + 3) / 4) {
     const auto start = reinterpret_cast<uintptr_t>(base);
     size_bytes = 0;
     const auto take = [&]<class T>(T*& array, int64_t count) {
@@ -45,12 +49,15 @@ struct AttentionScratch {
     take(q_q, kQueryBlock * groups * 4);
     take(q_scale, kQueryBlock);
     take(score, kQueryBlock * L_pad);
+    take(k_rows, copies_keys ? L * d_pad : 0);
+    take(tokens, copies_keys ? L : 0);
+    take(q_row, d_pad);
   }
 };
 
 // Bytes of scratch that one call needs, aligned to 64: K, V and a block of scores of one head.
-inline int64_t int8_attention_scratch_bytes(int64_t L, int64_t d) {
-  return AttentionScratch(nullptr, L, d).size_bytes;
+inline int64_t int8_attention_scratch_bytes(int64_t L, int64_t d, bool copies_keys) {
+  return AttentionScratch(nullptr, L, d, copies_keys).size_bytes;
 }
 
 }  // namespace lraee::cpu

@@ -12,7 +12,7 @@ struct LayerNormQuantizeArgs {
   FloatType type;
   int64_t D;
   const float* gamma;
-  const float* beta;
+  const float* beta;  // null: RMSNorm, without mean and beta
   float eps;
   bool symmetric;
   int8_t* x_q;  // [M, D] contiguous

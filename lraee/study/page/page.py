@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lraee.storage.files import replace_file
-from lraee.study.page import words
+from lraee.study.page import formatting
 from lraee.study.page.charts import svg
 from lraee.study.page.parts import parts
 from lraee.study.schema import Finding, Report
 
 _VERDICTS = {True: ("holds", "\u2713 holds"), False: ("fails", "\u2717 fails"),
-             None: ("open", "? cannot tell")}  # fmt: skip
+             None: ("open", "? inconclusive")}  # fmt: skip
 
 
 def write_page(report: Report, path: Path | str) -> None:
@@ -39,7 +39,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": words.figure, "backbone": words.backbone}
+    environment.filters |= {"figure": formatting.figure, "backbone": formatting.backbone}
     template = environment.get_template("page.html.j2")
     return template.render(
         report=report, parts=parts(report), verdict=_verdict, svg=svg,
@@ -52,6 +52,6 @@ def _verdict(finding: Finding) -> tuple[str, str]:
     return _VERDICTS[finding["holds"]]
 
 
-def _counts(found: Sequence[Finding]) -> dict[str, int]:
-    kinds = [_VERDICTS[each["holds"]][0] for each in found]
+def _counts(findings: Sequence[Finding]) -> dict[str, int]:
+    kinds = [_VERDICTS[each["holds"]][0] for each in findings]
     return {kind: kinds.count(kind) for kind, _ in _VERDICTS.values()}

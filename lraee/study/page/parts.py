@@ -92,7 +92,7 @@ def _main(report: Report) -> Part:
 def _ablations(report: Report) -> Part:
     terms = (
         ("Labels, distilled", "heads taught by true classes, or by the float model's embedding."),
-        ("Gate", "says at each exit whether an image may leave: learned from confidence, margin "
+        ("Gate", "decides at each exit whether an image exits: learned from confidence, margin "
          "and the spread of the tokens, or confidence alone."),
     )  # fmt: skip
     sections = [
@@ -103,7 +103,7 @@ def _ablations(report: Report) -> Part:
                 "swept; means over seeds.", plots.of_sweeps(report)),
         Section("pruned", "Pruned exit", "The same recipe with and without the exit that has the "
                 "lowest INR.", tables=tables.of_pruned(report)),
-        Section("shares", "Exit shares", "How many images leave where, and how often those are "
+        Section("shares", "Exit shares", "How many images exit where, and how often those are "
                 "right.", tables=tables.of_shares(report)),
     ]  # fmt: skip
     return Part(4, "What each piece adds", terms, sections)

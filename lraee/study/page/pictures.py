@@ -13,7 +13,7 @@ def save(report: Report, folder: Path | str) -> list[Path]:
 
     Args:
       report: from read_report.
-      folder: made if it is not there.
+      folder: created if missing.
     Returns: the files written.
     Raises: ImportError without matplotlib.
     """

@@ -17,7 +17,7 @@ from lraee.study.page.charts import (
     Line,
     Look,
 )
-from lraee.study.page.words import backbone
+from lraee.study.page.formatting import backbone
 from lraee.study.schema import Drift, FrontierPoint, Lens, Noise, Report, Spread, Sweep
 
 _OTHER = Look(ORANGE, "v-.")
@@ -137,22 +137,22 @@ def of_owed(report: Report) -> list[Intervals]:
     return [Intervals("owed", title, "points of top-1", rows, True)] if rows else []
 
 
-def _interval(key: str, recipe: str, found: Difference) -> Interval:
+def _interval(key: str, recipe: str, value: Difference) -> Interval:
     label = f"{backbone(key)}\n{recipe}"
-    return Interval(label, _look(key), found.points, found.low, found.high)
+    return Interval(label, _look(key), value.points, value.low, value.high)
 
 
 def of_drift(report: Report) -> list[Chart]:
     """Angle by depth, and flipped answers by float margin."""
-    found: list[Drift] = report["drift"]
+    rows: list[Drift] = report["drift"]
     by_depth = [
         Line(backbone(d["backbone"]), _look(d["backbone"]), _count(d["angle"]), d["angle"])
-        for d in found
+        for d in rows
     ]
     by_margin = [
         Line(backbone(d["backbone"]), _look(d["backbone"]), _count(parts),
              [part["flipped"] for part in parts])
-        for d in found
+        for d in rows
         for parts in [[part for part in d["by_margin"] if "flipped" in part]]
     ]  # fmt: skip
     charts = [

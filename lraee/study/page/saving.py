@@ -13,7 +13,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
 
     Args:
       report: as study makes it.
-      folder: made if it is not there.
+      folder: created if missing.
     Returns: the files written.
     Raises: ImportError without jinja2 or matplotlib; report.json is there then.
     """

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lraee.study.page.words import backbone, chance, figure, interval, spread
+from lraee.study.page.formatting import backbone, chance, figure, interval, spread
 from lraee.study.schema import ClassRescue, MainRow, Quadrants, Report
 
 _SHOWN_CLASSES = 8
@@ -115,8 +115,8 @@ def of_pruned(report: Report) -> list[Table]:
 
 
 def of_shares(report: Report) -> list[Table]:
-    """Where images leave, a table per backbone and recipe."""
-    header = ("leaves after", "share of images, %", "top-1 of those, %")
+    """Where images exit, a table per backbone and recipe."""
+    header = ("exits after", "share of images, %", "top-1 of those, %")
     tables = []
     for shares in report["shares"]:
         rows = [
@@ -133,7 +133,7 @@ def of_shares(report: Report) -> list[Table]:
 
 
 def of_quadrants(report: Report) -> list[Table]:
-    """Counts, margin and test; who left; and the gate's AUROC."""
+    """Counts, margin and test; who exited; and the gate's AUROC."""
     if not report["quadrants"]:
         return []
     counts = [
@@ -143,7 +143,7 @@ def of_quadrants(report: Report) -> list[Table]:
         ]
         for q in report["quadrants"]
     ]  # fmt: skip
-    left = [
+    exited = [
         [
             *_who(q), figure(q["left_share"]), figure(q["left_top1"]), figure(q["stayed_top1"]),
             ", ".join(f"{exit_}: {figure(value)}" for exit_, value in q["auroc"].items()),
@@ -153,11 +153,11 @@ def of_quadrants(report: Report) -> list[Table]:
     who = ("recipe", "backbone")
     header = (*who, "both right", "rescue", "loss", "neither", "margin, points",
               "95 % interval, first seed", "McNemar p, first seed")  # fmt: skip
-    selectivity = (*who, "left early, %", "top-1 of those, %", "top-1 of the rest, %",
+    selectivity = (*who, "exited early, %", "top-1 of those, %", "top-1 of the rest, %",
                    "AUROC by exit")  # fmt: skip
     return [
         Table("Right with exits and at full depth: images, all seeds together", header, counts),
-        Table("Selectivity of the gate, first seed", selectivity, left),
+        Table("Selectivity of the gate, first seed", selectivity, exited),
     ]
 
 

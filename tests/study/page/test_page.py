@@ -71,7 +71,7 @@ def test_findings_first_then_seven_parts(page: Page) -> None:
     sections = [attributes.get("id") for attributes in page.all("section")]
     named = [name for name in sections if name]
     assert named == ["findings", *(f"part{i}" for i in range(1, 8))]
-    assert "Of 14 claims, 11 hold here, 1 fail, and 2 cannot be told" in page.text
+    assert "Of 14 claims, 11 hold here, 1 fail, and 2 are inconclusive" in page.text
     for finding in report()["findings"]:
         assert finding["claim"] in page.text
         assert finding["words"] in page.text.replace("\u00a0%", " %")
@@ -125,7 +125,7 @@ def test_parts_that_were_not_run() -> None:
 
 
 def test_one_seed_and_extremes() -> None:
-    """A single block, figures of 0 and of 1e15, a backbone and a system nobody knows."""
+    """A single block, figures of 0 and of 1e15, a backbone and an unknown system."""
     made: Any = report()
     made["noise"] = {"new": [made["noise"]["int8"][0] | {"inr": 1e15, "nsr": 0.0}],
                      "int8": [made["noise"]["int8"][0] | {"inr": 1e-12}], "paper": []}  # fmt: skip

@@ -1,0 +1,1 @@
+"""One file per protocol: what a client sends, and what it gets."""
