@@ -193,6 +193,7 @@ def embed_tokens(tower: nn.Module, images: Tensor) -> Tensor:
 
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings [B, …] of preprocessed images [B, 3, H, W], by the model or a bare tower."""
+    model = unwrapped(model)
     encode = getattr(model, "encode_image", None)
     if encode is None:
         own = family_of(find_tower(model)).encode_image
