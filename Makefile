@@ -10,7 +10,7 @@ CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
-.PHONY: help setup demo serve doctor test test-slow test-gpu check format docs bench bench-tower regressions
+.PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-gpu check format docs bench bench-tower regressions
 .PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
 
 help:  ## Lists the targets.
@@ -70,6 +70,17 @@ test: setup  ## The test suite without its full sweeps.
 
 test-slow: setup  ## The full sweeps that `make test` leaves out.
 	$(PY) -m pytest -m "slow and not gpu" --durations 15
+
+# The older of the two versions that are known, beside the newer one of .venv
+TRANSFORMERS_4 := transformers==4.57.* tokenizers==0.22.* "huggingface_hub>=0.34,<1"
+
+$(VENV)/transformers-4: | setup
+	@$(PIP) --target $@ --no-deps $(TRANSFORMERS_4)
+
+test-transformers-4: setup $(VENV)/transformers-4  ## The tests of vision models of transformers 4.
+	PYTHONPATH=$(VENV)/transformers-4 $(PY) -m pytest -m "not slow and not gpu" \
+	  tests/towers/test_hugging_face.py tests/towers/test_hugging_face_running.py \
+	  tests/towers/test_hugging_face_weights.py tests/towers/test_wrappers.py
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU.
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu

@@ -1,5 +1,6 @@
 """Self-attention with int8 projections."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee.layers.modules import put_module
+from lraee.layers.padding import by_valid_tokens, split_mask
 from lraee.layers.rope import rope_operand
 from lraee.layers.spec import Attention, Call, Rope
 from lraee.ops.backend import Backend, operators
@@ -59,7 +61,7 @@ class Int8Attention(nn.Module):
         return self.spec.num_heads
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        """Any float type [B, L, D] -> the same, as `spec.call` says; the mask None or causal."""
+        """Any float type [B, L, D] -> the same, as `spec.call` says, which may name a mask."""
         x, mask, rope = self.call.read(type(self).__name__, args, named)
         return self.call.wrap(self.project(x, mask, rope))
 
@@ -67,8 +69,15 @@ class Int8Attention(nn.Module):
         """out_proj(attention(in_proj(x))), tokens in and out in the order of the float module."""
         qkv = self._child(self.spec.in_proj.path)(x)
         qkv = qkv.transpose(0, 1) if self.is_sequence_first else qkv
-        causal = self.spec.is_causal or is_causal(mask, qkv.shape[1], type(self).__name__)
-        y = self.attend(qkv, is_causal=causal, rope=rope)
+        owner, (B, L) = type(self).__name__, qkv.shape[:2]
+        mask, valid = split_mask(mask, B, L, owner)
+        if valid is not None:
+            require_no_rope(rope, owner)
+            attend = partial(self.attend, is_causal=self.spec.is_causal)
+            y = by_valid_tokens(qkv, valid, attend, torch.zeros_like(qkv[..., : qkv.shape[2] // 3]))
+        else:
+            causal = self.spec.is_causal or is_causal(mask, L, owner)
+            y = self.attend(qkv, is_causal=causal, rope=rope)
         y = y.transpose(0, 1) if self.is_sequence_first else y
         if self.spec.inner_norm is not None:
             y = self._child(self.spec.inner_norm)(y)
@@ -168,6 +177,15 @@ def sines_and_cosines(rope: Any) -> tuple[Tensor, Tensor]:
     """[R, d] each, of a pair of cosines and sines, or of one tensor [R, 2 d], sines first."""
     sin, cos = rope.chunk(2, -1) if isinstance(rope, Tensor) else (rope[1], rope[0])
     return sin.reshape(-1, sin.shape[-1]), cos.reshape(-1, cos.shape[-1])
+
+
+def require_no_rope(rope: Any, owner: str) -> None:
+    """Raises NotImplementedError where tokens that are left out have rotary positions."""
+    if rope is not None:
+        raise NotImplementedError(
+            f"{owner}: attention_mask must be None with rotary positions, got one; use the float"
+            " model (lraee.restore)"
+        )
 
 
 def is_causal(attn_mask: Tensor | None, L: int, owner: str = "Int8Block") -> bool:

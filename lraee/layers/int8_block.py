@@ -1,5 +1,8 @@
 """Int8Block: what stands in a tower where the float block stood."""
 
+import inspect
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -8,9 +11,10 @@ from torch import Tensor, nn
 from lraee.kernels.operands import BlockOperands, Norm
 from lraee.layers.composed import Composed
 from lraee.layers.gradients import without_gradient
-from lraee.layers.int8_attention import Int8Attention, is_causal
+from lraee.layers.int8_attention import Int8Attention, is_causal, require_no_rope
 from lraee.layers.int8_linear import Int8Linear, packed_linear
 from lraee.layers.modules import Adapter, is_hooked
+from lraee.layers.padding import by_valid_tokens, split_mask
 from lraee.layers.spec import BlockSpec
 from lraee.layers.watch import Place, Watch, place_of
 from lraee.ops.backend import Backend, operators
@@ -47,7 +51,10 @@ class Int8Block(Adapter):
         nn.Module.train(self, False)
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        """Tokens of any float type -> the same, as `block_spec.call` says; mask None or causal."""
+        """Tokens of any float type -> the same, as `block_spec.call` says.
+
+        The mask is None, causal, or one of keys: see lraee.layers.padding.
+        """
         call = self.block_spec.call
         x, mask, rope = call.read("Int8Block", args, named)
         result = self._forward(x, mask, rope, args, named)
@@ -68,6 +75,11 @@ class Int8Block(Adapter):
         if wiring is None or wiring.has_hooks():
             return self._forward_by_child(x, mask, args, named)
         tokens = call.by_image(x)
+        mask, valid = split_mask(mask, tokens.shape[0], tokens.shape[1], "Int8Block")
+        if valid is not None:
+            require_no_rope(rope, "Int8Block")
+            run = partial(wiring.run, causal=self.block_spec.attention.is_causal)
+            return call.wrap(call.by_image(by_valid_tokens(tokens, valid, run, tokens)))
         causal = self.block_spec.attention.is_causal or is_causal(mask, tokens.shape[1])
         return call.wrap(call.by_image(wiring.run(tokens, causal=causal, rope=rope)))
 
@@ -114,14 +126,23 @@ class Int8Block(Adapter):
     ) -> Any:
         """The float class's forward: the attention and the linears in it are int8."""
         call = self.block_spec.call
-        if mask is not None and mask.dtype == torch.bool:  # libraries add a mask to the scores
+        if (
+            mask is not None and mask.dtype == torch.bool and mask.dim() == 2
+        ):  # libraries add a mask to the scores
             L = call.by_image(x).shape[1]
             hidden = torch.zeros(mask.shape, dtype=x.dtype, device=mask.device)
             named = {**dict(zip(call.parameters, args, strict=False)), **named}
             is_causal(mask, L)
             named[cast(str, call.mask)] = hidden.masked_fill(mask, -torch.inf)
             args = ()
-        return super().forward(*args, **named)
+        return super().forward(*args, **named, **self._missing(args, named))
+
+    def _missing(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, None]:
+        """Arguments that the float class requires and the call leaves out."""
+        parameters = inspect.signature(type(self)._classes[1].forward).parameters
+        names = self.block_spec.call.parameters[max(1, len(args)) :]
+        required = (n for n in names if n in parameters and parameters[n].default is inspect._empty)
+        return {name: None for name in required if name not in named}
 
     @property
     def attention_module(self) -> Int8Attention:

@@ -87,6 +87,9 @@ def shell(
     result = kind.__new__(kind)
     nn.Module.__init__(result)
     attributes = {k: v for k, v in module.__dict__.items() if k not in result.__dict__}
+    own = attributes.get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:
+        del attributes["forward"]  # transformers 4 leaves the method of the class there
     result.__dict__.update({name: take(value) for name, value in attributes.items()})
     result._parameters = {name: take(p) for name, p in module._parameters.items()}
     result._buffers = {name: take(b) for name, b in module._buffers.items()}

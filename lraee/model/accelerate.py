@@ -45,6 +45,7 @@ from lraee.towers.families import (
 )
 from lraee.towers.flops import count_macs
 from lraee.towers.state import tower_hash
+from lraee.towers.wrappers import require_own_weights, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,7 +82,8 @@ def accelerate(
 
     Args:
       model: in eval mode, with an image tower of a known family (lraee.towers), such as
-        open_clip's CLIP or CustomTextCLIP with a VisionTransformer; or such a tower alone.
+        open_clip's CLIP or CustomTextCLIP with a VisionTransformer; or such a tower alone. Of a
+        model in torch.compile's module or in DataParallel, the result is in such a one as well.
       scheme: "int8", "int8-patches", "paper" (torch's quantize_dynamic, for comparison) or a
         Scheme.
       backend: "auto" takes what the device has; "reference" plain torch; "cpu" or "triton" that
@@ -187,12 +189,9 @@ def checked_tower(
     tower = find_tower(model)
     if acceleration_of(model) is not None:
         raise ValueError("accelerate: model must be float, got one that is accelerated already")
-    if model.training or tower.training:
+    if unwrapped(model).training or tower.training:
         raise ValueError("accelerate: model must be in eval mode, got train mode; call .eval()")
-    if device_of(tower).type == "meta":
-        raise ValueError(
-            "accelerate: model must hold weights, got one on the meta device; load them first"
-        )
+    require_own_weights(tower)
     of_text = () if text is None else texts.linear_shapes(texts.require_text(model))
     require_supported(tower, scheme, of_text)
     require_backend(backend, device_of(tower))

@@ -19,7 +19,7 @@ from lraee.model.text import TextRecord
 from lraee.ops.backend import Backend
 from lraee.towers import runner
 from lraee.towers import text as texts
-from lraee.towers.families import blocks_of, find_tower, tower_spec
+from lraee.towers.families import blocks_of, family_of, find_tower, tower_spec
 
 _ATTRIBUTE = "lraee"
 
@@ -130,6 +130,7 @@ def mark_fast(model: nn.Module, record: Acceleration) -> None:
     tower = find_tower(model)
     set_record(tower, record)
     runner.make_rowwise(tower, record.backend)
+    family_of(tower).settle(model)
     texts.attach(model, None if record.text is None else record.backend)
     for module in _guarded(model, record):
         module.__dict__["train"] = _TrainGuard(module)
@@ -157,6 +158,7 @@ def mark_float(
     texts.detach(model)
     delattr(tower, _ATTRIBUTE)
     runner.unmake_rowwise(tower)
+    family_of(tower).settle(model)
     for module in _guarded(model, record):
         module.__dict__.pop("train", None)
         module.__dict__.pop("set_classes", None)

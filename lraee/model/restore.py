@@ -19,7 +19,7 @@ from lraee.model.acceleration import (
 )
 from lraee.model.text import base_weights
 from lraee.towers import runner
-from lraee.towers.families import family_of, find_tower
+from lraee.towers.families import family_of, find_tower, tower_spec
 from lraee.towers.state import tower_hash
 from lraee.towers.text import TextTower, find_text
 
@@ -122,6 +122,8 @@ def _base_weights(
     if isinstance(base, nn.Module):
         return find_tower(base).state_dict()
     if base is not None:
+        if f"{tower_spec(tower).patch_embedding.path}.weight" in base:
+            return base
         for path in family_of(tower).paths:
             prefix = f"{path}."
             inside = {k.removeprefix(prefix): v for k, v in base.items() if k.startswith(prefix)}

@@ -2,10 +2,13 @@
 libraries.
 """
 
-from lraee.towers import open_clip, open_clip_text, text, timm
+from lraee.towers import hugging_face, open_clip, open_clip_text, openai_clip, text, timm
 from lraee.towers.families import register
 
 register(open_clip.FAMILY)
+register(openai_clip.FAMILY)
 register(timm.TIMM_MODEL)
 register(timm.TRUNK)
+for family in hugging_face.FAMILIES:
+    register(family)
 text.register(open_clip_text.FAMILY)

@@ -18,6 +18,7 @@ from lraee.layers.scheme import Scheme
 from lraee.layers.spec import BlockSpec, Linear, tensor_at
 from lraee.ops.rules import FLOAT_TYPES
 from lraee.towers.spec import TowerSpec
+from lraee.towers.wrappers import require_eager, unwrapped
 
 if TYPE_CHECKING:
     from lraee.towers.runner import RowwiseTower
@@ -45,9 +46,11 @@ class Family:
       embed: tower, float or accelerated, and images [B, 3, H, W] -> tokens [B, L, D] before the
         first block.
       adapter: what runs an accelerated tower; its class becomes one of this and float_class.
-      encode_image: of a model without the method encode_image(images), tower excluded.
+      encode_image: of a model or tower without the method encode_image(images); None calls it with
+        them.
       encode_text: to unit rows, of a model without encode_text(tokens, normalize=True).
       refusal: for a tower that this family knows by sight and cannot run: the reason, else None.
+      settle: called with a model whose layers were swapped, to drop what its library keeps of them.
     """
 
     name: str
@@ -60,10 +63,11 @@ class Family:
     encode_image: Encode | None = None
     encode_text: Encode | None = None
     refusal: Callable[[nn.Module], str | None] = lambda tower: None
+    settle: Callable[[nn.Module], None] = lambda model: None
 
     def name_of(self, path: str) -> str:
         """How messages name a module of a tower by its path there."""
-        return f"{self.paths[0]}.{path}" if self.paths else path
+        return f"{self.paths[0]}.{path}" if len(self.paths) == 1 else path
 
 
 FAMILIES: list[Family] = []
@@ -95,6 +99,12 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def _inside(model: nn.Module) -> list[nn.Module]:
+    """Modules at places where a family holds towers."""
+    inner = (_submodule(model, path) for path in _paths())
+    return [unwrapped(module) for module in inner if module is not None]
+
+
 def find_tower(model: nn.Module) -> nn.Module:
     """The image tower: the model itself, or where its family holds it.
 
@@ -105,18 +115,21 @@ def find_tower(model: nn.Module) -> nn.Module:
             f"accelerate: model must be a torch module of one of {_names()}, got"
             f" {type(model).__name__}"
         )
+    require_eager(model)
+    model = unwrapped(model)
     if _family(model) is not None:
         return model
-    inner = [tower for tower in (_submodule(model, path) for path in _paths()) if tower is not None]
-    for tower in inner:
+    inner = _inside(model)
+    for tower in (*inner, *(deeper for outer in inner for deeper in _inside(outer))):
         if _family(tower) is not None:
             return tower
     refused = [(t, family.refusal(t)) for t in (*inner, model) for family in FAMILIES]
     refused = [(t, reason) for t, reason in refused if reason is not None]
     if not refused and not inner:
-        where = " or ".join(f"`.{path}`" for path in _paths())
+        where = ", ".join(f"`.{path}`" for path in _paths()[:3])
         raise TypeError(
-            f"accelerate: model must have an image tower at {where}, got {type(model).__name__};"
+            f"accelerate: model must have an image tower at {where} or the like, got"
+            f" {type(model).__name__};"
             f" known are {_names()}"
         )
     tower, reason = refused[0] if refused else (inner[0], "INT8 has no kernels for it")
@@ -203,11 +216,11 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings [B, …] of preprocessed images [B, 3, H, W], by the model or a bare tower."""
+    model = unwrapped(model)
     encode = getattr(model, "encode_image", None)
     if encode is None:
-        tower = find_tower(model)
-        own = family_of(tower).encode_image
-        encode = model if own is None or tower is model else partial(own, model)
+        own = family_of(find_tower(model)).encode_image
+        encode = model if own is None else partial(own, model)
     result = encode(images)
     return cast(Tensor, result[0] if isinstance(result, tuple) else result)
 
@@ -219,10 +232,9 @@ def can_encode_text(model: nn.Module) -> bool:
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Unit text embeddings [n, E] of token ids, by a model that can."""
-    if hasattr(model, "encode_text"):
-        return cast(Any, model).encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
     encode = family_of(find_tower(model)).encode_text
-    assert encode is not None  # see can_encode_text
+    if encode is None:
+        return cast(Any, model).encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
     return encode(model, tokens)
 
 

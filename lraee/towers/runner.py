@@ -261,7 +261,9 @@ def ends_with_class_token(tower: nn.Module) -> bool:
 def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     """Gives the float layers around the blocks one fixed order of summation."""
     spec, adapter = tower_spec(tower), family_of(tower).adapter
-    RowwiseConv2d.adopt(tower.get_submodule(spec.patch_embedding.path), backend)
+    patches = tower.get_submodule(spec.patch_embedding.path)
+    RowwiseConv2d.adopt(patches, backend)
+    RowwiseLinear.adopt(patches, backend)
     for path in spec.pooling.attention:
         RowwiseAttention.adopt(tower.get_submodule(path), backend)
     RowwiseLinear.adopt(_projection(tower, spec), backend)
@@ -276,7 +278,9 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
 def unmake_rowwise(tower: nn.Module) -> None:
     """The way back from make_rowwise."""
     spec = tower_spec(tower)
-    RowwiseConv2d.release(tower.get_submodule(spec.patch_embedding.path))
+    patches = tower.get_submodule(spec.patch_embedding.path)
+    RowwiseConv2d.release(patches)
+    RowwiseLinear.release(patches)
     for path in spec.pooling.attention:
         RowwiseAttention.release(tower.get_submodule(path))
     RowwiseLinear.release(_projection(tower, spec))

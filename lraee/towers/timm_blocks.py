@@ -5,14 +5,13 @@ Blocks are read by the names of what they hold. A part that no reader names is r
 
 from typing import Any, Literal, cast
 
-from timm.layers.drop import DropPath
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 
-from lraee.layers.scheme import Site
-from lraee.layers.spec import ACTIVATIONS, Attention, BlockSpec, Call, Linear, Mlp, Norm, Rope, Rows
+from lraee.layers.spec import ACTIVATIONS, Attention, BlockSpec, Call, Linear, Mlp, Rope, Rows
 from lraee.ops.registry import PANEL_N
+from lraee.towers.block_reader import BlockReader
 from lraee.towers.families import UnsupportedBlockError
 
 BLOCKS: dict[type[nn.Module], Literal["pre", "post"]] = {
@@ -26,67 +25,6 @@ _HINTS = {
 }
 
 
-class _Reader:
-    """One block while it is read: which of its tensors and modules have been named so far."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.modules = dict(block.named_modules())
-        self.held = {name for name, _ in [*block.named_parameters(), *block.named_buffers()]}
-        self.named_tensors: set[str] = set()
-        self.named_modules = {"", "attn", "mlp", "ls1", "ls2"}
-
-    def has(self, path: str) -> bool:
-        """Whether there is a module of this path that does something."""
-        module = self.modules.get(path)
-        return module is not None and not isinstance(module, nn.Identity)
-
-    def rows(self, path: str, rows: tuple[int, int] | None = None) -> Rows:
-        """The weight of a linear, and its bias if it has one."""
-        self.named_modules.add(path)
-        weight, bias = f"{path}.weight", f"{path}.bias"
-        if weight not in self.held or not isinstance(self.modules[path], nn.Linear):
-            raise UnsupportedBlockError(f"lacks {path} as a Linear, without which INT8 cannot read")
-        self.named_tensors |= {weight, bias}
-        return Rows(weight, bias if bias in self.held else None, rows)
-
-    def linear(self, path: str, site: Site) -> Linear:
-        """A linear that is one module."""
-        return Linear(path, site, (self.rows(path),))
-
-    def tensor(self, name: str) -> str | None:
-        """The name, if the block holds it."""
-        self.named_tensors.add(name)
-        return name if name in self.held else None
-
-    def norm(self, path: str) -> Norm:
-        """A norm, of any kind; one that is no LayerNorm is called as it is."""
-        self.named_modules.add(path)
-        self.named_tensors |= {f"{path}.weight", f"{path}.bias"}
-        module = self.modules[path]
-        is_layer = isinstance(module, nn.LayerNorm) and module.weight is not None
-        if not is_layer and "norm" not in type(module).__name__.lower():
-            raise UnsupportedBlockError(f"has a {type(module).__name__} as {path}, no norm")
-        return Norm(path, "layer" if is_layer else "rms")
-
-    def inner_norm(self, path: str) -> str | None:
-        """The path of a norm that may be absent."""
-        return self.norm(path).path if self.has(path) else None
-
-    def require_all_named(self) -> None:
-        """Raises UnsupportedBlockError on what no reader has asked for."""
-        idle = {
-            name
-            for name, m in self.modules.items()
-            if isinstance(m, nn.Identity | nn.Dropout | DropPath)
-        }
-        rest = sorted(self.held - self.named_tensors)
-        rest += sorted(set(self.modules) - self.named_modules - idle)
-        for name in rest:
-            hint = next((h for part, h in _HINTS.items() if name.startswith(part)), "")
-            raise UnsupportedBlockError(f"has {name}{hint}, for which INT8 has no kernel")
-
-
 def read_block(block: nn.Module) -> BlockSpec:
     """The spec of a float block of a VisionTransformer or Eva.
 
@@ -96,7 +34,7 @@ def read_block(block: nn.Module) -> BlockSpec:
     if order is None:
         names = ", ".join(kind.__name__ for kind in BLOCKS)
         raise UnsupportedBlockError(f"is a {type(block).__name__}, and INT8 knows {names}")
-    reader = _Reader(block)
+    reader = BlockReader(block, ("attn", "mlp", "ls1", "ls2"), _HINTS)
     is_eva = isinstance(block, EvaBlock | EvaBlockPostNorm)
     call = Call(("x", "rope", "attn_mask", "is_causal"), rope="rope")
     call = call if is_eva else Call(("x", "attn_mask", "is_causal"))
@@ -114,7 +52,7 @@ def read_block(block: nn.Module) -> BlockSpec:
     return spec
 
 
-def _attention(reader: _Reader, call: Call) -> Attention:
+def _attention(reader: BlockReader, call: Call) -> Attention:
     attn = cast(Any, reader.modules["attn"])
     kind = type(attn).__name__
     if kind not in ("Attention", "EvaAttention", "AttentionRope"):
@@ -141,7 +79,7 @@ def _attention(reader: _Reader, call: Call) -> Attention:
     )
 
 
-def _qkv(reader: _Reader, width: int) -> tuple[Rows, ...]:
+def _qkv(reader: BlockReader, width: int) -> tuple[Rows, ...]:
     """Queries, keys and values: one linear, one with biases apart, or three."""
     if not reader.has("attn.qkv"):
         return tuple(reader.rows(f"attn.{name}_proj") for name in "qkv")
@@ -154,7 +92,7 @@ def _qkv(reader: _Reader, width: int) -> tuple[Rows, ...]:
     )
 
 
-def _mlp(reader: _Reader) -> Mlp:
+def _mlp(reader: BlockReader) -> Mlp:
     mlp = cast(Any, reader.modules["mlp"])
     kind = type(mlp).__name__
     reader.named_modules.add("mlp.act")
