@@ -151,13 +151,11 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
                        (32, 257, 16, 64), (8, 257, 16, 80), (8, 577, 16, 64)):  # fmt: skip
         qkv = meta(B, L, 3 * H * d, dtype=torch.float16)
         config = configs.attention_config(L, d, L == 77)
-        call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
-        yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+        plain = partial(int8_attention, qkv, H, L == 77, config=config)
+        yield f"B={B} L={L} d={d}", launches_of(plain)[0]
         operands = AttentionOperands(H, L == 77)
-        call = lambda q=qkv, o=operands, c=config: int8_attention_quantized(  # noqa: E731
-            q, o, symmetric=False, config=c
-        )
-        yield f"quantized B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+        quantized = partial(int8_attention_quantized, qkv, operands, symmetric=False, config=config)
+        yield f"quantized B={B} L={L} d={d}", launches_of(quantized)[0]
         for name, options in (
             ("rope", {"rope": meta(2, L - 1, d)}),
             ("mask", {"key_mask": meta(B, L, dtype=torch.bool)}),

@@ -148,7 +148,8 @@ class ByStep:
     def __call__(self, weight: Tensor) -> Tensor:
         """[N, ...] -> [N, K] with the same numbers."""
         rows = weight.flatten(1)
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        is_scripted = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+        is_traced = torch.compiler.is_compiling() or is_scripted
         if is_traced or weight.device.type != "cpu":
             return rows
         # a fake tensor has no address, an inference tensor counts no versions
