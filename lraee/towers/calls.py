@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from lraee.layers.gradients import is_traced
 from lraee.towers.families import tower_spec
 
 
 def require_no_script() -> None:
     """Raises NotImplementedError inside torch.jit.trace and ONNX export: they lack int8 blocks."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():  # type: ignore[no-untyped-call]
+    if is_traced() or torch.onnx.is_in_onnx_export():
         raise NotImplementedError(
             "encode_image: an int8 tower must not be traced for TorchScript or ONNX, which have no"
             " int8 blocks; use torch.export inside lraee.full_depth, or convert the float model"
