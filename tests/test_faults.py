@@ -140,7 +140,7 @@ class _Batches:
         return iter([first, *(rest[::-1] if self.passes >= self.turn else rest)])
 
 
-@pytest.mark.parametrize("turn", [2, 3, 4])
+@pytest.mark.parametrize("turn", [3, 4])  # the first pass takes one batch
 def test_an_order_that_changes_in_a_pass_is_refused(model: nn.Module, turn: int) -> None:
     with pytest.raises(ValueError, match="in the same order in each pass, got another one at pla"):
         calibrated(model, _Batches(pictures(120), turn))
@@ -165,7 +165,7 @@ def test_a_worker_that_dies_is_named_and_the_run_goes_on(
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         calibrated(model, _Dying(images, turn), folder=folder)
     again = calibrated(model, _Dying(images, 99), folder=folder)
-    assert_same_exits(again, calibrated(model, images))
+    assert_same_exits(again, calibrated(model, _Batches(images, 99)))
     assert not folder.exists()
 
 

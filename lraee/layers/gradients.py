@@ -45,6 +45,11 @@ class _Refusal(torch.autograd.Function):
         return None, torch.ops.lraee.no_gradient(gradients[0], ctx.shape)
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace, or the ONNX export on it, records this call."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
+
+
 def without_gradient(result: Tensor, sources: Iterable[Tensor | None]) -> Tensor:
     """The result; where autograd records and a source needs a gradient, backward() raises.
 
@@ -52,8 +57,12 @@ def without_gradient(result: Tensor, sources: Iterable[Tensor | None]) -> Tensor
       result: what an operator without a gradient computed.
       sources: all that it was computed from; read only while autograd records.
     """
+<<<<<<< HEAD
     is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     if not torch.is_grad_enabled() or is_traced or torch.compiler.is_exporting():
+=======
+    if not torch.is_grad_enabled() or is_traced() or torch.compiler.is_exporting():
+>>>>>>> robust
         return result
     for source in sources:
         if source is not None and source.requires_grad:
