@@ -148,14 +148,8 @@ class ByStep:
     def __call__(self, weight: Tensor) -> Tensor:
         """[N, ...] -> [N, K] with the same numbers."""
         rows = weight.flatten(1)
-<<<<<<< HEAD
-        is_scripted = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-        is_traced = torch.compiler.is_compiling() or is_scripted
-        if is_traced or weight.device.type != "cpu":
-=======
         is_recorded = torch.compiler.is_compiling() or is_traced()
         if is_recorded or weight.device.type != "cpu":
->>>>>>> robust
             return rows
         # a fake tensor has no address, an inference tensor counts no versions
         if type(weight) is not nn.Parameter or weight.is_inference():

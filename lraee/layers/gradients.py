@@ -24,7 +24,7 @@ def _raise(gradient: Tensor, shape: list[int]) -> Tensor:
 _library.impl("no_gradient", _raise, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-@register_fake("lraee::no_gradient", lib=_library)  # type: ignore[untyped-decorator]
+@register_fake("lraee::no_gradient", lib=_library)
 def _fake(gradient: Tensor, shape: list[int]) -> Tensor:
     return gradient.new_empty(shape)
 
@@ -57,14 +57,9 @@ def without_gradient(result: Tensor, sources: Iterable[Tensor | None]) -> Tensor
       result: what an operator without a gradient computed.
       sources: all that it was computed from; read only while autograd records.
     """
-<<<<<<< HEAD
-    is_traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-    if not torch.is_grad_enabled() or is_traced or torch.compiler.is_exporting():
-=======
     if not torch.is_grad_enabled() or is_traced() or torch.compiler.is_exporting():
->>>>>>> robust
         return result
     for source in sources:
         if source is not None and source.requires_grad:
-            return cast(Tensor, _Refusal.apply(result.detach(), source))
+            return cast(Tensor, _Refusal.apply(result.detach(), source))  # type: ignore[no-untyped-call]
     return result

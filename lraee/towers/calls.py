@@ -9,12 +9,7 @@ from lraee.towers.families import tower_spec
 
 def require_no_script() -> None:
     """Raises NotImplementedError inside torch.jit.trace and ONNX export: they lack int8 blocks."""
-<<<<<<< HEAD
-    is_scripted = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
-    if is_scripted or torch.onnx.is_in_onnx_export():
-=======
     if is_traced() or torch.onnx.is_in_onnx_export():
->>>>>>> robust
         raise NotImplementedError(
             "encode_image: an int8 tower must not be traced for TorchScript or ONNX, which have no"
             " int8 blocks; use torch.export inside lraee.full_depth, or convert the float model"
