@@ -36,8 +36,8 @@ from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
 from lraee.model.acceleration import acceleration_of
-from lraee.towers.families import blocks_of, find_tower, tower_spec
-from lraee.towers.runner import embedding_size, exits_of
+from lraee.towers.families import blocks_of, embedding_size, find_tower, tower_spec
+from lraee.towers.runner import exits_of
 from lraee.zoo.opening import open_model
 
 HIDDEN, NUM_CLASSES = 512, 1000

@@ -1,6 +1,7 @@
 """Image towers side by side with the INT8 of others: same weights and images, one process.
 
     python -m bench.peers --tower ViT-B-32 --batch 1 --batch 8 --batch 32 --out results/peers.json
+    python -m bench.peers --tower ViT-B-16-SigLIP-224 --tower ViT-SO400M-14-SigLIP-384
 
 Each peer is set up as its own documentation advises (the builders below say how). Variants take
 turns round by round; a time is the median with its 20th and 80th percentile, a ratio the median of
@@ -164,7 +165,8 @@ def load_tower(name: str) -> nn.Module:
     if name in zoo.names():
         return zoo.load(name)[0].visual  # type: ignore[return-value]
     torch.manual_seed(0)
-    tower: nn.Module = open_clip.create_model(name).visual
+    # open_clip names the size of its SigLIP models where it is not 224
+    tower: nn.Module = open_clip.create_model(name.removesuffix("-224")).visual
     return tower.eval().requires_grad_(False)
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool, probe_token
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.towers.families import (
+    as_input,
     block_specs,
     blocks_of,
+    device_of,
     encode_image,
     find_tower,
     tower_spec,
@@ -87,7 +90,7 @@ class Pair:
         spec = tower_spec(find_tower(fast))
         self.size, self.prefix_tokens = spec.image_size, spec.prefix_tokens
         self._images, self._batch, self.progress = images, batch, progress
-        self._first: Tensor | None = None
+        self._checksums: list[int] = []
         if not isinstance(images, Iterable) or isinstance(images, Iterator):
             raise TypeError(
                 f"calibrate: images must be {_KINDS}; each pass goes through them from the start,"
@@ -99,26 +102,28 @@ class Pair:
         images = self._images
         parts = torch.split(images, self._batch) if isinstance(images, Tensor) else images
         bar = tqdm(parts, desc=description, disable=not self.progress, leave=False)
-        is_first = True
+        start = 0
         for part in bar:
             _require_images(part, self.size)
             if not len(part):
                 continue
-            if is_first:
-                self._require_same(part[:1])
-            is_first = False
+            self._require_same(start, part)
+            start += len(part)
             yield part
 
-    def _require_same(self, first: Tensor) -> None:
-        """Raises ValueError if this pass starts with another image than the one before."""
-        before, self._first = self._first, first.clone()
-        if before is None:
+    def _require_same(self, start: int, part: Tensor) -> None:
+        """Raises ValueError if images start, start + 1, … differ from those of an earlier pass."""
+        if isinstance(self._images, Tensor):
             return
-        if before.shape != first.shape or not before.allclose(first, 0.0, 0.0, equal_nan=True):
-            raise ValueError(
-                "calibrate: images must come in the same order in each pass, got another one first;"
-                " does their loader shuffle?"
-            )
+        for place, image in enumerate(part, start):
+            checksum = crc32(image.detach().contiguous().cpu().view(torch.uint8).numpy())
+            if place == len(self._checksums):
+                self._checksums.append(checksum)
+            elif self._checksums[place] != checksum:
+                raise ValueError(
+                    "calibrate: images must come in the same order in each pass, got another one at"
+                    f" place {place}; does their loader shuffle?"
+                )
 
     @torch.inference_mode()
     def embeddings(self) -> dict[str, Tensor]:
@@ -193,7 +198,7 @@ class Pair:
         Returns: over images and heads, `embedding` float32 [n, m, E], `top1` int64 [n, m] and
           `features` float32 [n, m, 3]: confidence, margin, variance.
         """
-        device = next(self.fast.parameters()).device
+        device = device_of(self.fast)
         gate = torch.zeros(4)
         modules = {block: Int8Head(head, gate).to(device) for block, head in heads.items()}
         classes = contrasts(classes).to(device)
@@ -310,5 +315,4 @@ def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
 
 def encode(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings float32 [B, E] on the CPU."""
-    like = next(model.parameters())
-    return encode_image(model, images.to(like.device, like.dtype)).float().cpu()
+    return encode_image(model, as_input(model, images)).float().cpu()

@@ -19,7 +19,14 @@ from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, probe_tokens
 from lraee.exits.router import Router
 from lraee.model.trace import full_depth
-from lraee.towers.families import block_specs, blocks_of, find_tower, tower_spec
+from lraee.towers.families import (
+    as_input,
+    block_specs,
+    blocks_of,
+    device_of,
+    find_tower,
+    tower_spec,
+)
 from lraee.towers.runner import attach_exits
 
 _log = logging.getLogger("lraee")
@@ -210,16 +217,16 @@ def calls_of(
 ) -> dict[str, Call]:
     """What `measure` times at batch B: tower, block, probed, probe and copy."""
     tower = find_tower(model)
-    like = next(tower.parameters())
-    probe = Int8Head(head, torch.zeros(4)).to(like.device)
-    contrast = contrasts(classes).to(like.device)
+    device = device_of(tower)
+    probe = Int8Head(head, torch.zeros(4)).to(device)
+    contrast = contrasts(classes).to(device)
     run_block = blocks_of(tower)[block - 1]
     probed = _with_exit(tower, block, head, classes, logit_scale)
     spec, order = tower_spec(tower), block_specs(tower)[block - 1].call
-    images = _normal(0, B, 3, *spec.image_size).to(like)
-    z = _normal(1, B, spec.tokens, spec.width).to(like)
+    images = as_input(tower, _normal(0, B, 3, *spec.image_size))
+    z = as_input(tower, _normal(1, B, spec.tokens, spec.width))
     z_block = order.by_image(z).contiguous()
-    half = torch.arange(0, B, 2, device=like.device)
+    half = torch.arange(0, B, 2, device=device)
 
     def decide() -> list[bool]:
         tokens = probe_tokens(z, spec.prefix_tokens)
@@ -232,7 +239,7 @@ def calls_of(
         "probe": decide,
         "copy": lambda: z.index_select(0, half),
     }
-    return {name: _finished(call, like.device) for name, call in calls.items()}
+    return {name: _finished(call, device) for name, call in calls.items()}
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
@@ -247,7 +254,7 @@ def _with_exit(
     router = Router((block,), [head], gate, classes=classes, logit_scale=logit_scale)
     probed = copy.copy(tower)
     probed._modules = dict(tower._modules)
-    attach_exits(probed, router.to(next(tower.parameters()).device))
+    attach_exits(probed, router.to(device_of(tower)))
     return probed
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lraee.cli.common import Model, Pretrained, command, console, line
+from lraee.cli.common import Model, Pretrained, command, console, line, require_writable
 
 
 @command
@@ -32,6 +32,8 @@ def bench(
     from lraee.towers.families import image_size
     from lraee.zoo.opening import open_model
 
+    if out is not None:
+        require_writable(out)
     opened = open_model(model, pretrained, may_be_random=True)
     models = {**timing.float_and_bfloat16(opened.model), "int8": accelerate(opened.model)}
     rows = timing.time_tower(models, image_size(opened.model), batch or [1, 8, 32], seconds)

@@ -7,7 +7,18 @@ import typer
 
 from lraee.calibration.head_training import Training
 from lraee.cli import tables
-from lraee.cli.common import ClassFile, Data, Limit, Model, Pretrained, Show, command, console, line
+from lraee.cli.common import (
+    ClassFile,
+    Data,
+    Limit,
+    Model,
+    Pretrained,
+    Show,
+    command,
+    console,
+    line,
+    require_writable,
+)
 from lraee.exits.gate import GateKind
 
 
@@ -66,6 +77,7 @@ def calibrate(
     from lraee.towers.prompts import class_features
     from lraee.zoo.opening import open_model
 
+    require_writable(out, is_folder=True)
     known = read_classes(classes) if classes else None
     if labels and known is None:
         raise typer.BadParameter("--labels needs --classes, which names the folders")

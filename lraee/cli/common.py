@@ -1,9 +1,12 @@
 """What the commands share: the app, options, one-line errors, lines of output."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, ParamSpec
 
 import typer
@@ -70,6 +73,33 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     return app.command(epilog=None)(guarded)
 
 
+def require_writable(path: Path, *, is_folder: bool = False) -> None:
+    """Raises OSError, before work starts, where a result could not be written at its end.
+
+    Args:
+      path: of a file, or of a folder with `is_folder`; what is missing of it is made now.
+    """
+    folder = path if is_folder else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_folder and path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(
+            f"output must be writable, got {path}: {reason}; name another place"
+        ) from error
+
+
+def printable(text: str) -> str:
+    """The text, with escapes for what the terminal's encoding lacks and for control characters."""
+    encoding = console.encoding or "utf-8"
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def line(key: str, text: str) -> None:
     """One aligned line: a name and what it is."""
-    console.print(f"{key:<16}{text}", markup=False, soft_wrap=True)
+    console.print(printable(f"{key:<16}{text}"), markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lraee.cli import tables
-from lraee.cli.common import Model, Pretrained, Show, command, console, line
+from lraee.cli.common import Model, Pretrained, Show, command, console, line, require_writable
 
 
 @command
@@ -31,6 +31,7 @@ def demo(
     from lraee.storage.json import write_json
     from lraee.zoo.opening import open_model
 
+    require_writable(out)
     photos = demo.open_photos(data, limit)
     found = demo.run(open_model(model, pretrained), photos, progress=progress)
     write_json(found, out)

@@ -18,6 +18,7 @@ from lraee.cli.common import (
     console,
     errors,
     line,
+    require_writable,
 )
 
 
@@ -70,6 +71,8 @@ def evaluate(
         require_text_scheme(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if out is not None:
+        require_writable(out)
     known = read_classes(classes) if classes else None
     photos = Photos(data, classes=known, limit=limit)
     opened = open_model(model, pretrained)

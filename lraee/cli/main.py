@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 could not be done (one line says why), 2 wrong usage.
 """
 
 import importlib
+import io
 import logging
 import sys
 
@@ -31,6 +32,9 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):  # a name that cannot be printed costs no result
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     if interpreter.is_wanted(sys.argv[1:]):
         interpreter.restart()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lraee.cli.common import command
+from lraee.cli.common import command, require_writable
 
 
 @command
@@ -69,6 +69,7 @@ def report(
     from lraee.study.protocol import FAST, Protocol
     from lraee.zoo.opening import open_model
 
+    require_writable(out, is_folder=True)
     known = read_classes(classes)
     protocol = replace(FAST if fast else Protocol(), seeds=tuple(range(seeds)))
     found = study_command.study(

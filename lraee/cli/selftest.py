@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lraee.cli import tables
-from lraee.cli.common import Show, command, console, line
+from lraee.cli.common import Show, command, console, line, require_writable
 from lraee.diagnostics import interpreter
 
 
@@ -26,6 +26,8 @@ def selftest(
     from lraee.diagnostics import selftest
     from lraee.storage.json import write_json
 
+    if json_out is not None:
+        require_writable(json_out)
     found = selftest.examine(device, quick=quick, progress=progress)
     for key in ("gpu", "capability", "driver", "versions"):
         if key in found:

@@ -18,6 +18,7 @@ from lraee.measurement import machine
 from lraee.measurement.neighbours import other_neighbours
 from lraee.measurement.timing import ImageEncoder
 from lraee.model.trace import ExitStats, Trace, has_exits, trace
+from lraee.towers.families import as_input
 
 SCHEMA = "lraee.evaluate/2"
 FLOAT = "float"
@@ -197,9 +198,8 @@ def report(
 
 
 def _encode(model: nn.Module, images: Tensor) -> Tensor:
-    first = next(model.parameters())
     encoder = cast(ImageEncoder, model)
-    return encoder.encode_image(images.to(first.device, first.dtype), normalize=True).float().cpu()
+    return encoder.encode_image(as_input(model, images), normalize=True).float().cpu()
 
 
 def _percent(hits: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lraee.layers.gradients import without_gradient
 from lraee.ops.backend import Backend, implementation, operators
 
 
@@ -21,6 +22,7 @@ class RowwiseConv2d(nn.Conv2d):
     """
 
     backend: Backend
+    by_step: "ByStep"
 
     @classmethod
     def adopt(cls, conv: nn.Module, backend: Backend) -> None:
@@ -30,15 +32,14 @@ class RowwiseConv2d(nn.Conv2d):
         conv.__class__ = cls
         adopted = cast(RowwiseConv2d, conv)
         adopted.backend = backend
-        _lay_by_step(adopted.weight)
+        adopted.by_step = ByStep()
 
     @classmethod
     def release(cls, conv: nn.Module) -> None:
         """The way back."""
         if isinstance(conv, cls):
             conv.__class__ = nn.Conv2d  # type: ignore[assignment]
-            del conv.backend
-            conv.weight.data = conv.weight.data.contiguous()
+            del conv.backend, conv.by_step
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, D, H / kernel, W / kernel], remainders cut off as a Conv2d does."""
@@ -53,7 +54,7 @@ class RowwiseConv2d(nn.Conv2d):
         return by_patch(
             input,
             (height, width),
-            lambda x: rowwise_linear(x, weight.flatten(1), self.bias, self.backend),
+            lambda x: rowwise_linear(x, self.by_step(weight), self.bias, self.backend),
         )
 
 
@@ -95,6 +96,7 @@ class RowwiseLinear(nn.Linear):
     """
 
     backend: Backend
+    by_step: "ByStep"
 
     @classmethod
     def adopt(cls, linear: nn.Module, backend: Backend) -> None:
@@ -102,16 +104,14 @@ class RowwiseLinear(nn.Linear):
         if type(linear) is nn.Linear:
             linear.__class__ = cls
             adopted = cast(RowwiseLinear, linear)
-            adopted.backend = backend
-            _lay_by_step(adopted.weight)
+            adopted.backend, adopted.by_step = backend, ByStep()
 
     @classmethod
     def release(cls, linear: nn.Module) -> None:
         """The way back."""
         if isinstance(linear, cls):
             linear.__class__ = nn.Linear  # type: ignore[assignment]
-            del linear.backend
-            linear.weight.data = linear.weight.data.contiguous()
+            del linear.backend, linear.by_step
 
     @classmethod
     def of(
@@ -123,18 +123,49 @@ class RowwiseLinear(nn.Linear):
         linear.weight = weight
         linear.bias = bias  # type: ignore[assignment]
         linear.backend = backend
-        _lay_by_step(weight)
+        linear.by_step = ByStep()
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
         """Any float type [..., K] -> [..., N]."""
-        return rowwise_linear(input, self.weight, self.bias, self.backend)
+        return rowwise_linear(input, self.by_step(self.weight), self.bias, self.backend)
 
 
-def _lay_by_step(weight: Tensor) -> None:
-    """[K, N] in memory, as float_linear reads it without a copy; shape and numbers stay."""
-    by_step = weight.data.flatten(1).t().contiguous().t()
-    weight.data = by_step.view(weight.shape)
+class ByStep:
+    """A weight as float_linear reads it on a CPU without a copy: float32, [K, N] in memory.
+
+    The parameter itself stays contiguous, as what saves or flattens a model expects. The copy is
+    made at the first call and again when the parameter is another tensor, lies elsewhere or was
+    written to; a write through `weight.data` alone goes unnoticed, as it does in autograd. It is no
+    part of the module's state: copies and pickles of the module start without it.
+    """
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._held: tuple[tuple[object, ...], Tensor] | None = None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """[N, ...] -> [N, K] with the same numbers."""
+        rows = weight.flatten(1)
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        if is_traced or weight.device.type != "cpu":
+            return rows
+        # a fake tensor has no address, an inference tensor counts no versions
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            return rows
+        key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, weight.stride())
+        held = self._held
+        if held is None or held[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                held = key, rows.detach().t().to(torch.float32, copy=True).contiguous().t()
+            self._held = held
+        return held[1]
+
+    def __reduce__(self) -> tuple[type["ByStep"], tuple[()]]:
+        return ByStep, ()
+
+    def __deepcopy__(self, memo: object) -> "ByStep":
+        return ByStep()
 
 
 def is_fixed(device: torch.device, backend: Backend) -> bool:
@@ -160,7 +191,8 @@ def rowwise_linear(x: Tensor, w: Tensor, bias: Tensor | None, backend: Backend) 
     rows = x.reshape(-1, w.shape[1]).to(inside)
     b = None if bias is None else bias.to(inside)
     y = cast(Tensor, operators(backend).float_linear(rows, w.to(inside), b))
-    return y.to(dtype).view(*x.shape[:-1], w.shape[0])
+    result = y.to(dtype).view(*x.shape[:-1], w.shape[0])
+    return without_gradient(result, (x, w, bias))
 
 
 def output_dtype(x: Tensor) -> torch.dtype:

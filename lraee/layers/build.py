@@ -1,8 +1,10 @@
 """Builds the int8 block of a BlockSpec, and the int8 patch embedding."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lraee.layers.batch_invariant import RowwiseLinear
@@ -11,8 +13,9 @@ from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.int8_patch_embedding import Int8PatchEmbedding, require_by_patch
 from lraee.layers.modules import Take, carry_hooks, shell, subclass
+from lraee.layers.rope import interleaved_to_half
 from lraee.layers.scheme import Scheme, quantize_weight
-from lraee.layers.spec import BlockSpec, Linear
+from lraee.layers.spec import Attention, BlockSpec, Linear
 from lraee.ops.backend import Backend
 
 Quantize = Callable[[str, Tensor], tuple[Tensor, Tensor]]
@@ -92,15 +95,40 @@ class _Builder:
         children |= {path: self._take(self._float.get_submodule(path)) for path in norms}
         kind = Int8MultiheadAttention if spec.call is None else Int8Attention
         return kind(
-            spec,
+            self._in_halves(spec) if self._is_reordered else spec,
             {path.removeprefix(f"{spec.path}."): module for path, module in children.items()},
             is_int8=self._scheme.attention == "int8",
             is_sequence_first=self._spec.call.is_sequence_first,
             backend=self._backend,
+            has_interleaved_angles=self._is_reordered,
         )
+
+    @property
+    def _is_reordered(self) -> bool:
+        """Whether rows of queries and keys are put in halves, which int8_attention rotates."""
+        spec = self._spec.attention
+        is_kept = f"{self._name}.{spec.in_proj.path}" in self._scheme.keep_float
+        is_normed = spec.q_norm is not None or spec.k_norm is not None
+        is_interleaved = spec.rope is not None and spec.rope.layout == "interleaved"
+        return is_interleaved and not is_kept and not is_normed
+
+    @staticmethod
+    def _in_halves(spec: Attention) -> Attention:
+        assert spec.rope is not None
+        return replace(spec, rope=replace(spec.rope, layout="half"))
+
+    def _reordered(self, rows: Tensor | None) -> Tensor | None:
+        """Weight or bias of in_proj, each head of queries and keys in halves."""
+        if rows is None:
+            return None
+        q, k, v = rows.detach().chunk(3)
+        H = self._spec.attention.num_heads
+        return torch.cat([interleaved_to_half(q, H), interleaved_to_half(k, H), v])
 
     def _linear(self, linear: Linear) -> nn.Module:
         weight, bias = linear.weight(self._float), linear.bias(self._float)
+        if linear.path == self._spec.attention.in_proj.path and self._is_reordered:
+            weight, bias = cast(Tensor, self._reordered(weight)), self._reordered(bias)
         name = f"{self._name}.{linear.path}"
         if name in self._scheme.keep_float:
             b = None if bias is None else self._take(_parameter(bias))

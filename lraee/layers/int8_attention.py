@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lraee.layers.modules import put_module
 from lraee.layers.padding import by_valid_tokens, split_mask
+from lraee.layers.rope import rope_operand
 from lraee.layers.spec import Attention, Call, Rope
 from lraee.ops.backend import Backend, operators
 
@@ -28,6 +29,8 @@ class Int8Attention(nn.Module):
       is_int8: Q K^T in int8; else all of attention in float.
       is_sequence_first: tokens are [L, B, D]; else [B, L, D].
       backend: which implementation of int8_attention to run on.
+      has_interleaved_angles: in_proj has its rows in halves, the angles that calls bring are
+        interleaved.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Int8Attention(nn.Module):
         is_int8: bool = True,
         is_sequence_first: bool = False,
         backend: Backend = "auto",
+        has_interleaved_angles: bool = False,
     ) -> None:
         """See the class."""
         super().__init__()
+        self.has_interleaved_angles = has_interleaved_angles
         for path, module in children.items():
             put_module(self, path, module)
         self.spec = spec
@@ -64,7 +69,6 @@ class Int8Attention(nn.Module):
         """out_proj(attention(in_proj(x))), tokens in and out in the order of the float module."""
         qkv = self._child(self.spec.in_proj.path)(x)
         qkv = qkv.transpose(0, 1) if self.is_sequence_first else qkv
-        qkv = self.placed(qkv, rope)
         owner, (B, L) = type(self).__name__, qkv.shape[:2]
         mask, valid = split_mask(mask, B, L, owner)
         if valid is not None:
@@ -72,17 +76,23 @@ class Int8Attention(nn.Module):
             attend = partial(self.attend, is_causal=self.spec.is_causal)
             y = by_valid_tokens(qkv, valid, attend, torch.zeros_like(qkv[..., : qkv.shape[2] // 3]))
         else:
-            y = self.attend(qkv, is_causal=self.spec.is_causal or is_causal(mask, L, owner))
+            causal = self.spec.is_causal or is_causal(mask, L, owner)
+            y = self.attend(qkv, is_causal=causal, rope=rope)
         y = y.transpose(0, 1) if self.is_sequence_first else y
         if self.spec.inner_norm is not None:
             y = self._child(self.spec.inner_norm)(y)
         return cast(Tensor, self._child(self.spec.out_proj.path)(y))
 
-    def attend(self, qkv: Tensor, *, is_causal: bool) -> Tensor:
-        """softmax(Q K^T / sqrt(d)) V: [B, L, 3 H d] -> [B, L, H d]."""
+    def attend(self, qkv: Tensor, *, is_causal: bool, rope: Any = None) -> Tensor:
+        """softmax(Q K^T / sqrt(d)) V, queries and keys normed and rotated where the spec says so:
+        [B, L, 3 H d] -> [B, L, H d].
+        """
+        table = self._table(rope)
+        if not self.is_int8 or table is None:
+            qkv = self._placed(qkv, rope)
         if self.is_int8:
             return operators(self.backend).int8_attention(  # type: ignore[no-any-return]
-                qkv, num_heads=self.num_heads, causal=is_causal
+                qkv, num_heads=self.num_heads, causal=is_causal, rope=table
             )
         B, L, width = qkv.shape
         heads = qkv.view(B, L, 3, self.num_heads, width // (3 * self.num_heads))
@@ -94,8 +104,17 @@ class Int8Attention(nn.Module):
         """By its path in the block."""
         return self.get_submodule(path.removeprefix(f"{self.spec.path}."))
 
-    def placed(self, qkv: Tensor, rope: Any = None) -> Tensor:
-        """Queries and keys normed per head and rotated, where they are: [B, L, 3 H d]."""
+    def _table(self, rope: Any) -> Tensor | None:
+        """The angles as int8_attention takes them, where it is to rotate."""
+        if self.spec.rope is None or rope is None or self.spec.rope.layout != "half":
+            return None
+        if self.spec.q_norm is not None or self.spec.k_norm is not None:
+            return None
+        sin, cos = sines_and_cosines(rope)
+        return rope_operand(cos, sin, is_interleaved=self.has_interleaved_angles)
+
+    def _placed(self, qkv: Tensor, rope: Any = None) -> Tensor:
+        """The same by torch: [B, L, 3 H d] -> [B, L, 3 H d]."""
         is_rotated = self.spec.rope is not None and rope is not None
         if not is_rotated and self.spec.q_norm is None and self.spec.k_norm is None:
             return qkv
@@ -104,7 +123,10 @@ class Int8Attention(nn.Module):
         q = q if self.spec.q_norm is None else self._child(self.spec.q_norm)(q)
         k = k if self.spec.k_norm is None else self._child(self.spec.k_norm)(k)
         if self.spec.rope is not None and rope is not None:
-            q, k = (rotated(each, rope, self.spec.rope) for each in (q, k))
+            sin, cos = sines_and_cosines(rope)
+            if self.has_interleaved_angles:
+                cos, sin = rope_operand(cos, sin, is_interleaved=True)
+            q, k = (rotated(each, (cos, sin), self.spec.rope) for each in (q, k))
         return torch.stack([q, k, v], dim=2).view(qkv.shape)
 
 
@@ -139,7 +161,7 @@ def rotated(x: Tensor, rope: Any, spec: Rope) -> Tensor:
         first, as timm has it.
       spec: which tokens and which pairs.
     """
-    sin, cos = rope.chunk(2, -1) if isinstance(rope, Tensor) else (rope[1], rope[0])
+    sin, cos = sines_and_cosines(rope)
     cos, sin = (each.reshape(-1, 1, each.shape[-1]).float() for each in (cos, sin))
     prefix, patches = x[:, : spec.prefix], x[:, spec.prefix :].float()
     if spec.layout == "half":
@@ -157,6 +179,12 @@ def require_no_rope(rope: Any, owner: str) -> None:
             f"{owner}: attention_mask must be None with rotary positions, got one; use the float"
             " model (lraee.restore)"
         )
+
+
+def sines_and_cosines(rope: Any) -> tuple[Tensor, Tensor]:
+    """[R, d] each, of a pair of cosines and sines, or of one tensor [R, 2 d], sines first."""
+    sin, cos = rope.chunk(2, -1) if isinstance(rope, Tensor) else (rope[1], rope[0])
+    return sin.reshape(-1, sin.shape[-1]), cos.reshape(-1, cos.shape[-1])
 
 
 def is_causal(attn_mask: Tensor | None, L: int, owner: str = "Int8Block") -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lraee.kernels.operands import BlockOperands, Norm
 from lraee.layers.composed import Composed
+from lraee.layers.gradients import without_gradient
 from lraee.layers.int8_attention import Int8Attention, is_causal, require_no_rope
 from lraee.layers.int8_linear import Int8Linear, packed_linear
 from lraee.layers.modules import Adapter, is_hooked
@@ -56,6 +57,20 @@ class Int8Block(Adapter):
         """
         call = self.block_spec.call
         x, mask, rope = call.read("Int8Block", args, named)
+        result = self._forward(x, mask, rope, args, named)
+        if isinstance(result, tuple):
+            return (without_gradient(result[0], (x,)), *result[1:])
+        return without_gradient(result, (x,))
+
+    def _forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rope: Any,
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> Any:
+        call = self.block_spec.call
         wiring = self._wired() if self.can_fuse else None
         if wiring is None or wiring.has_hooks():
             return self._forward_by_child(x, mask, args, named)
@@ -111,9 +126,8 @@ class Int8Block(Adapter):
     ) -> Any:
         """The float class's forward: the attention and the linears in it are int8."""
         call = self.block_spec.call
-        if (
-            mask is not None and mask.dtype == torch.bool and mask.dim() == 2
-        ):  # libraries add a mask to the scores
+        # libraries add a mask of two dimensions to the scores
+        if mask is not None and mask.dtype == torch.bool and mask.dim() == 2:
             L = call.by_image(x).shape[1]
             hidden = torch.zeros(mask.shape, dtype=x.dtype, device=mask.device)
             named = {**dict(zip(call.parameters, args, strict=False)), **named}

@@ -1,12 +1,14 @@
 """A linear layer whose weight is int8."""
 
 from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lraee.kernels.operands import PackedLinear
+from lraee.layers.gradients import without_gradient
 from lraee.layers.scheme import Rounding, quantize_activation
 from lraee.ops.backend import Backend, operators, require_backend
 from lraee.ops.checked import Activation
@@ -68,7 +70,7 @@ class Int8Linear(nn.Module):
         """Any float type [..., K] -> the same type [..., N]."""
         rows = x.reshape(-1, self.in_features)
         y = self.multiply(self.quantize(rows), out_dtype=x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return without_gradient(y.view(*x.shape[:-1], self.out_features), (x,))
 
     def quantize(self, x: Tensor) -> Quantized:
         """Rows [M, K] of this layer's input, in int8."""
@@ -183,6 +185,33 @@ class Int8Linear(nn.Module):
         self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
 
 
+def to_other_process(linear: Int8Linear) -> tuple[Any, ...]:
+    """How a linear reaches a process that multiprocessing starts.
+
+    A tensor made while pickling would be freed before that process opens its file, so the packed
+    weight goes as it lies here; scales and bias go by value, since a process takes no more than
+    some 250 open files. A weight on another device is shared as torch shares it.
+    """
+    state = dict(linear.__dict__)
+    buffers = dict(linear._buffers)
+    small = {
+        name: held.numpy()
+        for name, held in buffers.items()
+        if name != "w" and held is not None and held.device.type == "cpu" and name != "like"
+    }
+    state["_buffers"] = {name: held for name, held in buffers.items() if name not in small}
+    return _from_other_process, (type(linear), state, small, list(buffers))
+
+
+def _from_other_process(
+    kind: type[Int8Linear], state: dict[str, Any], small: dict[str, Any], order: list[str]
+) -> Int8Linear:
+    held = {**state["_buffers"], **{name: torch.from_numpy(v) for name, v in small.items()}}
+    linear = kind.__new__(kind)
+    nn.Module.__setstate__(linear, {**state, "_buffers": {name: held[name] for name in order}})  # type: ignore[no-untyped-call]
+    return linear
+
+
 def packed_linear(
     buffers: Mapping[str, Tensor | None], layer_scale: Tensor | None = None
 ) -> PackedLinear:
@@ -195,3 +224,6 @@ def uncast(fn: Callable[[Tensor], Tensor], constant: Tensor) -> Tensor:
     """fn(constant) if fn moves it; the same numbers if fn casts it."""
     applied = fn(constant)
     return applied if applied.dtype == constant.dtype else constant.to(applied.device)
+
+
+ForkingPickler.register(Int8Linear, to_other_process)

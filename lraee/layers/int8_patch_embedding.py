@@ -1,12 +1,14 @@
 """The patch embedding in int8: each patch is a row with its own scale, the convolution a linear."""
 
+from multiprocessing.reduction import ForkingPickler
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lraee.layers.batch_invariant import by_patch, is_by_patch, output_dtype
-from lraee.layers.int8_linear import Int8Linear
+from lraee.layers.gradients import without_gradient
+from lraee.layers.int8_linear import Int8Linear, to_other_process
 from lraee.ops.backend import Backend
 
 
@@ -54,16 +56,20 @@ class Int8PatchEmbedding(Int8Linear):
         if input.dtype != self.dtype and not is_autocast:
             raise ValueError(f"{self.name}: images must be {self.dtype}, got {input.dtype}")
         out_dtype = output_dtype(input)
-        return by_patch(
+        y = by_patch(
             input,
             self.kernel_size,
             lambda x: self.multiply(self.quantize(x), out_dtype=out_dtype),
         )
+        return without_gradient(y, (input,))
 
     @property
     def weight(self) -> Tensor:
         """The weight as numbers [D, C, kernel height, kernel width]; made anew at each call."""
         return super().weight.view(self.out_channels, self.in_channels, *self.kernel_size)
+
+
+ForkingPickler.register(Int8PatchEmbedding, to_other_process)
 
 
 def require_by_patch(embedding: nn.Module, name: str) -> None:

@@ -33,8 +33,10 @@ from lraee.ops.backend import Backend, implementation, require_backend
 from lraee.towers import runner
 from lraee.towers import text as texts
 from lraee.towers.families import (
+    as_input,
     block_specs,
     blocks_of,
+    device_of,
     encode_image,
     find_tower,
     int8_linears,
@@ -119,8 +121,7 @@ def accelerate(
             raise
     if exits is not None:
         add_exits(fast, exits)
-    device = next(tower.parameters()).device
-    _log_result(find_tower(fast), implementation(backend, device))
+    _log_result(find_tower(fast), implementation(backend, device_of(tower)))
     return fast
 
 
@@ -170,8 +171,8 @@ def add_exits(model: nn.Module, exits: Exits) -> None:
     """Gives an accelerated model early exits, and the method set_classes."""
     tower = find_tower(model)
     record = cast(Acceleration, acceleration_of(model))
-    device = next(tower.parameters()).device
-    runner.attach_exits(tower, exits.router(backend=record.backend, device=device))
+    router = exits.router(backend=record.backend, device=device_of(tower))
+    runner.attach_exits(tower, router)
     set_record(tower, replace(record, exits=exits))
     for module in {model, tower}:
         module.__dict__["set_classes"] = ClassSetter(module)
@@ -193,7 +194,7 @@ def checked_tower(
     require_own_weights(tower)
     of_text = () if text is None else texts.linear_shapes(texts.require_text(model))
     require_supported(tower, scheme, of_text)
-    require_backend(backend, next(tower.parameters()).device)
+    require_backend(backend, device_of(tower))
     return tower
 
 
@@ -278,10 +279,9 @@ def _swaps(
 
 def _encode(model: nn.Module, images: Tensor) -> Tensor:
     """Embeddings [n, ...] of preprocessed images."""
-    like = next(find_tower(model).parameters())
     with torch.no_grad():
         parts = torch.split(images, _CHECK_BATCH)
-        return torch.cat([encode_image(model, part.to(like)) for part in parts])
+        return torch.cat([encode_image(model, as_input(model, part)) for part in parts])
 
 
 def _log_result(tower: nn.Module, name: str) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lraee.exits.bundle import Exits
-from lraee.layers.int8_block import TRAIN_REFUSED
+from lraee.layers.int8_block import TRAIN_REFUSED, Int8Block
+from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.modules import T, Take, put_module
 from lraee.layers.scheme import Scheme
+from lraee.layers.spec import tensor_at
 from lraee.model.text import TextRecord
 from lraee.ops.backend import Backend
 from lraee.towers import runner
@@ -55,10 +58,24 @@ def acceleration_of(model: nn.Module) -> Acceleration | None:
     return cast(Acceleration | None, getattr(find_tower(model), _ATTRIBUTE, None))
 
 
+def replaced_paths(tower: nn.Module, scheme: Scheme) -> list[str]:
+    """Where the scheme replaces: the blocks, and last the patch embedding where it is int8."""
+    spec = tower_spec(tower)
+    paths = [f"{spec.blocks}.{i}" for i in range(len(blocks_of(tower)))]
+    return [*paths, *([spec.patch_embedding.path] if scheme.patch_embedding == "int8" else [])]
+
+
 def replaced_parts(tower: nn.Module, scheme: Scheme) -> list[nn.Module]:
-    """What the scheme replaces: the blocks, and last the patch embedding where it is int8."""
-    embedding = tower.get_submodule(tower_spec(tower).patch_embedding.path)
-    return [*blocks_of(tower), *([embedding] if scheme.patch_embedding == "int8" else [])]
+    """What the scheme replaces, in the order of replaced_paths."""
+    return [tower.get_submodule(path) for path in replaced_paths(tower, scheme)]
+
+
+def weight_dtypes(part: nn.Module, skeleton: nn.Module) -> tuple[torch.dtype, torch.dtype]:
+    """The float type that an int8 part computes for now, and that of the float part's weights."""
+    if isinstance(part, Int8Block):
+        weight = part.block_spec.mlp.fc1.parts[0].weight
+        return part.get_weight_dtype(), tensor_at(skeleton, weight).dtype
+    return cast(Int8Linear, part).dtype, cast(nn.Linear, skeleton).weight.dtype
 
 
 def copier(memo: dict[int, Any]) -> Take:

@@ -7,11 +7,11 @@ that is cut off leaves the checkpoint that was there before, see lraee.sealed.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,18 @@ from torch import Tensor, nn
 from lraee.exits import serialization
 from lraee.exits.bundle import Exits, one_class
 from lraee.model.accelerate import add_exits, assemble, checked_tower
-from lraee.model.acceleration import Acceleration, acceleration_of
+from lraee.model.acceleration import (
+    Acceleration,
+    acceleration_of,
+    replaced_parts,
+    weight_dtypes,
+)
 from lraee.ops.backend import Backend
 from lraee.storage import sealed
 from lraee.storage.files import require
 from lraee.storage.schema import DIGEST, NAME, Nullable, Record, Spec, Specs, Table, choice, sized
 from lraee.towers import text as texts
-from lraee.towers.families import blocks_of, find_tower, int8_linears, int8_shapes, linear_shapes
+from lraee.towers.families import find_tower, int8_linears, int8_shapes, linear_shapes
 from lraee.towers.runner import exits_of
 from lraee.towers.state import tower_hash
 from lraee.towers.text import find_text
@@ -81,11 +86,11 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if record is None:
         raise ValueError("save: model must be accelerated, got a float one")
     tower = find_tower(model)
-    _require_dtype(blocks_of(tower), record.skeletons)
+    _require_uncast(replaced_parts(tower, record.scheme), record.skeletons)
     linears = int8_linears(tower)
     text = find_text(model)
     if text is not None and record.text is not None:
-        _require_dtype(text.blocks, record.text.skeletons)
+        _require_uncast(text.blocks, record.text.skeletons)
         linears |= texts.int8_linears(text)
     tensors = {
         f"{name}.{own}": sealed.own_copy(getattr(linear, own))
@@ -111,16 +116,18 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     )
 
 
-def _require_dtype(blocks: nn.ModuleList, skeletons: Sequence[nn.Module]) -> None:
-    """Raises ValueError unless the blocks compute for the type of the float ones."""
-    # not strict: the skeletons may end in that of the patch embedding
-    for block, skeleton in zip(blocks, skeletons, strict=False):
-        dtype, base = cast(Any, block).get_weight_dtype(), next(skeleton.parameters()).dtype
-        if dtype != base:
-            raise ValueError(
-                f"save: model must be of the type it was accelerated in, {base}, got {dtype};"
-                " accelerate again from the model of that type"
-            )
+def _require_uncast(parts: Iterable[nn.Module], skeletons: Sequence[nn.Module]) -> None:
+    """Raises ValueError where the model was cast after it was accelerated."""
+    for part, skeleton in zip(parts, skeletons, strict=True):
+        base = {name: parameter.dtype for name, parameter in skeleton.named_parameters()}
+        pairs = [(p.dtype, base.get(name, p.dtype)) for name, p in part.named_parameters()]
+        pairs.append(weight_dtypes(part, skeleton))
+        for dtype, expected in pairs:
+            if dtype != expected:
+                raise ValueError(
+                    f"save: model must be of the type it was accelerated in, {expected}, got"
+                    f" {dtype}; accelerate again from the model of that type"
+                )
 
 
 def _current_exits(tower: nn.Module, record: Acceleration) -> Exits | None:

@@ -14,10 +14,12 @@ from lraee.model.acceleration import (
     copier,
     mark_float,
     replaced_parts,
+    replaced_paths,
+    weight_dtypes,
 )
 from lraee.model.text import base_weights
 from lraee.towers import runner
-from lraee.towers.families import family_of, find_tower, tower_spec
+from lraee.towers.families import device_of, family_of, find_tower, tower_spec
 from lraee.towers.state import tower_hash
 from lraee.towers.text import TextTower, find_text
 
@@ -29,7 +31,8 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
 
     The fast model holds no float weights. They come from the original model, if it is still alive
     and was not changed, or from `base`. All that accelerate copied (a float text tower, logit
-    scale) is copied from the fast model.
+    scale) is copied from the fast model. Where the fast model was cast since, the towers are cast
+    likewise.
 
     Args:
       model: an accelerated model; it stays as it is.
@@ -59,10 +62,14 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
         text_blocks = _float_shells(fast_blocks, record.text.skeletons, memo)
     result = copy.deepcopy(model, memo)
     runner.detach_exits(find_tower(result))
-    device = next(fast_tower.parameters()).device
-    _load(find_tower(result), weights, device)
-    if text is not None:
-        _load(cast(TextTower, find_text(result)).blocks, text, device)
+    device = device_of(fast_tower)
+    dtypes = _dtypes(fast_tower, replaced_paths(fast_tower, record.scheme), record.skeletons)
+    _load(find_tower(result), weights, device, dtypes)
+    if text is not None and record.text is not None:
+        fast_blocks = cast(TextTower, find_text(model)).blocks
+        paths = [str(i) for i in range(len(fast_blocks))]
+        dtypes = _dtypes(fast_blocks, paths, record.text.skeletons)
+        _load(cast(TextTower, find_text(result)).blocks, text, device, dtypes)
     mark_float(result, parts, text_blocks)
     return result
 
@@ -78,9 +85,35 @@ def _float_shells(
     return parts
 
 
-def _load(module: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    copies = {name: tensor.detach().to(device, copy=True) for name, tensor in weights.items()}
+def _load(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+) -> None:
+    copies = {
+        name: tensor.detach().to(device, dtypes.get(name), copy=True)
+        for name, tensor in weights.items()
+    }
     module.load_state_dict(copies, assign=True)
+
+
+def _dtypes(
+    fast: nn.Module, paths: Sequence[str], skeletons: Sequence[nn.Module]
+) -> dict[str, torch.dtype]:
+    """The types of the float module's parameters, by name, after the casts of the fast one.
+
+    A parameter that the fast module holds has that one's type; one that it replaced has the type
+    that the int8 part computes for, if the part was cast, and else its own.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for path, skeleton in zip(paths, skeletons, strict=True):
+        now, before = weight_dtypes(fast.get_submodule(path), skeleton)
+        if now != before:
+            dtypes |= {f"{path}.{name}": now for name, _ in skeleton.named_parameters()}
+    return dtypes | {
+        name: tensor.dtype for name, tensor in fast.named_parameters() if tensor.is_floating_point()
+    }
 
 
 def _base_weights(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.router import Router
-from lraee.towers.families import can_encode_text, encode_text, find_tower
+from lraee.towers.families import can_encode_text, device_of, encode_text, find_tower
 from lraee.towers.runner import exits_of
 
 
@@ -85,6 +85,6 @@ def _encode_texts(
             "set_classes: tokenizer must be given with texts, and the model have encode_text; or"
             " give text features [K, E]"
         )
-    tokens = tokenizer(list(texts)).to(next(model.parameters()).device)
+    tokens = tokenizer(list(texts)).to(device_of(model))
     with torch.no_grad():
         return encode_text(model, tokens)

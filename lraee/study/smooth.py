@@ -17,6 +17,7 @@ from lraee.layers.spec import BlockSpec, tensor_at
 from lraee.model.accelerate import accelerate
 from lraee.model.fidelity import compare
 from lraee.towers.families import (
+    as_input,
     block_specs,
     blocks_of,
     encode_image,
@@ -151,9 +152,5 @@ def _largest(
 @torch.no_grad()
 def _embeddings(model: nn.Module, images: Tensor) -> Tensor:
     """Unit embeddings float32 [n, E]."""
-    like = next(model.parameters())
-    parts = [
-        encode_image(model, part.to(like.device, like.dtype))
-        for part in torch.split(images, _BATCH)
-    ]
+    parts = [encode_image(model, as_input(model, part)) for part in torch.split(images, _BATCH)]
     return F.normalize(torch.cat(parts).float(), dim=1)

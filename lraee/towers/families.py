@@ -186,9 +186,47 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     return tower_spec(find_tower(model)).image_size
 
 
+def embedding_size(tower: nn.Module) -> int:
+    """E of a tower that projects one vector per image.
+
+    Raises: NotImplementedError on another one.
+    """
+    spec = tower_spec(tower)
+    if spec.embedding_size is None:
+        raise NotImplementedError(
+            f"exits: the tower must be {spec.family}'s own {spec.float_class.__name__} with one"
+            f" projected vector per image, got {type(tower).__name__} with pooling"
+            f" {spec.pooling.kind!r}"
+        )
+    return spec.embedding_size
+
+
 def embed_tokens(tower: nn.Module, images: Tensor) -> Tensor:
     """Tokens [B, L, D] before the first block of a tower, float or accelerated."""
     return family_of(tower).embed(tower, images)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's image tower, float or accelerated."""
+    return next(find_tower(model).parameters()).device
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The float type that the model's image tower computes in: that of its patch embedding.
+
+    Norms may have another one (open_clip keeps them float32 in "fp16" and "bf16"), so no other
+    parameter tells it.
+    """
+    tower = find_tower(model)
+    embedding = tower.get_submodule(tower_spec(tower).patch_embedding.path)
+    if isinstance(embedding, Int8Linear):
+        return embedding.dtype
+    return next(p.dtype for p in embedding.parameters() if p.is_floating_point())
+
+
+def as_input(model: nn.Module, images: Tensor) -> Tensor:
+    """The images on the device and in the type that the model's image tower takes."""
+    return images.to(device_of(model), compute_dtype(model))
 
 
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:

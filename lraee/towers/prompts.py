@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lraee.data.sources import DataError
-from lraee.towers.families import encode_text
+from lraee.towers.families import device_of, encode_text
 
 # The zero-shot figures of lraee-tiny use every tenth of CLIP's 80 templates: 8 of them.
 Template = Callable[[str], str]
@@ -40,7 +40,7 @@ def class_features(
 
     Returns: float32 [K, E] on the model's device.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows: list[Tensor] = []
     for start in tqdm(range(0, len(names), batch), desc="texts", disable=not progress, leave=False):
         chunk = names[start : start + batch]

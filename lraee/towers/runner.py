@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -11,6 +12,7 @@ from lraee.exits.head import Int8Head
 from lraee.exits.record import is_switched_off
 from lraee.exits.router import Router
 from lraee.layers.batch_invariant import RowwiseConv2d, RowwiseLinear, rowwise_linear
+from lraee.layers.gradients import without_gradient
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.modules import Adapter, adopt, is_hooked, release
 from lraee.layers.pooling import RowwiseAttention
@@ -18,7 +20,8 @@ from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
 from lraee.towers import cuda_graphs as graphs
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
-from lraee.towers.families import blocks_of, family_of, tower_spec
+from lraee.towers.families import blocks_of, embedding_size, family_of, tower_spec
+from lraee.towers.refusals import require_no_script, require_numbers
 from lraee.towers.segments import Segments, TowerParts
 from lraee.towers.spec import TowerSpec
 
@@ -90,6 +93,13 @@ class RowwiseTower(Adapter):
 
     def embed_images(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
+        require_no_script()
+        return without_gradient(self._embed_images(x), chain((x,), self.parameters()))
+
+    def _embed_images(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and x.shape[0] == 0:  # which libraries' own reshapes cannot tell
+            one = x.new_zeros(1, *x.shape[1:])
+            return self._run(None, one, EagerExecutor(self))[:0]
         router = self._active_router(x)
         if self._is_for_graphs(x):
             with graphs.of(self, x.device) as held:
@@ -114,6 +124,7 @@ class RowwiseTower(Adapter):
             return None
         if router is not None:
             require_no_tokens(self)
+            require_numbers(x)
         return router
 
     # Parts of segments
@@ -357,21 +368,6 @@ def require_no_tokens(tower: nn.Module) -> None:
             " some: images pass its blocks at different depths; hook the blocks, or use"
             " lraee.full_depth"
         )
-
-
-def embedding_size(tower: nn.Module) -> int:
-    """E of a tower that projects one vector per image.
-
-    Raises: NotImplementedError on another one.
-    """
-    spec = tower_spec(tower)
-    if spec.embedding_size is None:
-        raise NotImplementedError(
-            f"exits: the tower must be {spec.family}'s own {spec.float_class.__name__} with one"
-            f" projected vector per image, got {type(tower).__name__} with pooling"
-            f" {spec.pooling.kind!r}"
-        )
-    return spec.embedding_size
 
 
 def require_exits_fit(tower: nn.Module, router: Router) -> None:

@@ -14,14 +14,14 @@ it: no token before them sees them. Two rules say where a batch is cut:
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
-from lraee.layers.modules import is_hooked
+from lraee.layers.modules import Adapter, is_hooked, subclass
 from lraee.layers.spec import BlockSpec
 from lraee.ops.backend import Backend
 from lraee.towers.families import supported_linears
@@ -179,9 +179,9 @@ def text_refusal(model: nn.Module) -> str:
 
 
 class TextEncoder:
-    """`encode_text` of an accelerated model, or `forward` of its text tower.
+    """`encode_text` of an accelerated model, or what `forward` of its text tower calls (CutText).
 
-    An attribute of the instance, since the model keeps its own class. It holds its module weakly,
+    An attribute of the instance, since a model keeps its own class. It holds its module weakly,
     so that an accelerated model is freed as soon as a float one.
 
     Args:
@@ -215,7 +215,7 @@ class TextEncoder:
         return nn.functional.normalize(y, dim=-1) if is_normalized else y
 
     def _as_before(self, owner: nn.Module, text: Tensor, args: Any, named: Any) -> Any:
-        return getattr(type(owner), self.spec.method)(owner, text, *args, **named)
+        return getattr(class_of(owner), self.spec.method)(owner, text, *args, **named)
 
     def _fits(self, text: Any) -> bool:
         """Whether these are token ids that the tower takes; the library says what else is wrong.
@@ -295,19 +295,49 @@ def _is_hooked_inside(module: nn.Module | None) -> bool:
     return is_hooked(module) or any(map(_is_hooked_inside, module._modules.values()))
 
 
+class CutText(Adapter):
+    """A text tower's class, whose forward is that of its TextEncoder.
+
+    A class, and no attribute of the instance: torch.compile looks at no other forward.
+    """
+
+    adapter_prefix: ClassVar[str] = "Cut"
+    text_encoder: TextEncoder
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Token ids [B, L] -> embeddings [B, E]."""
+        return self.text_encoder(*args, **named)
+
+
+def class_of(owner: nn.Module) -> type[nn.Module]:
+    """The library's class of a module that holds a text tower's parts, float or accelerated."""
+    return owner._classes[1] if isinstance(owner, CutText) else type(owner)
+
+
 def attach(model: nn.Module, backend: Backend | None) -> None:
     """Gives an accelerated model its TextEncoder, where that does more than the model's own."""
     tower = find_text(model)
-    if tower is not None and (backend is not None or tower.spec.is_cut):
-        encoder = TextEncoder(tower.owner, tower.spec, backend)
-        tower.owner.__dict__[tower.spec.method] = encoder
+    if tower is None or (backend is None and not tower.spec.is_cut):
+        return
+    owner, encoder = tower.owner, TextEncoder(tower.owner, tower.spec, backend)
+    if tower.spec.method == "encode_text":
+        owner.__dict__["encode_text"] = encoder
+    elif not isinstance(owner, CutText):
+        owner.__class__ = subclass(CutText, type(owner))
+        owner.__dict__["text_encoder"] = encoder
 
 
 def detach(model: nn.Module) -> None:
     """The way back from attach; nothing where there is none."""
     tower = find_text(model)
-    if tower is not None and isinstance(tower.owner.__dict__.get(tower.spec.method), TextEncoder):
-        del tower.owner.__dict__[tower.spec.method]
+    if tower is None:
+        return
+    owner = tower.owner
+    if isinstance(owner, CutText):
+        owner.__class__ = class_of(owner)  # type: ignore[assignment]
+        del owner.__dict__["text_encoder"]
+    elif isinstance(owner.__dict__.get("encode_text"), TextEncoder):
+        del owner.__dict__["encode_text"]
 
 
 # What the scheme quantizes

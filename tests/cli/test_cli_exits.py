@@ -97,6 +97,17 @@ def test_from_photos_to_a_report(data: tuple[Path, Path], tmp_path: Path) -> Non
     assert "float's first in first 1, %" in result.stdout and "FLOPs saved, %" in result.stdout
 
 
+def test_rows_of_an_int8_text_tower(data: tuple[Path, Path], tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--no-progress", "--scheme", "int8", "--limit", 6, "--out", report)
+    result = run("evaluate", "--data", data[0], "--classes", data[1], "--text", "int8", *options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(report.read_text())["rows"]
+    forms = ["float", "int8", "float, text int8", "int8, text int8"]
+    assert [row["scheme"] for row in rows] == forms
+    assert rows[2]["cosine_mean"] == rows[0]["cosine_mean"] and rows[2]["agreement"] >= 80
+
+
 def test_class_free(data: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "exits"
     result = calibrate(data, out, "--class-free", "--budget", 0.9, "--batch", 20)

@@ -70,6 +70,8 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
 def test_an_unknown_scheme_is_wrong_usage(data: tuple[Path, Path]) -> None:
     result = run("evaluate", "--data", data[0], "--classes", data[1], "--scheme", "int4")
     assert result.exit_code == 2 and "int4" in result.stderr
+    result = run("evaluate", "--data", data[0], "--classes", data[1], "--text", "int4")
+    assert result.exit_code == 2 and "int4" in result.stderr
 
 
 def test_user_mistakes_are_one_line(data: tuple[Path, Path], tmp_path: Path) -> None:

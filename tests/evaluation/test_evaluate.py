@@ -83,6 +83,21 @@ def test_figures_by_hand() -> None:
     assert base.not_finite == fast.not_finite == 0
 
 
+def test_other_class_texts_are_rows_of_their_own() -> None:
+    floats = rows_of([[1, 0.1], [0.1, 1], [1, 0.2], [-1, 0.1]])
+    classes = rows_of([[1.0, 0.0], [0.0, 1.0]])
+    hand = embedded_by_hand(floats, floats, [0, 1, 1, None])
+    turned = rows_of([[1.0, 0.0], [0.0, -1.0]])  # float's second answer is lost
+    texts = {"text": ("float", turned), "int8, text": ("int8", classes)}
+    base, int8, other, same = compare(hand, models(), classes, texts)
+    assert [row.scheme for row in (base, int8, other, same)] == [
+        "float", "int8", "text", "int8, text",
+    ]  # fmt: skip
+    assert base.top1 == same.top1 == pytest.approx(200 / 3) and other.top1 == pytest.approx(100 / 3)
+    assert other.agreement == 75 and same.agreement == 100
+    assert (other.time_ms, same.time_ms) == (base.time_ms, int8.time_ms)
+
+
 def test_nan_embeddings_agree_with_nothing() -> None:
     floats = rows_of([[1, 0.1], [1, 0.3], [0.1, 1]])
     broken = floats.clone()

@@ -10,7 +10,7 @@ from lraee.data.sources import DataError
 from lraee.model.accelerate import accelerate
 from lraee.serving.embed_model import Choice, PhotoModel, TextModel
 from lraee.zoo.opening import open_model
-from tests.exits.made_exits import make_exits
+from tests.exits.random_exits import make_exits
 from tests.image_files import encoded
 
 CHOICE = Choice("lraee-tiny", "0")

@@ -190,7 +190,7 @@ def test_towers_that_give_more_than_one_vector(variant: str) -> None:
     with pytest.raises(
         NotImplementedError, match="^exits: the tower must be open_clip's own VisionTransformer"
     ):
-        vision.embedding_size(tower)
+        embedding_size(tower)
 
 
 @torch.no_grad()

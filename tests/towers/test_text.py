@@ -230,7 +230,8 @@ def test_int8_agrees_with_float(variant: dict[str, Any]) -> None:
     assert cosine.min() > 0.998
     tower = find_text(fast)
     assert tower is not None and all(block.can_fuse for block in tower.blocks)
-    assert isinstance(tower.owner.__dict__[tower.spec.method], TextEncoder)
+    name = {"encode_text": "encode_text", "forward": "text_encoder"}[tower.spec.method]
+    assert isinstance(tower.owner.__dict__[name], TextEncoder)
 
 
 def test_intermediates_run_in_int8() -> None:
@@ -240,3 +241,13 @@ def test_intermediates_run_in_int8() -> None:
         expected = model.forward_intermediates(text=ids)["text_features"]
         found = fast.forward_intermediates(text=ids)["text_features"]
     assert nn.functional.cosine_similarity(found, expected).min() > 0.998
+
+
+@pytest.mark.parametrize("text", [None, "int8"])
+@pytest.mark.parametrize("variant", [FLAT, CUSTOM], ids=["flat", "custom"])
+def test_compiled(variant: dict[str, Any], text: str | None) -> None:
+    fast, ids = lraee.accelerate(make_model(**variant), text=text), make_prompts([5, 9, 3])
+    compiled = torch.compile(fast, backend="eager")
+    with torch.no_grad():
+        found, expected = compiled(None, ids)[1], fast(None, ids)[1]
+    assert_within(found, expected, TEXT_BOUND if text is None else 0.0)
