@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import lraee
 from bench.coverage_cases import LIBRARIES, Case, pictures
 from lraee.storage.json import write_json
+from lraee.towers.families import encode_image
 
 SCHEMA = "lraee.models/1"
 MOST_ERROR = 0.1
@@ -89,9 +90,7 @@ def _checks(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> Iterable
 
 
 def _embedding(model: nn.Module, x: Tensor) -> Tensor:
-    result: Any = getattr(model, "encode_image", model)(x)
-    result = result[0] if isinstance(result, tuple) else result
-    return result.float()  # type: ignore[no-any-return]
+    return encode_image(model, x).float()
 
 
 def _short(line: str) -> str:

@@ -18,7 +18,8 @@ import torch
 from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
-from lraee.towers.families import blocks_of
+from bench.coverage_hugging_face import models as hugging_face_models
+from lraee.towers.families import blocks_of, find_tower
 
 Build = Callable[[int | None], nn.Module]
 """How many blocks to keep, None for all -> the float model in eval mode."""
@@ -130,9 +131,22 @@ def timm_cases() -> Iterator[Case]:
             yield Case("timm", family, name, build, (size, size))
 
 
+def hugging_face_cases() -> Iterator[Case]:
+    """transformers' vision models, at published sizes."""
+    for model, make in hugging_face_models():
+
+        def build(depth: int | None, make: Build = make) -> nn.Module:
+            result = make(depth).requires_grad_(False)
+            stir(find_tower(result))
+            return result
+
+        yield Case("transformers", model.family, model.title, build, model.image_size)
+
+
 LIBRARIES: dict[str, Callable[[], Iterator[Case]]] = {
     "open_clip": open_clip_cases,
     "timm": timm_cases,
+    "transformers": hugging_face_cases,
 }
 
 

@@ -173,12 +173,6 @@ def rotated(x: Tensor, rope: Any, spec: Rope) -> Tensor:
     return torch.cat([prefix, (patches * cos + turned * sin).to(x.dtype)], dim=1)
 
 
-def sines_and_cosines(rope: Any) -> tuple[Tensor, Tensor]:
-    """[R, d] each, of a pair of cosines and sines, or of one tensor [R, 2 d], sines first."""
-    sin, cos = rope.chunk(2, -1) if isinstance(rope, Tensor) else (rope[1], rope[0])
-    return sin.reshape(-1, sin.shape[-1]), cos.reshape(-1, cos.shape[-1])
-
-
 def require_no_rope(rope: Any, owner: str) -> None:
     """Raises NotImplementedError where tokens that are left out have rotary positions."""
     if rope is not None:
@@ -186,6 +180,12 @@ def require_no_rope(rope: Any, owner: str) -> None:
             f"{owner}: attention_mask must be None with rotary positions, got one; use the float"
             " model (lraee.restore)"
         )
+
+
+def sines_and_cosines(rope: Any) -> tuple[Tensor, Tensor]:
+    """[R, d] each, of a pair of cosines and sines, or of one tensor [R, 2 d], sines first."""
+    sin, cos = rope.chunk(2, -1) if isinstance(rope, Tensor) else (rope[1], rope[0])
+    return sin.reshape(-1, sin.shape[-1]), cos.reshape(-1, cos.shape[-1])
 
 
 def is_causal(attn_mask: Tensor | None, L: int, owner: str = "Int8Block") -> bool:

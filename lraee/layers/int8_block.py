@@ -126,9 +126,8 @@ class Int8Block(Adapter):
     ) -> Any:
         """The float class's forward: the attention and the linears in it are int8."""
         call = self.block_spec.call
-        if (
-            mask is not None and mask.dtype == torch.bool and mask.dim() == 2
-        ):  # libraries add a mask to the scores
+        # libraries add a mask of two dimensions to the scores
+        if mask is not None and mask.dtype == torch.bool and mask.dim() == 2:
             L = call.by_image(x).shape[1]
             hidden = torch.zeros(mask.shape, dtype=x.dtype, device=mask.device)
             named = {**dict(zip(call.parameters, args, strict=False)), **named}
