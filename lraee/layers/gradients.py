@@ -24,7 +24,7 @@ def _raise(gradient: Tensor, shape: list[int]) -> Tensor:
 _library.impl("no_gradient", _raise, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-@register_fake("lraee::no_gradient", lib=_library)
+@register_fake("lraee::no_gradient", lib=_library)  # type: ignore[untyped-decorator]
 def _fake(gradient: Tensor, shape: list[int]) -> Tensor:
     return gradient.new_empty(shape)
 
@@ -61,5 +61,5 @@ def without_gradient(result: Tensor, sources: Iterable[Tensor | None]) -> Tensor
         return result
     for source in sources:
         if source is not None and source.requires_grad:
-            return cast(Tensor, _Refusal.apply(result.detach(), source))  # type: ignore[no-untyped-call]
+            return cast(Tensor, _Refusal.apply(result.detach(), source))
     return result
