@@ -47,6 +47,7 @@ class Family:
       adapter: what runs an accelerated tower; its class becomes one of this and float_class.
       encode_image: of a model without the method encode_image(images), tower excluded.
       encode_text: to unit rows, of a model without encode_text(tokens, normalize=True).
+      models: what people know such towers as, for doctor.
       refusal: for a tower that this family knows by sight and cannot run: the reason, else None.
     """
 
@@ -59,6 +60,7 @@ class Family:
     adapter: "type[RowwiseTower]"
     encode_image: Encode | None = None
     encode_text: Encode | None = None
+    models: tuple[str, ...] = ()
     refusal: Callable[[nn.Module], str | None] = lambda tower: None
 
     def name_of(self, path: str) -> str:
@@ -78,6 +80,14 @@ def register(family: Family) -> None:
 def family_names() -> tuple[str, ...]:
     """Every known family, in the order in which they are tried."""
     return tuple(family.name for family in FAMILIES)
+
+
+def family_lines() -> tuple[str, ...]:
+    """The same, each with the models that are built of it."""
+    return tuple(
+        family.name + (f": {', '.join(family.models)}" if family.models else "")
+        for family in FAMILIES
+    )
 
 
 def _names() -> str:
