@@ -21,7 +21,7 @@ def doctor(as_json: AsJson = False) -> None:
         return
     for key in ("machine", "threads", "versions"):
         line(key, str(found[key]))
-    line("towers", ", ".join(found["towers"]))
+    line("towers", "; ".join(found["towers"]))
     for level, state in found["isa"].items():
         line(f"isa {level}", state)
     for row in found["cuda"]:

@@ -8,7 +8,7 @@ import torch
 
 from lraee.measurement import machine
 from lraee.ops import registry
-from lraee.towers.families import family_names
+from lraee.towers.families import family_lines
 
 SCHEMA = "lraee.doctor/1"
 LEVELS = ("scalar", "avx2", "avx_vnni", "avx512_vnni", "amx")
@@ -53,7 +53,7 @@ def examine() -> dict[str, Any]:
         **machine.describe(),
         "isa": _isa_rows(),
         "cuda": cuda_rows(),
-        "towers": list(family_names()),
+        "towers": list(family_lines()),
         "operators_on_cpu": machine.cpu_operators(),
         "operators": [asdict(finding) for finding in findings],
     }

@@ -49,6 +49,7 @@ class Family:
       encode_image: of a model or tower without the method encode_image(images); None calls it with
         them.
       encode_text: to unit rows, of a model without encode_text(tokens, normalize=True).
+      models: what people know such towers as, for doctor.
       refusal: for a tower that this family knows by sight and cannot run: the reason, else None.
       settle: called with a model whose layers were swapped, to drop what its library keeps of them.
     """
@@ -62,6 +63,7 @@ class Family:
     adapter: "type[RowwiseTower]"
     encode_image: Encode | None = None
     encode_text: Encode | None = None
+    models: tuple[str, ...] = ()
     refusal: Callable[[nn.Module], str | None] = lambda tower: None
     settle: Callable[[nn.Module], None] = lambda model: None
 
@@ -82,6 +84,14 @@ def register(family: Family) -> None:
 def family_names() -> tuple[str, ...]:
     """Every known family, in the order in which they are tried."""
     return tuple(family.name for family in FAMILIES)
+
+
+def family_lines() -> tuple[str, ...]:
+    """The same, each with the models that are built of it."""
+    return tuple(
+        family.name + (f": {', '.join(family.models)}" if family.models else "")
+        for family in FAMILIES
+    )
 
 
 def _names() -> str:

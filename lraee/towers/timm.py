@@ -326,6 +326,10 @@ class TrunkTower(RowwisePool, TimmTower):
         return self.embed_images(x)
 
 
+_MODELS = (
+    "SigLIP", "SigLIP2", "PE-Core", "EVA01", "EVA02", "MobileCLIP-B", "MobileCLIP2-L", "ViTamin",
+)  # fmt: skip
+
 TIMM_MODEL = Family(
     name="open_clip TimmModel (timm VisionTransformer, Eva)",
     paths=("visual",),
@@ -334,6 +338,7 @@ TIMM_MODEL = Family(
     read_block=read_block,
     embed=embed,
     adapter=TimmTower,
+    models=_MODELS,
     refusal=refusal,
 )
 TRUNK = Family(
@@ -344,5 +349,6 @@ TRUNK = Family(
     read_block=read_block,
     embed=embed,
     adapter=TrunkTower,
+    models=(*_MODELS, "CLIP", "DINOv2", "DINOv3", "AIMv2", "ViT", "DeiT III"),
     refusal=refusal,
 )
