@@ -65,11 +65,13 @@ doctor: setup  ## Says which implementation of each operator runs here, and why 
 
 # What contributors run
 
+# A process for each of two cores, one thread each: tests that are about threads set their own number
+PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --durations 25
 test: setup  ## The test suite without its full sweeps.
-	$(PY) -m pytest -m "not slow and not gpu" --durations 15
+	$(PARALLEL) -m "not slow and not gpu"
 
 test-slow: setup  ## The full sweeps that `make test` leaves out.
-	$(PY) -m pytest -m "slow and not gpu" --durations 15
+	$(PARALLEL) -m "slow and not gpu"
 
 # The older of the two versions that are known, beside the newer one of .venv
 TRANSFORMERS_4 := transformers==4.57.* tokenizers==0.22.* "huggingface_hub>=0.34,<1"

@@ -122,14 +122,9 @@ def timm_cases() -> Iterator[Case]:
             size = next((s for part, s in _SMALLER.items() if part in name), config.input_size[-1])
             options = {"img_size": size} if size != config.input_size[-1] else {}
 
-            def build(
-                depth: int | None, name: str = name, options: dict[str, int] = options
-            ) -> nn.Module:
+            def build(depth: int | None, name: str = name, options: Any = options) -> nn.Module:
                 def make() -> nn.Module:
-                    return cast(
-                        nn.Module,
-                        timm.create_model(name, pretrained=False, num_classes=0, **options),
-                    )
+                    return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
                 return _numbered(make, depth)
 

@@ -36,7 +36,8 @@ from lraee.exits.plan import Plan
 from lraee.exits.router import Compaction
 from lraee.measurement.timing import ImageEncoder, interleaved
 from lraee.model.acceleration import acceleration_of
-from lraee.towers.families import blocks_of, embedding_size, find_tower, tower_spec
+from lraee.towers.calls import embedding_size
+from lraee.towers.families import blocks_of, find_tower, tower_spec
 from lraee.towers.runner import exits_of
 from lraee.zoo.opening import open_model
 

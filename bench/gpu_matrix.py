@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,9 @@ def row_cells() -> Iterator[tuple[str, Launch]]:
         call = lambda x=x, gamma=gamma: layer_norm_quantize(x, gamma, gamma, 1e-5, False)  # noqa: E731
         yield f"{M}x{D}", launches_of(call)[0]  # type: ignore[arg-type]
     for M, H in ((197, 2048), (257, 2730), (257, 4096)):
-        x, gamma = meta(M, 2 * H, dtype=torch.float16), meta(H)
-        for norm in ((), (gamma, gamma, 1e-6)):
-            call = lambda x=x, norm=norm: gated_quantize(x, "silu", *norm)  # noqa: E731
-            yield f"{M}x{H}{' norm' if norm else ''}", launches_of(call)[0]  # type: ignore[arg-type]
+        x, norm = meta(M, 2 * H, dtype=torch.float16), (meta(H), meta(H), 1e-6)
+        yield f"{M}x{H}", launches_of(partial(gated_quantize, x, "silu"))[0]
+        yield f"{M}x{H} norm", launches_of(partial(gated_quantize, x, "silu", *norm))[0]
 
 
 def attention_cells() -> Iterator[tuple[str, Launch]]:
@@ -151,18 +151,17 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
                        (32, 257, 16, 64), (8, 257, 16, 80), (8, 577, 16, 64)):  # fmt: skip
         qkv = meta(B, L, 3 * H * d, dtype=torch.float16)
         config = configs.attention_config(L, d, L == 77)
-        call = lambda q=qkv, H=H, L=L, c=config: int8_attention(q, H, L == 77, config=c)  # noqa: E731
-        yield f"B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+        plain = partial(int8_attention, qkv, H, L == 77, config=config)
+        yield f"B={B} L={L} d={d}", launches_of(plain)[0]
         operands = AttentionOperands(H, L == 77)
-        call = lambda q=qkv, o=operands, c=config: int8_attention_quantized(  # noqa: E731
-            q, o, symmetric=False, config=c
-        )
-        yield f"quantized B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
-        rope = meta(2, L - 1, d)
-        mask = meta(B, L, dtype=torch.bool)
-        for name, options in (("rope", (rope, None)), ("mask", (None, mask))):
-            call = lambda q=qkv, H=H, o=options: int8_attention(q, H, False, *o)  # noqa: E731
-            yield f"{name} B={B} L={L} d={d}", launches_of(call)[0]  # type: ignore[arg-type]
+        quantized = partial(int8_attention_quantized, qkv, operands, symmetric=False, config=config)
+        yield f"quantized B={B} L={L} d={d}", launches_of(quantized)[0]
+        for name, options in (
+            ("rope", {"rope": meta(2, L - 1, d)}),
+            ("mask", {"key_mask": meta(B, L, dtype=torch.bool)}),
+        ):
+            launch = launches_of(partial(int8_attention, qkv, H, **options))[0]  # type: ignore[arg-type]
+            yield f"{name} B={B} L={L} d={d}", launch
 
 
 def probe_cells() -> Iterator[tuple[str, Launch]]:

@@ -79,22 +79,27 @@ def _mean_key(
     count = tl.cast(L, tl.float32)
     if HAS_KEY_MASK:
         count = tl.cast(0.0, tl.float32)
+    half = d // 2
+    offs_other = tl.where(offs_d < half, offs_d + half, offs_d - half)
     for first in range(0, L, UNROLL):
         for u in tl.static_range(UNROLL):
-            if HAS_ROPE or HAS_KEY_MASK:
-                token = first + u + tl.arange(0, 1)
-                is_key = _is_key(mask_ptr, token, L, HAS_KEY_MASK)
-                mask = is_key[:, None] & (offs_d < d)[None, :]
-                k = _load_rows(
-                    k_ptr, rope_ptr, token, mask, stride_l, offs_d, d, R, prefix, HAS_ROPE
-                )
-                total += tl.sum(k, axis=0)
-                if HAS_KEY_MASK:
-                    count += tl.sum(is_key.to(tl.float32))
-            else:
-                mask = (offs_d < d) & (first + u < L)
-                k = tl.load(k_ptr + (first + u) * stride_l + offs_d, mask=mask, other=0.0)
-                total += k.to(tl.float32)
+            token = first + u
+            is_key = token < L
+            if HAS_KEY_MASK:
+                is_key = is_key & (tl.load(mask_ptr + token, mask=is_key, other=0) != 0)
+                count += is_key.to(tl.float32)
+            mask = (offs_d < d) & is_key
+            row_ptr = k_ptr + token * stride_l
+            k = tl.load(row_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
+            if HAS_ROPE:
+                other = tl.load(row_ptr + offs_other, mask=mask, other=0.0).to(tl.float32)
+                is_turned = mask & (token >= prefix)
+                cos_ptr = rope_ptr + (token - prefix) * d + offs_d
+                cos = tl.load(cos_ptr, mask=is_turned, other=1.0)
+                sin = tl.load(cos_ptr + R * d, mask=is_turned, other=0.0)
+                turned = k * cos + tl.where(offs_d < half, -other, other) * sin
+                k = tl.where(is_turned, turned, k)
+            total += k
     if HAS_KEY_MASK:
         count = tl.maximum(count, 1.0)
     return tl.div_rn(total, count)

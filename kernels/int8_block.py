@@ -14,6 +14,7 @@ from lraee.kernels.operands import AttentionOperands, BlockOperands
 
 def int8_block(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:
     """A whole transformer block; see lraee.ops.reference."""
+    y: Tensor
     B, L, D = x.shape
     rows, dtype, symmetric = x.reshape(B * L, D), x.dtype, block.symmetric
     num_queries = 1 if first_only else L

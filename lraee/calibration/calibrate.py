@@ -19,7 +19,8 @@ from lraee.model.accelerate import accelerate
 from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.model.set_classes import unit_classes
 from lraee.storage.stages import Stages
-from lraee.towers.families import embedding_size, find_tower, tower_spec
+from lraee.towers.calls import embedding_size
+from lraee.towers.families import find_tower, tower_spec
 from lraee.towers.runner import RowwiseTower, require_no_tokens
 from lraee.towers.state import tower_hash
 

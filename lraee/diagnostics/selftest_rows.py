@@ -77,7 +77,8 @@ def _gated_difference(
     def find() -> str | None:
         x = selftest_inputs.rows_with_extremes(M, 2 * H, seed).to(dtype)
         vectors = torch.randn(2, H, generator=selftest_inputs.generator(seed)).unbind()
-        norm = (None, (*vectors, 1e-5), (vectors[0], None, 1e-6))[seed % 3] or ()
+        norms: tuple[tuple[Any, ...], ...] = ((), (*vectors, 1e-5), (vectors[0], None, 1e-6))
+        norm = norms[seed % 3]
         with guarded_outputs():
             actual = gated_quantize.gated_quantize(
                 poisoned(x, ROW_PADS[seed % 3], target.device), "none",

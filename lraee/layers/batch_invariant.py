@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lraee.layers.gradients import without_gradient
+from lraee.layers.gradients import is_traced, without_gradient
 from lraee.ops.backend import Backend, implementation, operators
 
 
@@ -104,7 +104,8 @@ class RowwiseLinear(nn.Linear):
         if type(linear) is nn.Linear:
             linear.__class__ = cls
             adopted = cast(RowwiseLinear, linear)
-            adopted.backend, adopted.by_step = backend, ByStep()
+            adopted.backend = backend
+            adopted.by_step = ByStep()
 
     @classmethod
     def release(cls, linear: nn.Module) -> None:
@@ -147,8 +148,8 @@ class ByStep:
     def __call__(self, weight: Tensor) -> Tensor:
         """[N, ...] -> [N, K] with the same numbers."""
         rows = weight.flatten(1)
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        if is_traced or weight.device.type != "cpu":
+        is_recorded = torch.compiler.is_compiling() or is_traced()
+        if is_recorded or weight.device.type != "cpu":
             return rows
         # a fake tensor has no address, an inference tensor counts no versions
         if type(weight) is not nn.Parameter or weight.is_inference():

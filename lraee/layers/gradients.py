@@ -24,7 +24,7 @@ def _raise(gradient: Tensor, shape: list[int]) -> Tensor:
 _library.impl("no_gradient", _raise, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-@register_fake("lraee::no_gradient", lib=_library)
+@register_fake("lraee::no_gradient", lib=_library)  # type: ignore[untyped-decorator]
 def _fake(gradient: Tensor, shape: list[int]) -> Tensor:
     return gradient.new_empty(shape)
 
@@ -45,6 +45,11 @@ class _Refusal(torch.autograd.Function):
         return None, torch.ops.lraee.no_gradient(gradients[0], ctx.shape)
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace, or the ONNX export on it, records this call."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call,attr-defined]
+
+
 def without_gradient(result: Tensor, sources: Iterable[Tensor | None]) -> Tensor:
     """The result; where autograd records and a source needs a gradient, backward() raises.
 
@@ -52,9 +57,9 @@ def without_gradient(result: Tensor, sources: Iterable[Tensor | None]) -> Tensor
       result: what an operator without a gradient computed.
       sources: all that it was computed from; read only while autograd records.
     """
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled() or is_traced() or torch.compiler.is_exporting():
         return result
     for source in sources:
         if source is not None and source.requires_grad:
-            return cast(Tensor, _Refusal.apply(result.detach(), source))  # type: ignore[no-untyped-call]
+            return cast(Tensor, _Refusal.apply(result.detach(), source))
     return result

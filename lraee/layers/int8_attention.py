@@ -118,7 +118,8 @@ class Int8Attention(nn.Module):
         is_rotated = self.spec.rope is not None and rope is not None
         if not is_rotated and self.spec.q_norm is None and self.spec.k_norm is None:
             return qkv
-        heads = qkv.unflatten(2, (3, self.spec.num_heads, self.spec.head_dim))
+        B, L, _ = qkv.shape
+        heads = qkv.view(B, L, 3, self.spec.num_heads, self.spec.head_dim)
         q, k, v = heads.unbind(2)
         q = q if self.spec.q_norm is None else self._child(self.spec.q_norm)(q)
         k = k if self.spec.k_norm is None else self._child(self.spec.k_norm)(k)

@@ -65,7 +65,7 @@ def adopt(module: nn.Module, adapter: type[Adapter]) -> Adapter:
 def release(module: nn.Module) -> None:
     """The way back from adopt; leaves any other module alone."""
     if isinstance(module, Adapter):
-        module.__class__ = type(module)._classes[1]
+        module.__class__ = type(module)._classes[1]  # type: ignore[assignment]
 
 
 def _blank(adapter: type[Adapter], base: type[nn.Module]) -> Adapter:

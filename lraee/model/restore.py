@@ -19,7 +19,7 @@ from lraee.model.acceleration import (
 )
 from lraee.model.text import base_weights
 from lraee.towers import runner
-from lraee.towers.families import device_of, family_of, find_tower, tower_spec
+from lraee.towers.families import family_of, find_tower, tower_spec
 from lraee.towers.state import tower_hash
 from lraee.towers.text import TextTower, find_text
 
@@ -62,14 +62,12 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
         text_blocks = _float_shells(fast_blocks, record.text.skeletons, memo)
     result = copy.deepcopy(model, memo)
     runner.detach_exits(find_tower(result))
-    device = device_of(fast_tower)
-    dtypes = _dtypes(fast_tower, replaced_paths(fast_tower, record.scheme), record.skeletons)
-    _load(find_tower(result), weights, device, dtypes)
+    paths = replaced_paths(fast_tower, record.scheme)
+    _load(find_tower(result), weights, fast_tower, dict(zip(paths, record.skeletons, strict=True)))
     if text is not None and record.text is not None:
-        fast_blocks = cast(TextTower, find_text(model)).blocks
-        paths = [str(i) for i in range(len(fast_blocks))]
-        dtypes = _dtypes(fast_blocks, paths, record.text.skeletons)
-        _load(cast(TextTower, find_text(result)).blocks, text, device, dtypes)
+        blocks, fast_blocks = (cast(TextTower, find_text(m)).blocks for m in (result, model))
+        skeletons = {str(i): skeleton for i, skeleton in enumerate(record.text.skeletons)}
+        _load(blocks, text, fast_blocks, skeletons)
     mark_float(result, parts, text_blocks)
     return result
 
@@ -88,32 +86,33 @@ def _float_shells(
 def _load(
     module: nn.Module,
     weights: Mapping[str, Tensor],
-    device: torch.device,
-    dtypes: Mapping[str, torch.dtype],
+    fast: nn.Module,
+    skeletons: Mapping[str, nn.Module],
 ) -> None:
+    """Puts copies of the weights where the fast module lies, in types as it was cast since.
+
+    A parameter that the fast module holds has that one's type; one that it replaced has the type
+    that the int8 part computes for, if the part was cast, and else its own.
+
+    Args:
+      module: the float one.
+      weights: its state.
+      fast: the accelerated one.
+      skeletons: by path in both, what was replaced.
+    """
+    dtypes: dict[str, torch.dtype] = {}
+    for path, skeleton in skeletons.items():
+        now, before = weight_dtypes(fast.get_submodule(path), skeleton)
+        if now != before:
+            dtypes |= {f"{path}.{name}": now for name, _ in skeleton.named_parameters()}
+    held = {name: p for name, p in fast.named_parameters() if p.is_floating_point()}
+    dtypes |= {name: parameter.dtype for name, parameter in held.items()}
+    device = next(fast.parameters()).device
     copies = {
         name: tensor.detach().to(device, dtypes.get(name), copy=True)
         for name, tensor in weights.items()
     }
     module.load_state_dict(copies, assign=True)
-
-
-def _dtypes(
-    fast: nn.Module, paths: Sequence[str], skeletons: Sequence[nn.Module]
-) -> dict[str, torch.dtype]:
-    """The types of the float module's parameters, by name, after the casts of the fast one.
-
-    A parameter that the fast module holds has that one's type; one that it replaced has the type
-    that the int8 part computes for, if the part was cast, and else its own.
-    """
-    dtypes: dict[str, torch.dtype] = {}
-    for path, skeleton in zip(paths, skeletons, strict=True):
-        now, before = weight_dtypes(fast.get_submodule(path), skeleton)
-        if now != before:
-            dtypes |= {f"{path}.{name}": now for name, _ in skeleton.named_parameters()}
-    return dtypes | {
-        name: tensor.dtype for name, tensor in fast.named_parameters() if tensor.is_floating_point()
-    }
 
 
 def _base_weights(

@@ -84,7 +84,7 @@ def of_embedding(z: Tensor, head: ProbeHead) -> Tensor | float:
     if second is None:
         return 0.0
     pooled, _ = reference.pool(z, norm.gamma.shape[0])
-    x = reference.layer_norm_quantize(pooled, *norm, False)
+    x = reference.layer_norm_quantize(pooled, norm.gamma, norm.beta, norm.eps, False)
     hidden = reference.int8_linear(*x, first, activation="gelu")
     w2, w2_scale, _, b2, _ = second
     flips = 2 * 128 * reference.quantize_rows(hidden, False)[1][:, None] * w2_scale

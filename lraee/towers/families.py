@@ -186,21 +186,6 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     return tower_spec(find_tower(model)).image_size
 
 
-def embedding_size(tower: nn.Module) -> int:
-    """E of a tower that projects one vector per image.
-
-    Raises: NotImplementedError on another one.
-    """
-    spec = tower_spec(tower)
-    if spec.embedding_size is None:
-        raise NotImplementedError(
-            f"exits: the tower must be {spec.family}'s own {spec.float_class.__name__} with one"
-            f" projected vector per image, got {type(tower).__name__} with pooling"
-            f" {spec.pooling.kind!r}"
-        )
-    return spec.embedding_size
-
-
 def embed_tokens(tower: nn.Module, images: Tensor) -> Tensor:
     """Tokens [B, L, D] before the first block of a tower, float or accelerated."""
     return family_of(tower).embed(tower, images)

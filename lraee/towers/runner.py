@@ -19,9 +19,9 @@ from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
 from lraee.towers import cuda_graphs as graphs
+from lraee.towers.calls import embedding_size, require_no_script, require_numbers
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
-from lraee.towers.families import blocks_of, embedding_size, family_of, tower_spec
-from lraee.towers.refusals import require_no_script, require_numbers
+from lraee.towers.families import blocks_of, family_of, tower_spec
 from lraee.towers.segments import Segments, TowerParts
 from lraee.towers.spec import TowerSpec
 

@@ -140,10 +140,10 @@ def test_a_kernel_that_raises_is_reported_and_the_rest_runs(
     def fails(*arguments: object, **options: object) -> None:
         raise RuntimeError("out of resources:\n  shared memory")
 
-    monkeypatch.setattr(int8_linear, "int8_linear_from_float", fails)
+    monkeypatch.setattr(int8_linear, "int8_linear_quantized", fails)
     rows = list(selftest.run(TARGET, FEW))
     failed = [row for row in rows if row.difference is not None]
-    assert {row.kernel for row in failed} == {"int8_linear_from_float"}
+    assert {row.kernel for row in failed} == {"int8_linear_quantized"}
     assert failed[0].difference == "RuntimeError: out of resources: shared memory"
     assert rows[-1].kernel == "exit_probe" and rows[-1].difference is None
 

@@ -14,7 +14,8 @@ from lraee.exits.router import Compaction
 from lraee.layers.scheme import INT8, Scheme
 from lraee.model.accelerate import accelerate
 from lraee.model.trace import trace
-from lraee.towers.families import embedding_size, encode_image, find_tower, tower_spec
+from lraee.towers.calls import embedding_size
+from lraee.towers.families import encode_image, find_tower, tower_spec
 from lraee.towers.state import tower_hash
 from tests.support import generator
 

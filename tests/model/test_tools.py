@@ -87,7 +87,7 @@ def test_no_images(model: nn.Module, with_exits: nn.Module) -> None:
 
 
 def test_meta_device(model: nn.Module, with_exits: nn.Module) -> None:
-    with pytest.raises(ValueError, match="model must hold weights, got one on the meta device"):
+    with pytest.raises(ValueError, match=r"model must have weights, got .* on the meta device"):
         lraee.accelerate(copy.deepcopy(model).to("meta"))
     images = make_images(2).to("meta")
     empty = copy.deepcopy(with_exits).to("meta")

@@ -16,6 +16,7 @@ from lraee.exits.gate import Gate
 from lraee.exits.plan import Plan
 from lraee.model.acceleration import acceleration_of
 from lraee.towers import runner as vision
+from lraee.towers.calls import embedding_size
 from lraee.towers.families import blocks_of, find_tower
 from lraee.towers.flops import PartFlops
 from lraee.towers.state import tower_hash

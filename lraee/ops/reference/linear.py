@@ -92,7 +92,8 @@ def int8_linear(
         y = y * layer_scale
     if residual is not None:
         y = y + residual.float()
-    return y.to(out_dtype)
+    result: Tensor = y.to(out_dtype)
+    return result
 
 
 def float_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -63,7 +63,7 @@ def exit_probe(z: Tensor, head: ProbeHead) -> Probe:
     """
     norm, first, second, classes, logit_scale, gate = head
     pooled, variance = pool(z, norm.gamma.shape[0])
-    quantized = layer_norm_quantize(pooled, *norm, False)
+    quantized = layer_norm_quantize(pooled, norm.gamma, norm.beta, norm.eps, False)
     embedding = int8_linear(*quantized, first, activation="none" if second is None else "gelu")
     if second is not None:
         embedding = int8_linear(*quantize_rows(embedding, False), second)
