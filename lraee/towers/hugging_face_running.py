@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -134,6 +135,18 @@ class VisionModel(Adapter):
         return self if isinstance(self, RowwiseTower) and exits_of(self) is not None else None
 
 
+@cache
+def _output_class() -> Any:
+    """The library's output without tokens, whose second item is the embedding all the same."""
+    base: Any = cast(Any, sys.modules["transformers.modeling_outputs"]).BaseModelOutputWithPooling
+
+    class EarlyOutput(base):  # type: ignore[misc]
+        def to_tuple(self) -> tuple[Any, ...]:
+            return self.last_hidden_state, self.pooler_output
+
+    return dataclass(EarlyOutput)
+
+
 def _leave_early(
     tower: RowwiseTower, vision: Vision, args: tuple[Any, ...], named: dict[str, Any]
 ) -> Any:
@@ -162,8 +175,7 @@ def _leave_early(
         route.embeddings = embeddings
     if not return_dict:
         return None, embeddings
-    outputs = cast(Any, sys.modules["transformers.modeling_outputs"])
-    return outputs.BaseModelOutputWithPooling(pooler_output=embeddings)
+    return _output_class()(pooler_output=embeddings)
 
 
 class _Call(threading.local):
