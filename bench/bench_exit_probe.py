@@ -61,8 +61,8 @@ def float_probe(z: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """Embedding, class and score, as one would write them in torch."""
     patches = z[:, 1:]
     mean = patches.mean(1)
-    seen = mean if head.gamma.numel() == z.shape[2] else torch.cat([mean, z[:, 0]], 1)
-    h = F.layer_norm(seen, head.gamma.shape, head.gamma, head.beta, 1e-5)
+    recorded = mean if head.gamma.numel() == z.shape[2] else torch.cat([mean, z[:, 0]], 1)
+    h = F.layer_norm(recorded, head.gamma.shape, head.gamma, head.beta, 1e-5)
     embedding = F.linear(F.gelu(F.linear(h, head.w1)), head.w2)
     p = torch.softmax(LOGIT_SCALE * F.normalize(embedding, dim=-1) @ head.classes.T, dim=-1)
     top = p.topk(2, dim=-1)

@@ -90,15 +90,15 @@ def _faults(context: Any, page: Path, shot: Path) -> Iterator[str]:
     """Opens the page once; folded parts are looked at too."""
     tab, address = context.new_page(), page.resolve().as_uri()
     said: list[str] = []
-    asked: list[str] = []
+    requested: list[str] = []
     tab.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("request", lambda request: requested.append(request.url))
     tab.goto(address)
     tab.screenshot(path=shot, full_page=True)
     tab.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
     yield from (f"the console says: {text}" for text in said)
-    outside = {url for url in asked if url != address and not url.startswith("data:")}
+    outside = {url for url in requested if url != address and not url.startswith("data:")}
     yield from (f"asks for {url}" for url in sorted(outside))
     width, window = tab.evaluate(_WIDTH)
     if width > window:

@@ -69,11 +69,11 @@ def frontier_of(
     rows = torch.ones(len(labels), dtype=torch.bool)
     assert task.classes is not None
     probes = report.probed(features.heads, rows, classes=task.classes, logit_scale=task.logit_scale)
-    found: dict[str, ExitTable] = {
+    result: dict[str, ExitTable] = {
         "top1": judge(probes, answers, classes=task.classes, labels=labels),
         "agreement": judge(probes, answers, classes=task.classes, labels=None),
     }
-    found["proof"] = judge(probes, answers, classes=task.classes, labels=None, is_proof=True)
+    result["proof"] = judge(probes, answers, classes=task.classes, labels=None, is_proof=True)
     blocks = list(features.heads)
     goals = [Goal(budget=1.0 - saved) for saved in SAVED]
     if task.labels is None:
@@ -85,7 +85,9 @@ def frontier_of(
             typer.echo(f"{name}: {error}", err=True)
             continue
         for gate, plan in plans.items():
-            ran = {key: run_plan(plan, blocks, each, features.costs) for key, each in found.items()}
+            ran = {
+                key: run_plan(plan, blocks, each, features.costs) for key, each in result.items()
+            }
             yield {
                 "recipe": name, "gate": gate, "budget": goal.budget, "epsilon": goal.epsilon,
                 "exits": list(plan.blocks), "is_certified": figures[gate].get("is_certified"),
@@ -95,7 +97,7 @@ def frontier_of(
                 "share": [float((ran["top1"].at == e).mean()) for e in range(len(blocks) + 1)],
             }  # fmt: skip
     for e, block in enumerate(blocks):
-        gains = [100 * float(found[key].gain[:, e].mean()) for key in ("top1", "agreement")]
+        gains = [100 * float(result[key].gain[:, e].mean()) for key in ("top1", "agreement")]
         yield {"recipe": name, "head": block, "top1": gains[0], "agreement": gains[1]}
 
 

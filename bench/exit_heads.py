@@ -192,8 +192,8 @@ def ask(data: Data, heads: dict[int, HeadWeights], rows: Tensor, view: int) -> S
         variance = data.views[view].variance[rows, place]
         features.append(torch.stack([best[:, 0], best[:, 0] - best[:, 1], variance], 1))
         answers.append(index[:, 0])
-    seen = data.views[view]
-    full, teacher = data.best_class(seen.full[rows]), data.best_class(seen.teacher[rows])
+    recorded = data.views[view]
+    full, teacher = data.best_class(recorded.full[rows]), data.best_class(recorded.teacher[rows])
     return Seen(torch.stack(features, 1), torch.stack(answers, 1), full, teacher, data.labels[rows])
 
 
@@ -202,32 +202,33 @@ def compare_gates(data: Data, exits: Blocks) -> None:
     heads = {block: train(data, block, BEST_HEAD) for block in exits}
     views = [ask(data, heads, data.splits[1], view) for view in range(len(data.views))]
     fitted = Seen(*(torch.cat(parts) for parts in zip(*views, strict=True)))
-    seen = ask(data, heads, data.splits[2], 0)
-    agreeing = f"{_percent(seen.full == seen.labels)} / {_percent(seen.full == seen.teacher)}"
+    recorded = ask(data, heads, data.splits[2], 0)
+    labels, teacher = recorded.labels, recorded.teacher
+    agreeing = f"{_percent(recorded.full == labels)} / {_percent(recorded.full == teacher)}"
     print(f"exits {exits}; int8 full depth: top-1 / agreement {agreeing} %")
     for i, block in enumerate(exits):
-        right = _percent(seen.answers[:, i] == seen.labels)
-        print(f"block {block}: {right} / {_percent(seen.answers[:, i] == seen.teacher)}")
+        right = _percent(recorded.answers[:, i] == recorded.labels)
+        print(f"block {block}: {right} / {_percent(recorded.answers[:, i] == recorded.teacher)}")
     parts = PartFlops.of(find_tower(zoo.load(MODEL)[0]))
     probes = [2 * (head.macs + data.classes.numel()) for head in heads.values()]
     costs = np.array(parts.when_leaving(exits, probes)) / parts.total
     for name, used in GATES.items():
-        scores = [np.empty((len(part.full), len(exits)), np.float32) for part in (fitted, seen)]
+        scores = [np.empty((len(part.full), len(exits)), np.float32) for part in (fitted, recorded)]
         for i in range(len(exits)):
             is_right = fitted.answers[:, i] == fitted.teacher
             w, b = fit_logistic(fitted.features[:, i, :used], is_right)
-            for part, column in zip((fitted, seen), scores, strict=True):
+            for part, column in zip((fitted, recorded), scores, strict=True):
                 column[:, i] = (part.features[:, i, :used].double() @ w + b).numpy()
         table = ScoreTable(scores[0], _gains(fitted, fitted.teacher), costs)
-        top1 = ScoreTable(scores[1], _gains(seen, seen.labels), costs)
-        same = ScoreTable(scores[1], _gains(seen, seen.teacher), costs)
+        top1 = ScoreTable(scores[1], _gains(recorded, recorded.labels), costs)
+        same = ScoreTable(scores[1], _gains(recorded, recorded.teacher), costs)
         grids = [quantile_grid(scores[0][:, i]) for i in range(len(exits))]
         cells = []
         for saved in SAVED:
             taken = search(table, max_cost=1 - saved, grids=grids).thresholds
-            found = evaluate(top1, taken)
-            gains = f"{100 * found.gain:.2f} / {100 * evaluate(same, taken).gain:.2f}"
-            cells.append(f"{gains} @ {100 * (1 - found.cost):.1f}")
+            result = evaluate(top1, taken)
+            gains = f"{100 * result.gain:.2f} / {100 * evaluate(same, taken).gain:.2f}"
+            cells.append(f"{gains} @ {100 * (1 - result.cost):.1f}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

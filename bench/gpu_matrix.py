@@ -189,14 +189,14 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
 
 def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     """Every (name, launch) of an architecture, each name once."""
-    seen = set()
+    recorded = set()
     for sub in (
         linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(), probe_cells()
     ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"
-            if name not in seen:
-                seen.add(name)
+            if name not in recorded:
+                recorded.add(name)
                 yield name, launch
 
 
@@ -218,9 +218,9 @@ def compile_cell(launch: Launch, arch: Arch) -> Record:
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("cuobjdump", "-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found, usage
-    registers, stack, local = map(int, found.groups())
+    result = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert result, usage
+    registers, stack, local = map(int, result.groups())
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
     shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
     warps = _resident_warps(arch, registers, shared, num_warps)
@@ -241,25 +241,25 @@ def _resident_warps(arch: Arch, registers: int, shared: int, num_warps: int) -> 
 
 def failures(record: Record, launch: Launch, arch: Arch) -> list[str]:
     """The gates that a cell does not pass."""
-    found = []
+    result = []
     if record.spills or record.local or record.stack > CALL_FRAME:
-        found.append(f"{record.spills} spill instructions, {record.stack} bytes of stack")
+        result.append(f"{record.spills} spill instructions, {record.stack} bytes of stack")
     if record.shared > arch.shared_per_block:
-        found.append(f"{record.shared} bytes of shared memory, limit {arch.shared_per_block}")
+        result.append(f"{record.shared} bytes of shared memory, limit {arch.shared_per_block}")
     if launch.name in HAS_PRODUCT and not record.int8_products:
-        found.append("no int8 tensor-core instruction")
+        result.append("no int8 tensor-core instruction")
     if launch.name in HAS_FLOAT_PRODUCT and not record.float_products:
-        found.append("no float tensor-core instruction")
+        result.append("no float tensor-core instruction")
     is_aligned = launch.name != "float_linear" or launch.arguments["K"] % 16 == 0  # type: ignore[operator]
     if launch.name in HAS_PIPELINE and is_aligned and not record.async_copies:
-        found.append("no asynchronous copy")
+        result.append("no asynchronous copy")
     if record.byte_loads:
-        found.append(f"{record.byte_loads} byte-wide loads from shared memory")
+        result.append(f"{record.byte_loads} byte-wide loads from shared memory")
     if record.saturating:
-        found.append(f"{record.saturating} floats made bytes by saturation (see quantize_tile)")
+        result.append(f"{record.saturating} floats made bytes by saturation (see quantize_tile)")
     if not record.warps_per_sm:
-        found.append("does not fit on an SM")
-    return found
+        result.append("does not fit on an SM")
+    return result
 
 
 def run(

@@ -138,11 +138,11 @@ def bytes_of(launch: Launch) -> int:
 
     An absent argument is replaced by one that is there (kernels), so each storage counts once.
     """
-    seen: dict[int, int] = {}
+    recorded: dict[int, int] = {}
     for name, value in launch.arguments.items():
         if isinstance(value, Tensor) and name not in ("partial_ptr", "ticket_ptr"):
-            seen[id(value)] = value.numel() * value.element_size()
-    return sum(seen.values())
+            recorded[id(value)] = value.numel() * value.element_size()
+    return sum(recorded.values())
 
 
 def _number(launch: Launch, name: str) -> int:

@@ -54,8 +54,8 @@ def fast(images: torch.Tensor) -> nn.Module:
     block, head = next(iter(exits.heads.items()))
     time = measure(plain, block, head, exits.classes, exits.logit_scale)
     shares = SHARES if time.most_exits >= len(SHARES) else ONE_EXIT
-    made = spread(model, random_exits(plain, shares), images, shares)
-    return lraee.accelerate(model, exits=made)
+    built = spread(model, random_exits(plain, shares), images, shares)
+    return lraee.accelerate(model, exits=built)
 
 
 @pytest.mark.parametrize("batch", [1, 32])

@@ -160,8 +160,8 @@ def time_prompts(
             rows += (measured := rows_of(runs, texts, size, budget_s))
             typer.echo("\n".join(map(_line, measured)))
     if out is not None:
-        found = {"schema": SCHEMA, **describe(), "model": model, "rows": rows}
-        write_json({**found, "not_set_up": reasons}, out)
+        result = {"schema": SCHEMA, **describe(), "model": model, "rows": rows}
+        write_json({**result, "not_set_up": reasons}, out)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -198,8 +198,8 @@ def accuracy(
     cosine = nn.functional.cosine_similarity(*pair).min().item()
     typer.echo(f"64 prompts: cosine with float at least {cosine:.5f}")
     if out is not None:
-        found = {"schema": SCHEMA, **describe(), "model": model, "photos": len(embedded.names)}
-        write_json({**found, "rows": [asdict(row) for row in table], "cosine_min": cosine}, out)
+        result = {"schema": SCHEMA, **describe(), "model": model, "photos": len(embedded.names)}
+        write_json({**result, "rows": [asdict(row) for row in table], "cosine_min": cosine}, out)
 
 
 if __name__ == "__main__":

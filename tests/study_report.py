@@ -213,7 +213,7 @@ EMPTY: dict[str, Any] = {
 
 
 def report() -> Report:
-    made: Report = {
+    built: Report = {
         "schema": schema.SCHEMA,
         "made": "2026-11-24",
         "machine": {"cpu": "a made-up CPU", "threads": "2", "torch": "2.14.1"},
@@ -291,8 +291,8 @@ def report() -> Report:
         "frontier": frontier(),
         "findings": [],
     }
-    made["findings"] = findings(made)
-    return made
+    built["findings"] = findings(built)
+    return built
 
 
 def without_parts() -> Report:

@@ -116,10 +116,10 @@ def test_make_stops_at_the_door(tmp_path: Path, target: str) -> None:
 
 def _setup_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What setup.py hands to setuptools."""
-    found: list[dict[str, Any]] = []
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.append(arguments))
+    result: list[dict[str, Any]] = []
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: result.append(arguments))
     runpy.run_path(str(ROOT / "setup.py"))
-    return found[0]
+    return result[0]
 
 
 def test_extension_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

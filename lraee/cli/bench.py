@@ -48,6 +48,6 @@ def bench(
         table.add_row(str(row.batch), row.variant, f"{t.median_ms:.1f}", span, rate, speedup)
     console.print(table)
     if out is not None:
-        found = {"schema": timing.SCHEMA, **header, "model": opened.title}
-        write_json({**found, "rows": [asdict(row) for row in rows]}, out)
+        result = {"schema": timing.SCHEMA, **header, "model": opened.title}
+        write_json({**result, "rows": [asdict(row) for row in rows]}, out)
         line("written", str(out))

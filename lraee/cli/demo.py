@@ -33,16 +33,16 @@ def demo(
 
     require_writable(out)
     photos = demo.open_photos(data, limit)
-    found = demo.run(open_model(model, pretrained), photos, progress=progress)
-    write_json(found, out)
-    line("model", f"{found['model']}, {found['classes']} class names")
-    line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
-    line("photos", f"{found['photos']}; {photos.report()}")
-    plan = found["plan"]
+    result = demo.run(open_model(model, pretrained), photos, progress=progress)
+    write_json(result, out)
+    line("model", f"{result['model']}, {result['classes']} class names")
+    line("machine", f"{result['machine']}, {result['threads']} threads, {result['operators']}")
+    line("photos", f"{result['photos']}; {photos.report()}")
+    plan = result["plan"]
     line(
-        "exits", f"after blocks {plan['exits']}, learned from {found['crops']} crops of the photos"
+        "exits", f"after blocks {plan['exits']}, learned from {result['crops']} crops of the photos"
     )
-    console.print(tables.of_answers(found["answers"]))
-    console.print(tables.of_forms(found["rows"]))
+    console.print(tables.of_answers(result["answers"]))
+    console.print(tables.of_forms(result["rows"]))
     line("written", str(out))
     line("next", "lraee embed PHOTOS --out DIR embeds a library of any size")

@@ -15,18 +15,18 @@ def doctor(as_json: AsJson = False) -> None:
     """
     from lraee.diagnostics import doctor
 
-    found = doctor.examine()
+    result = doctor.examine()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(result, indent=2))
         return
     for key in ("machine", "threads", "versions"):
-        line(key, str(found[key]))
-    line("towers", "; ".join(found["towers"]))
-    for level, state in found["isa"].items():
+        line(key, str(result[key]))
+    line("towers", "; ".join(result["towers"]))
+    for level, state in result["isa"].items():
         line(f"isa {level}", state)
-    for row in found["cuda"]:
+    for row in result["cuda"]:
         line("cuda", row)
-    for group in doctor.grouped(found["operators"]):
+    for group in doctor.grouped(result["operators"]):
         console.print(f"\non {group.device} tensors: {group.runs}", markup=False, soft_wrap=True)
         console.print(f"    for {', '.join(group.operators)}", markup=False, soft_wrap=True)
         for name, reason in group.others.items():

@@ -103,18 +103,18 @@ def evaluate(
     rows = evaluate.compare(embedded, models, class_rows, by_text)
     settings = {"batch": batch, "limit": limit, "classes": len(names), "templates": len(TEMPLATES)}
     title = opened.title
-    found = evaluate.report(rows, photos, embedded, model=title, data=data.name, **settings)
+    result = evaluate.report(rows, photos, embedded, model=title, data=data.name, **settings)
     if learned is not None:
-        found["card"] = dict(learned.card)
+        result["card"] = dict(learned.card)
     if retrieval:
-        found["retrieval"] = [asdict(row) for row in search_all(embedded)]
+        result["retrieval"] = [asdict(row) for row in search_all(embedded)]
     if out is not None:
-        write_json(found, out)
+        write_json(result, out)
     line("model", f"{title}, {len(names)} class names, {len(TEMPLATES)} templates")
-    line("machine", f"{found['machine']}, {found['threads']} threads, {found['operators']}")
-    line("photos", f"{found['photos']}, {found['labelled']} labelled; {photos.report()}")
-    console.print(tables.of_forms(found["rows"]))
+    line("machine", f"{result['machine']}, {result['threads']} threads, {result['operators']}")
+    line("photos", f"{result['photos']}, {result['labelled']} labelled; {photos.report()}")
+    console.print(tables.of_forms(result["rows"]))
     if retrieval:
-        console.print(tables.of_retrieval(found["retrieval"]))
+        console.print(tables.of_retrieval(result["retrieval"]))
     if out is not None:
         line("written", str(out))

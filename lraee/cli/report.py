@@ -72,13 +72,13 @@ def report(
     require_writable(out, is_folder=True)
     known = read_classes(classes)
     protocol = replace(FAST if fast else Protocol(), seeds=tuple(range(seeds)))
-    found = study_command.study(
+    result = study_command.study(
         open_model(model, pretrained), known,
         study_command.sides(data, report_data, known, limit=limit),
         work=out / "work", protocol=protocol, prompts=templates, progress=progress,
     )  # fmt: skip
-    written = write_report(found, out)
-    for row in found["main"]:
+    written = write_report(result, out)
+    for row in result["main"]:
         saved, top1 = row["flops_saved"]["mean"], row["top1"]
         typer.echo(
             f"{row['backbone']:<6} {row['name']:<34} {top1['mean']:6.2f} ± {top1['std']:.2f} %"

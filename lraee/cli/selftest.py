@@ -28,14 +28,14 @@ def selftest(
 
     if json_out is not None:
         require_writable(json_out)
-    found = selftest.examine(device, quick=quick, progress=progress)
+    result = selftest.examine(device, quick=quick, progress=progress)
     for key in ("gpu", "capability", "driver", "versions"):
-        if key in found:
-            line(key, found[key])
-    for table in tables.of_selftest(found):
+        if key in result:
+            line(key, result[key])
+    for table in tables.of_selftest(result):
         console.print(table)
     if json_out is not None:
-        write_json(found, json_out)
+        write_json(result, json_out)
         line("written", str(json_out))
-    if not found["is_ok"]:
+    if not result["is_ok"]:
         raise typer.Exit(1)

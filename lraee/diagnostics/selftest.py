@@ -67,7 +67,7 @@ def examine(device: Device, *, quick: bool = False, progress: bool = True) -> di
     if device == "interpreter":
         sizes = selftest_sizes.TINY
     rows = list(run(target, sizes, progress=progress))
-    found = {
+    result = {
         "schema": SCHEMA,
         **machine.describe(),
         **describe(target),
@@ -79,8 +79,8 @@ def examine(device: Device, *, quick: bool = False, progress: bool = True) -> di
     if device == "cuda" and not _is_lost(target.device):
         broken = {row.kernel for row in rows if row.difference is not None}
         times = selftest_time.measure(target.device, broken, quick=quick, progress=progress)
-        found["times"] = [asdict(row) for row in times]
-    return found
+        result["times"] = [asdict(row) for row in times]
+    return result
 
 
 def run(target: Target, sizes: Sizes, *, progress: bool = False) -> Iterator[Row]:

@@ -306,13 +306,13 @@ def _probe_difference(
                 poisoned(z, ROW_PADS[seed % 3], device),
                 *poisoned_all([head], device=device), config=config, space=space,
             )  # fmt: skip
-        found = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
+        result = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
         decided = bounds.decision(embedding.cpu(), variance.cpu(), head)
         limits = bounds.of_decision(shape[-1])
         first = first_of([
             ("variance", variance, wanted[4], 0.0),
             ("embedding", embedding, wanted[0], bounds.of_embedding(z, head)),
-            *((name, found[name], decided[name], limits[name]) for name in found),
+            *((name, result[name], decided[name], limits[name]) for name in result),
         ])  # fmt: skip
         if first is None and space.tickets.any():
             return "workspace: tickets are not zero after the launch"

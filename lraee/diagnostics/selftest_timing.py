@@ -106,14 +106,14 @@ def measure(
     def rounds(variants: Mapping[str, Call]) -> dict[str, list[float]]:
         return cuda_interleaved(variants, device, budget_s=budget_s)
 
-    found: list[TimeRow] = []
+    result: list[TimeRow] = []
     for contest in tqdm(list(contests(device, B32)), "timings", disable=not progress):
         if contest.kernel in broken or (contest.kernel == "tower" and broken):
             error = "not timed: it does not compute what it is defined to"
-            found.append(TimeRow(contest.kernel, contest.shape, "", None, None, error))
+            result.append(TimeRow(contest.kernel, contest.shape, "", None, None, error))
         else:
-            found += hold(contest, rounds)
-    return found
+            result += hold(contest, rounds)
+    return result
 
 
 @torch.inference_mode()
@@ -297,8 +297,8 @@ def float_probe(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embedding, class and score of an exit, as one would write them in torch."""
     patches = z[:, 1:]
-    seen = torch.cat([patches.mean(1), z[:, 0]], 1)
-    h = F.layer_norm(seen, gamma.shape, gamma, beta, 1e-5)
+    recorded = torch.cat([patches.mean(1), z[:, 0]], 1)
+    h = F.layer_norm(recorded, gamma.shape, gamma, beta, 1e-5)
     embedding = F.linear(F.gelu(F.linear(h, w1)), w2)
     p = torch.softmax(30.0 * F.normalize(embedding, dim=-1) @ classes.T, dim=-1)
     top = p.topk(2, dim=-1)

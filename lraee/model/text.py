@@ -65,11 +65,11 @@ def base_weights(
             "restore: base must hold the text tower that accelerate saw, got none; give"
             " base=<the original model or its state dict>"
         )
-    found = tower_hash(weights)
-    if found != record.base_hash:
+    result = tower_hash(weights)
+    if result != record.base_hash:
         raise ValueError(
             "restore: the text tower must hold the weights that accelerate saw (sha256"
-            f" {record.base_hash[:12]}), got {found[:12]}; give base=<model or state dict with the"
+            f" {record.base_hash[:12]}), got {result[:12]}; give base=<model or state dict with the"
             " original weights>"
         )
     return weights

@@ -239,8 +239,8 @@ class Saved:
             data += file.read(header_size)
             _check_header(parse(data[8:]), specs)
             data += file.read(content)
-        found = hashlib.sha256(data).hexdigest()
-        require(found == sha256, f"must have sha256 {sha256}", found)
+        result = hashlib.sha256(data).hexdigest()
+        require(result == sha256, f"must have sha256 {sha256}", result)
         return data
 
 

@@ -40,13 +40,13 @@ def test_wrong_results_are_not_timed() -> None:
 
 def test_variants_take_turns() -> None:
     """Each round runs each variant once; the rivals' order rotates, ours comes last."""
-    seen: list[str] = []
-    variants = [Variant(name, lambda name=name: seen.append(name)) for name in "abc"]  # type: ignore[misc]
+    recorded: list[str] = []
+    variants = [Variant(name, lambda name=name: recorded.append(name)) for name in "abc"]  # type: ignore[misc]
     benchmark = FakeBenchmark()
     compare(benchmark, lambda: None, variants[0], variants[1:], budget_s=0.0, warm_s=0.0)
     rounds = benchmark.extra_info["rounds"]
     assert rounds == harness.MIN_ROUNDS
-    measured = "".join(seen[-3 * rounds :])
+    measured = "".join(recorded[-3 * rounds :])
     assert measured == ("bca" + "cba") * (rounds // 2) + "bca" * (rounds % 2)
 
 

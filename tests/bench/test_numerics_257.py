@@ -55,8 +55,8 @@ def test_int8_keeps_direction_and_the_paper_scheme_loses_it(
 
 @torch.inference_mode()
 def test_its_activations_do_have_outliers(floats: numerics.Embedder, images: torch.Tensor) -> None:
-    seen = []
+    recorded = []
     for block in floats.visual.transformer.resblocks:
-        block.register_forward_hook(lambda module, args, y: seen.append(float(y.abs().max())))
+        block.register_forward_hook(lambda module, args, y: recorded.append(float(y.abs().max())))
     floats.encode_image(images[:2])
-    assert len(seen) == 12 and seen[-1] > 5 * seen[0]
+    assert len(recorded) == 12 and recorded[-1] > 5 * recorded[0]

@@ -54,8 +54,8 @@ def test_a_resumed_run_is_the_same_run(data: train.Data, tmp_path: Path) -> None
 
 
 def test_what_it_writes_is_an_open_clip_model(data: train.Data, tmp_path: Path) -> None:
-    made = trainer(tmp_path / "mini", data)
-    figures = made.finish()
+    built = trainer(tmp_path / "mini", data)
+    figures = built.finish()
     assert json.loads((tmp_path / "mini" / "train.json").read_text())["figures"] == figures
     open_clip.add_model_config(tmp_path / "mini" / "mini.json")
     weights = tmp_path / "mini" / "open_clip_model.safetensors"

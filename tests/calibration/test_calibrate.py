@@ -165,8 +165,8 @@ def gain_of(
     if classes is None:  # a search among the images that heads learned from
         index = split_of("heads", torch.arange(N))
         searches = [(y, int8[index]), (wanted[rows], wanted[index])]
-        found, expected = ((queries @ found.T).argmax(1) for queries, found in searches)
-        return float((found == expected).double().mean())
+        result, expected = ((queries @ result.T).argmax(1) for queries, result in searches)
+        return float((result == expected).double().mean())
     truth = (wanted[rows] @ classes.T).argmax(1) if labels is None else labels[rows]
     return float(((y @ classes.T).argmax(1) == truth).double().mean())
 

@@ -54,10 +54,10 @@ def with_margin(images: Tensor) -> Tensor:
 def walked(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Tokens before the first block and after each, block by block."""
     tower = model.visual
-    found = [tower._embeds(images)]
+    result = [tower._embeds(images)]
     for block in blocks_of(model):
-        found.append(block(found[-1]))
-    return found
+        result.append(block(result[-1]))
+    return result
 
 
 # Taps
@@ -71,8 +71,8 @@ def test_taps_give_the_tokens_of_the_last_call(
         with tapped(each.visual) as z:
             each.encode_image(images[:2])
             each.encode_image(images)
-            for found, expected in zip(z, walked(each, images), strict=True):
-                assert_same(found, expected)
+            for result, expected in zip(z, walked(each, images), strict=True):
+                assert_same(result, expected)
         assert not any(block._forward_hooks for block in blocks_of(each))
         assert not blocks_of(each)[0]._forward_pre_hooks
 
@@ -89,12 +89,12 @@ def test_taps_turn_sequence_first_towers(images: Tensor, is_fast: bool) -> None:
     turned = lraee.accelerate(model) if is_fast else model
     with tapped(turned.visual) as z:
         turned.encode_image(images)
-        for found, wanted in zip(z, expected, strict=True):
-            assert found.shape == wanted.shape
+        for result, wanted in zip(z, expected, strict=True):
+            assert result.shape == wanted.shape
             if is_fast:
-                assert_same(found, wanted)
+                assert_same(result, wanted)
             else:  # torch's attention sums in another order
-                assert torch.allclose(found, wanted, atol=1e-5)
+                assert torch.allclose(result, wanted, atol=1e-5)
 
 
 @torch.no_grad()
@@ -111,10 +111,10 @@ def test_taps_come_off_after_an_error(fast: nn.Module, images: Tensor) -> None:
 def test_embeddings_are_those_of_both_models(
     model: nn.Module, fast: nn.Module, images: Tensor
 ) -> None:
-    found = make_pair(model, fast, images).embeddings()
-    assert_same(found["full"], fast.encode_image(images))
+    result = make_pair(model, fast, images).embeddings()
+    assert_same(result["full"], fast.encode_image(images))
     parts = [model.encode_image(part) for part in images.split(4)]
-    assert_same(found["teacher"], torch.cat(parts))
+    assert_same(result["teacher"], torch.cat(parts))
 
 
 @torch.no_grad()
@@ -132,13 +132,13 @@ def test_exits_of_the_fast_model_are_passed_by(model: nn.Module, images: Tensor)
 def test_pooled_is_what_a_head_sees(model: nn.Module, fast: nn.Module, images: Tensor) -> None:
     rows = every()
     rows[[2, 4, 5, 6, 7]] = False  # the whole second batch among them
-    found = make_pair(model, fast, images).pooled([3, 1], rows, view_seed=None)
+    result = make_pair(model, fast, images).pooled([3, 1], rows, view_seed=None)
     tokens = walked(fast, images[rows])
     expected = torch.stack([pool(tokens[block], has_class_token=True) for block in (3, 1)], dim=1)
-    assert_same(found["pooled"], expected.half())
+    assert_same(result["pooled"], expected.half())
     alone = [pool(tokens[3], has_class_token=False), tokens[3][:, 0]]
-    assert_same(found["pooled"][:, 0], torch.cat(alone, dim=1).half())
-    assert torch.allclose(found["teacher"], model.encode_image(images[rows]), atol=1e-5)
+    assert_same(result["pooled"][:, 0], torch.cat(alone, dim=1).half())
+    assert torch.allclose(result["teacher"], model.encode_image(images[rows]), atol=1e-5)
 
 
 @torch.no_grad()
@@ -147,14 +147,14 @@ def test_views_are_seeded_crops(model: nn.Module, fast: nn.Module, images: Tenso
     large, rows = with_margin(images), every()
     rows[3] = False
     pair = make_pair(model, fast, large, batch=N)
-    found = pair.pooled([2], rows, view_seed=5)
+    result = pair.pooled([2], rows, view_seed=5)
     crops = augmented(large[rows], size=(SIZE, SIZE), generator=generator(5))
     expected = pool(walked(fast, crops)[2], has_class_token=True)
-    assert_same(found["pooled"][:, 0], expected.half())
-    assert_same(found["teacher"], model.encode_image(crops))
+    assert_same(result["pooled"][:, 0], expected.half())
+    assert_same(result["teacher"], model.encode_image(crops))
     again, other = (pair.pooled([2], rows, view_seed=seed)["pooled"] for seed in (5, 6))
-    assert_same(again, found["pooled"])
-    assert not torch.equal(other, found["pooled"])
+    assert_same(again, result["pooled"])
+    assert not torch.equal(other, result["pooled"])
 
 
 @torch.no_grad()
@@ -170,9 +170,9 @@ def test_larger_images_are_cropped_to_the_centre(
         lambda pair: pair.probed(head, every(), classes=classes, logit_scale=10.0),
     ]
     for each in passes:
-        found, expected = each(large), each(small)
+        result, expected = each(large), each(small)
         for name, tensor in expected.items():
-            assert_same(found[name], tensor, name=name)
+            assert_same(result[name], tensor, name=name)
     assert large.noise(N) == small.noise(N)
 
 
@@ -181,21 +181,21 @@ def test_probes_are_those_of_a_router(model: nn.Module, fast: nn.Module, images:
     exits = make_exits(model, kind="confidence", blocks=(1, 2))
     rows = every()
     rows[[0, 8]] = False
-    found = make_pair(model, fast, images).probed(
+    result = make_pair(model, fast, images).probed(
         dict(exits.heads), rows, classes=exits.router().classes, logit_scale=exits.logit_scale
     )
     routed = lraee.accelerate(model, exits=exits)
     with lraee.trace(routed) as t:
         left = routed.encode_image(images[rows])
     reached = ~t.features.isnan()
-    assert_same(t.features[reached], found["features"][reached])
+    assert_same(t.features[reached], result["features"][reached])
     places = {1: 0, 2: 1}
     early = [i for i, depth in enumerate(t.exit_block.tolist()) if depth in places]
     assert len(early) >= 2
     for i in early:
-        assert_same(left[i], found["embedding"][i, places[int(t.exit_block[i])]], image=i)
-    cosine = nn.functional.normalize(found["embedding"], dim=2) @ exits.router().classes.T
-    assert_same(found["top1"], cosine.argmax(2))
+        assert_same(left[i], result["embedding"][i, places[int(t.exit_block[i])]], image=i)
+    cosine = nn.functional.normalize(result["embedding"], dim=2) @ exits.router().classes.T
+    assert_same(result["top1"], cosine.argmax(2))
 
 
 @torch.no_grad()
@@ -206,8 +206,8 @@ def test_noise_is_of_the_first_images(
     meter = NoiseMeter(3)
     z, noisy = walked(model, images[:most]), walked(fast, images[:most])
     meter.add(z[0], z[1:], noisy[1:])
-    found = make_pair(model, fast, images).noise(most)
-    for row, expected in zip(found, meter.result(), strict=True):
+    result = make_pair(model, fast, images).noise(most)
+    for row, expected in zip(result, meter.result(), strict=True):
         # torch's float blocks sum in another order in another batch
         assert vars(row) == pytest.approx(vars(expected), rel=1e-3)
 
@@ -234,13 +234,13 @@ def test_batches_of_any_size_give_the_same(
     assert_same(pair.embeddings()["full"], whole.embeddings()["full"])
     rows = every()
     rows[[0, 6, 7]] = False  # the first and the third batch whole
-    found, expected = (each.pooled([2], rows, view_seed=None) for each in (pair, whole))
-    assert_same(found["pooled"], expected["pooled"])
+    result, expected = (each.pooled([2], rows, view_seed=None) for each in (pair, whole))
+    assert_same(result["pooled"], expected["pooled"])
     assert batches.passes == 2
     # Crops are drawn batch by batch: those of equal batches are the same
     equal = make_pair(model, fast, Batches(images, [4, 4, 3]))
-    found, expected = (each.pooled([2], rows, view_seed=3) for each in (equal, whole))
-    assert_same(found["pooled"], expected["pooled"])
+    result, expected = (each.pooled([2], rows, view_seed=3) for each in (equal, whole))
+    assert_same(result["pooled"], expected["pooled"])
     one_by_one = make_pair(model, fast, [image[None] for image in images])
     assert_same(one_by_one.embeddings()["full"], whole.embeddings()["full"])
 

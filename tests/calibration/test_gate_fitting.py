@@ -29,9 +29,9 @@ def test_folded_gate_predicts_what_the_standardised_one_does() -> None:
     scaled = StandardScaler().fit_transform(x.double().numpy())
     model = LogisticRegression(C=1e4, max_iter=1000).fit(scaled, y.numpy())
     expected = torch.from_numpy(model.predict_proba(scaled)[:, 1])
-    found = torch.sigmoid(x.double() @ w + b)
+    result = torch.sigmoid(x.double() @ w + b)
     assert w.dtype == torch.float64 and isinstance(b, float)
-    assert_within(found, expected, 1e-9)
+    assert_within(result, expected, 1e-9)
     # The four numbers are run in float32: a constant of -20 or so and a variance of 1e4
     in_float32 = torch.sigmoid(x @ w.float() + torch.tensor(b, dtype=torch.float32))
     assert_within(in_float32, expected, 1e-4)
@@ -49,9 +49,9 @@ def test_rows_that_are_not_finite_are_as_if_absent() -> None:
     x, y = separable(200, 3)
     expected = fit_logistic(x, y)
     bad = torch.tensor([[math.nan, 0.0, 0.0], [0.0, math.inf, 0.0], [0.0, 0.0, -math.inf]])
-    found = fit_logistic(torch.cat([bad, x]), torch.cat([torch.tensor([True, False, True]), y]))
-    assert_same(found[0], expected[0])
-    assert found[1] == expected[1]
+    result = fit_logistic(torch.cat([bad, x]), torch.cat([torch.tensor([True, False, True]), y]))
+    assert_same(result[0], expected[0])
+    assert result[1] == expected[1]
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 9), (9, 9), (0, 0)])
@@ -68,9 +68,9 @@ def test_a_feature_that_never_changes_has_no_weight(value: float) -> None:
     w, b = fit_logistic(x, y)
     assert abs(float(w[1]) * value) < 1e-3
     others, constant = fit_logistic(x[:, [0, 2]], y)
-    found = torch.sigmoid(x.double() @ w + b)
+    result = torch.sigmoid(x.double() @ w + b)
     expected = torch.sigmoid(x[:, [0, 2]].double() @ others + constant)
-    assert_within(found, expected, 1e-3)
+    assert_within(result, expected, 1e-3)
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,11 +252,11 @@ def test_path_ends_at_the_first_failure(
 def test_delta_decides() -> None:
     """One configuration without a loss in 10 images: p = 0.8**10 = 0.107."""
     losses = np.zeros((10, 1))
-    found = [
+    result = [
         risk.learn_then_test(losses, epsilon=0.2, delta=delta, bound="hoeffding_bentkus")
         for delta in (0.1, 0.11)
     ]
-    assert found == [None, 0]
+    assert result == [None, 0]
 
 
 def test_bets_aim_at_delta() -> None:

@@ -75,10 +75,10 @@ def test_scores_at_calibration_are_those_at_run_time(
 ) -> None:
     """Bit for bit, in other batches, with other neighbours; so are the exits that images take."""
     exits = spread_exits(model, kind, images)
-    found = at_calibration(model, exits, images, batch=37)
+    result = at_calibration(model, exits, images, batch=37)
     subset = tuple(range(len(exits.plan.blocks)))
     gate = exits.plan.gate
-    expected = exit_scores(kind, found, subset, gate.weights)
+    expected = exit_scores(kind, result, subset, gate.weights)
     # All exits closed: every image comes to each of them
     closed = Plan(exits.plan.blocks, replace(gate, thresholds=(NEVER,) * len(subset)))
     fast = lraee.accelerate(model, exits=replace(exits, plans={kind: closed}))
@@ -86,7 +86,7 @@ def test_scores_at_calibration_are_those_at_run_time(
         for part in images.split(10):
             fast.encode_image(part)
     actual = t.scores
-    assert_same(t.features, found.features[:, : len(subset)])
+    assert_same(t.features, result.features[:, : len(subset)])
     if kind == "learned":
         # exit_probe's own sigmoid: three roundings, beside torch's two
         assert_within(actual, torch.from_numpy(expected), 4 * EPS32)
@@ -118,7 +118,7 @@ def test_a_plan_does_at_run_time_what_it_was_said_to_do(
 ) -> None:
     """run_plan against a trace: where images leave, and what that saves."""
     exits = replace(spread_exits(model, kind, images), compaction=Compaction(0.0))
-    found = at_calibration(model, exits, images, batch=37)
+    result = at_calibration(model, exits, images, batch=37)
     fast = lraee.accelerate(model, exits=exits)
     parts, probes = PartFlops.as_run(fast.visual), probe_flops(fast.visual.exits)
     blocks = list(exits.heads)
@@ -127,12 +127,12 @@ def test_a_plan_does_at_run_time_what_it_was_said_to_do(
         places = list(subset)  # type: ignore[call-overload]
         return parts.when_leaving([blocks[e] for e in places], [probes[e] for e in places])
 
-    ran = run_plan(exits.plan, blocks, found, Costs(when_leaving, parts.total))
+    ran = run_plan(exits.plan, blocks, result, Costs(when_leaving, parts.total))
     with lraee.trace(fast) as t:
         fast.encode_image(images)
     assert t.exit_block.tolist() == [[*blocks, 5][e] for e in ran.at]
     assert t.flops_saved == pytest.approx(ran.flops_saved, abs=1e-12)
-    gains = [found.gain[i, e] for i, e in enumerate(ran.at)]
+    gains = [result.gain[i, e] for i, e in enumerate(ran.at)]
     assert ran.gain == pytest.approx(sum(gains) / len(gains))
 
 
@@ -140,11 +140,11 @@ def test_a_plan_does_at_run_time_what_it_was_said_to_do(
 
 
 def test_losses_against_a_loop() -> None:
-    found = make_table(50, 4, 0, nan_rows=2)
+    result = make_table(50, 4, 0, nan_rows=2)
     subset, weights = (0, 2, 3), ((1.0, 2.0, -0.01, 0.1),) * 3
-    table = score_table("learned", found, subset, weights, make_costs(4))
+    table = score_table("learned", result, subset, weights, make_costs(4))
     choices = [(NEVER, NEVER, NEVER), (0.75, NEVER, 0.625), (0.5, 0.5, 0.5), (-NEVER, 0.0, 0.0)]
-    losses = found.losses(table, subset, choices)
+    losses = result.losses(table, subset, choices)
     assert losses.shape == (50, 4) and losses.dtype == np.float64
     for j, thresholds in enumerate(choices):
         for i in range(50):
@@ -153,67 +153,67 @@ def test_losses_against_a_loop() -> None:
                 if table.scores[i, place] >= thresholds[place]:
                     left = e
                     break
-            assert losses[i, j] == found.loss[i, left], (i, j)
-    assert losses[:, 0].tolist() == found.loss[:, -1].tolist()
+            assert losses[i, j] == result.loss[i, left], (i, j)
+    assert losses[:, 0].tolist() == result.loss[:, -1].tolist()
 
 
 def test_score_table_by_hand() -> None:
-    found, costs = make_table(20, 3, 1), make_costs(3, probe=2.0)
-    table = score_table("confidence", found, (0, 2), (NO_WEIGHTS,) * 2, costs)
-    assert_same(torch.from_numpy(table.scores), found.features[:, [0, 2], 0])
-    assert table.gains.tolist() == found.gain[:, [0, 2, 3]].tolist()
+    result, costs = make_table(20, 3, 1), make_costs(3, probe=2.0)
+    table = score_table("confidence", result, (0, 2), (NO_WEIGHTS,) * 2, costs)
+    assert_same(torch.from_numpy(table.scores), result.features[:, [0, 2], 0])
+    assert table.gains.tolist() == result.gain[:, [0, 2, 3]].tolist()
     assert table.costs.tolist() == [FULL / 4 + 2, 3 * FULL / 4 + 4, FULL + 4]
 
 
 @pytest.mark.parametrize("kind", get_args(GateKind))
 def test_weights_are_fitted_exit_by_exit(kind: GateKind) -> None:
-    found = make_table(80, 4, 2, nan_rows=3)
+    result = make_table(80, 4, 2, nan_rows=3)
     subset = (1,) if kind == "static" else (0, 1, 3)
-    weights = fit_weights(kind, found, subset)
+    weights = fit_weights(kind, result, subset)
     assert len(weights) == len(subset)
     for place, e in enumerate(subset):
-        right = found.is_correct[:, e]
+        right = result.is_correct[:, e]
         if kind == "learned":
-            w, b = fit_logistic(found.features[:, e], right)
+            w, b = fit_logistic(result.features[:, e], right)
             assert weights[place] == (*w.tolist(), b)
         elif kind == "agreement" and place:
-            now, before = found.embedding[:, e], found.embedding[:, subset[place - 1]]
+            now, before = result.embedding[:, e], result.embedding[:, subset[place - 1]]
             cosine = (unit(now) * unit(before)).sum(1)
-            w, b = fit_logistic(torch.stack([cosine, found.features[:, e, 2]], 1), right)
+            w, b = fit_logistic(torch.stack([cosine, result.features[:, e, 2]], 1), right)
             # The cosine is summed in another order here
             assert weights[place] == pytest.approx((float(w[0]), 0.0, float(w[1]), b), rel=1e-2)
-            scores = exit_scores(kind, found, subset, weights)[:, place]
-            p = torch.sigmoid(cosine.double() * w[0] + found.features[:, e, 2].double() * w[1] + b)
+            scores = exit_scores(kind, result, subset, weights)[:, place]
+            p = torch.sigmoid(cosine.double() * w[0] + result.features[:, e, 2].double() * w[1] + b)
             assert_within(torch.from_numpy(scores), p, 1e-4)
         else:
             assert weights[place] == NO_WEIGHTS
 
 
 def test_a_probe_is_what_the_features_say() -> None:
-    found = make_table(30, 2, 3, nan_rows=1)
-    embedding, top1, confidence, margin, variance, learned = found.probe(1, (2.0, -1.0, 0.01, 0.5))
-    assert_same(embedding, found.embedding[:, 1])
-    assert_same(top1, found.top1[:, 1])
-    assert_same(torch.stack([confidence, margin, variance], 1), found.features[:, 1])
+    result = make_table(30, 2, 3, nan_rows=1)
+    embedding, top1, confidence, margin, variance, learned = result.probe(1, (2.0, -1.0, 0.01, 0.5))
+    assert_same(embedding, result.embedding[:, 1])
+    assert_same(top1, result.top1[:, 1])
+    assert_same(torch.stack([confidence, margin, variance], 1), result.features[:, 1])
     logit = 2.0 * confidence.double() - margin.double() + 0.01 * variance.double() + 0.5
     assert_within(learned, torch.sigmoid(logit), 8 * EPS32)
     assert_same(learned, steady_sigmoid(((2.0 * confidence - margin) + 0.01 * variance) + 0.5))
 
 
 def test_a_plan_without_exits_saves_nothing() -> None:
-    found = make_table(10, 3, 4)
-    ran = run_plan(Plan((), Gate("learned", (), ())), [1, 2, 3], found, make_costs(3))
+    result = make_table(10, 3, 4)
+    ran = run_plan(Plan((), Gate("learned", (), ())), [1, 2, 3], result, make_costs(3))
     assert ran.at.tolist() == [3] * 10 and ran.flops_saved == 0.0
-    assert ran.gain == pytest.approx(float(found.gain[:, -1].mean()))
+    assert ran.gain == pytest.approx(float(result.gain[:, -1].mean()))
 
 
 def test_plans_name_depths_and_tables_candidates() -> None:
     """Blocks 5 and 11 are candidates 0 and 2."""
-    found, costs = make_table(40, 3, 5), make_costs(3)
+    result, costs = make_table(40, 3, 5), make_costs(3)
     gate = Gate("confidence", (NO_WEIGHTS,) * 2, (0.5, 0.25))
-    ran = run_plan(Plan((5, 11), gate), [5, 8, 11], found, costs)
+    ran = run_plan(Plan((5, 11), gate), [5, 8, 11], result, costs)
     for i, at in enumerate(ran.at):
-        first, last = found.features[i, 0, 0] >= 0.5, found.features[i, 2, 0] >= 0.25
+        first, last = result.features[i, 0, 0] >= 0.5, result.features[i, 2, 0] >= 0.25
         assert at == (0 if first else 2 if last else 3), i
     spent = [dict(zip((0, 2, 3), costs.when_leaving((0, 2)), strict=True))[at] for at in ran.at]
     assert ran.flops_saved == pytest.approx(1 - sum(spent) / 40 / FULL)

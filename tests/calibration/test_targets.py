@@ -24,37 +24,39 @@ def probes_of(top1: Tensor, embedding: Tensor | None = None) -> dict[str, Tensor
 
 
 def test_right_is_what_the_float_model_says() -> None:
-    found = judge(probes_of(TOP1), {"teacher": TEACHER, "full": FULL}, classes=CLASSES, labels=None)
-    assert found.is_correct.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
-    assert found.gain.tolist() == [[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]]
+    result = judge(
+        probes_of(TOP1), {"teacher": TEACHER, "full": FULL}, classes=CLASSES, labels=None
+    )
+    assert result.is_correct.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
+    assert result.gain.tolist() == [[1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]]
     # The loss is against int8 at full depth, which is wrong of image 2
-    assert found.loss.tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]]
-    assert not found.is_signed
+    assert result.loss.tolist() == [[0, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert not result.is_signed
 
 
 def test_a_proof_is_of_the_answer_at_full_depth() -> None:
-    found = judge(
+    result = judge(
         probes_of(TOP1), {"teacher": TEACHER, "full": FULL}, classes=CLASSES, labels=None,
         is_proof=True,
     )  # fmt: skip
-    assert found.is_correct.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
-    assert found.gain.tolist() == (1 - found.loss).tolist()
+    assert result.is_correct.int().tolist() == [[1, 1], [0, 1], [1, 0], [0, 0]]
+    assert result.gain.tolist() == (1 - result.loss).tolist()
 
 
 @pytest.mark.parametrize("is_proof", [False, True])
 def test_right_is_the_label_where_there_are_labels(is_proof: bool) -> None:
     labels = torch.tensor([0, 2, 1, 1])
-    found = judge(
+    result = judge(
         probes_of(TOP1), {"teacher": TEACHER, "full": FULL}, classes=CLASSES, labels=labels,
         is_proof=is_proof,
     )  # fmt: skip
-    assert found.is_correct.int().tolist() == [[1, 1], [1, 0], [0, 1], [1, 1]]
-    assert found.gain.tolist() == [[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 0]]
+    assert result.is_correct.int().tolist() == [[1, 1], [1, 0], [0, 1], [1, 1]]
+    assert result.gain.tolist() == [[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 0]]
     # (right at full depth - right here + 1) / 2
-    assert found.loss.tolist() == [
+    assert result.loss.tolist() == [
         [0.5, 0.5, 0.5], [0.0, 0.5, 0.5], [1.0, 0.5, 0.5], [0.0, 0.0, 0.5],
     ]  # fmt: skip
-    assert found.is_signed
+    assert result.is_signed
 
 
 def test_an_index_without_those_that_search() -> None:
@@ -86,16 +88,16 @@ def test_without_classes_right_is_what_float_finds(has_index: bool) -> None:
     probes = probes_of(torch.zeros(n, m, dtype=torch.int64), embedding)
     options: dict[str, Any] = {"classes": None, "labels": None}
     options["index"] = index if has_index else None
-    found = judge(probes, embeddings, **options)
+    result = judge(probes, embeddings, **options)
     proof = judge(probes, embeddings, **options, is_proof=True)
     for i, place in enumerate(places.tolist()):
         answers = [naive_search(each, int8, place) for each in (*embedding[i], int8[place])]
         truth = naive_search(floats[place], floats, place)
         right, same = [a == truth for a in answers], [a == answers[-1] for a in answers]
-        assert found.is_correct[i].tolist() == right[:-1]
-        assert found.gain[i].tolist() == right and found.loss[i].tolist() == [not s for s in same]
-        assert proof.gain[i].tolist() == same and proof.loss[i].tolist() == found.loss[i].tolist()
-    means = found.gain.mean(0)
+        assert result.is_correct[i].tolist() == right[:-1]
+        assert result.gain[i].tolist() == right and result.loss[i].tolist() == [not s for s in same]
+        assert proof.gain[i].tolist() == same and proof.loss[i].tolist() == result.loss[i].tolist()
+    means = result.gain.mean(0)
     assert 0 < means[0] < means[1] < 1 and 0 < means[2] < 1
 
 
@@ -104,5 +106,5 @@ def test_the_same_image_twice_loses_nothing() -> None:
     once = torch.randn(6, 5, generator=generator(4))
     teacher = torch.cat([once, once[:3]])
     probes = probes_of(torch.zeros(9, 1, dtype=torch.int64), teacher[:, None])
-    found = judge(probes, {"teacher": teacher, "full": teacher}, classes=None, labels=None)
-    assert found.loss.sum() == 0.0 and found.gain.mean() == 1.0 and found.is_correct.all()
+    result = judge(probes, {"teacher": teacher, "full": teacher}, classes=None, labels=None)
+    assert result.loss.sum() == 0.0 and result.gain.mean() == 1.0 and result.is_correct.all()

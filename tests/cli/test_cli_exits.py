@@ -77,23 +77,23 @@ def test_from_photos_to_a_report(data: tuple[Path, Path], tmp_path: Path) -> Non
     options = ("--no-progress", "--exits", out, "--retrieval", "--limit", 24, "--out", report)
     result = run("evaluate", "--data", photos, "--classes", classes, "--scheme", "int8", *options)
     assert result.exit_code == 0, result.output
-    found = json.loads(report.read_text())
+    actual = json.loads(report.read_text())
     forms = ["float", "int8", *(f"exits {name}" for name in exits.names)]
-    assert [row["scheme"] for row in found["rows"]] == forms
-    assert [row["scheme"] for row in found["retrieval"]] == forms
-    assert list(found["exits"]) == forms[2:]
-    assert found["card"]["plans"] == json.loads(json.dumps(dict(exits.card["plans"])))
-    for row in found["rows"]:
-        stats = found["exits"].get(row["scheme"])
+    assert [row["scheme"] for row in actual["rows"]] == forms
+    assert [row["scheme"] for row in actual["retrieval"]] == forms
+    assert list(actual["exits"]) == forms[2:]
+    assert actual["card"]["plans"] == json.loads(json.dumps(dict(exits.card["plans"])))
+    for row in actual["rows"]:
+        stats = actual["exits"].get(row["scheme"])
         if stats is None:
             assert row["flops_saved"] is None
             continue
-        assert stats["images"] == found["photos"] == 24 - found["skipped"]
+        assert stats["images"] == actual["photos"] == 24 - actual["skipped"]
         assert sum(stats["share"]) == pytest.approx(1.0)
         assert row["flops_saved"] == pytest.approx(
             100 * (1 - stats["run_flops"] / stats["full_flops"])
         )
-    assert found["retrieval"][0]["recall_1"] == 100.0
+    assert actual["retrieval"][0]["recall_1"] == 100.0
     assert "float's first in first 1, %" in result.stdout and "FLOPs saved, %" in result.stdout
 
 

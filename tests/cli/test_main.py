@@ -110,9 +110,9 @@ def test_doctor() -> None:
     for word in ("machine", "isa avx512_vnni", "on cpu tensors: ", "on cuda tensors: "):
         assert word in result.stdout
     as_json = run("doctor", "--json")
-    found = json.loads(as_json.stdout)
-    assert found["schema"] == "lraee.doctor/1"
-    assert {row["operator"] for row in found["operators"]} == set(registry.OPERATORS)
+    actual = json.loads(as_json.stdout)
+    assert actual["schema"] == "lraee.doctor/1"
+    assert {row["operator"] for row in actual["operators"]} == set(registry.OPERATORS)
 
 
 def test_demo_on_a_folder(
@@ -125,10 +125,10 @@ def test_demo_on_a_folder(
     (data[0] / "bad.png").write_bytes(b"nothing")
     result = run("demo", "--data", data[0], "--no-progress", "--limit", 10, "--out", out)
     assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
-    assert found["photos"] == 4 and len(found["answers"]) == 4 and found["skipped"] == 1
+    actual = json.loads(out.read_text())
+    assert actual["photos"] == 4 and len(actual["answers"]) == 4 and actual["skipped"] == 1
     assert "4; skipped 1 file: bad.png is not a whole image" in result.stdout
-    for row in found["answers"]:
+    for row in actual["answers"]:
         assert row["photo"] in result.stdout and row["float_name"] in result.stdout
 
 
@@ -137,14 +137,14 @@ def test_evaluate(data: tuple[Path, Path], tmp_path: Path) -> None:
     options = ("--no-progress", "--batch", 3, "--out", out)
     result = run("evaluate", "--data", data[0], "--classes", data[1], *options)
     assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
-    assert (found["photos"], found["labelled"], found["skipped"]) == (4, 4, 0)
-    assert [row["scheme"] for row in found["rows"]] == ["float", "int8", "paper"]
-    base, fast, paper = found["rows"]
+    actual = json.loads(out.read_text())
+    assert (actual["photos"], actual["labelled"], actual["skipped"]) == (4, 4, 0)
+    assert [row["scheme"] for row in actual["rows"]] == ["float", "int8", "paper"]
+    base, fast, paper = actual["rows"]
     assert base["agreement"] == base["neighbours"] == base["top5"] == 100.0
     assert fast["cosine_mean"] > paper["cosine_mean"]
     assert f"{base['top1']:.2f}" in result.stdout and "paper" in result.stdout
-    assert found["settings"] == {"batch": 3, "limit": None, "classes": 2, "templates": 8}
+    assert actual["settings"] == {"batch": 3, "limit": None, "classes": 2, "templates": 8}
 
 
 def test_evaluate_says_when_no_folder_is_a_class(data: tuple[Path, Path], tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_bench(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     result = run("bench", "--batch", 1, "--batch", 2, "--seconds", 0.1, "--out", out)
     assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
+    actual = json.loads(out.read_text())
     variants = ["float32", "bfloat16", "int8"]
-    assert [row["variant"] for row in found["rows"]] == variants * 2
-    assert [row["batch"] for row in found["rows"]] == [1, 1, 1, 2, 2, 2]
-    assert all(row["timing"]["median_ms"] > 0 for row in found["rows"])
+    assert [row["variant"] for row in actual["rows"]] == variants * 2
+    assert [row["batch"] for row in actual["rows"]] == [1, 1, 1, 2, 2, 2]
+    assert all(row["timing"]["median_ms"] > 0 for row in actual["rows"])

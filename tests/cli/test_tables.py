@@ -120,7 +120,7 @@ def test_card_lines() -> None:
     }
     plans = card()["plans"]
     plans["all"]["is_certified"], plans["b = 0.5"]["is_certified"] = False, True
-    found = dict(
+    result = dict(
         tables.card_lines(
             card(
                 dropped=[8, 9], plans=plans, goal={"budget": None, "epsilon": 0.01, "delta": 0.05},
@@ -128,7 +128,7 @@ def test_card_lines() -> None:
             )
         )
     )  # fmt: skip
-    assert found["candidates"] == "after 5, 6, 7; noise drops 8, 9"
-    assert found["goal"] == "loss of at most 0.01 with probability 0.95"
-    assert found["not proven"].startswith("all: too few images for this loss")
-    assert found["a probe takes"] == "1.20 %, 0.30 % of the tower's time at batch 1, 32"
+    assert result["candidates"] == "after 5, 6, 7; noise drops 8, 9"
+    assert result["goal"] == "loss of at most 0.01 with probability 0.95"
+    assert result["not proven"].startswith("all: too few images for this loss")
+    assert result["a probe takes"] == "1.20 %, 0.30 % of the tower's time at batch 1, 32"

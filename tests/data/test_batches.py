@@ -66,9 +66,9 @@ def test_every_pass_is_the_same(
     passes = [list(images), list(images)]
     for batches in passes:
         assert [len(batch) for batch in batches] == [3, 3, 1]
-        for found, original in zip(torch.cat(batches), expected, strict=True):
+        for result, original in zip(torch.cat(batches), expected, strict=True):
             # JPEG: the same picture, not the same pixels
-            assert (found * 255 - original.float()).abs().mean() < 12
+            assert (result * 255 - original.float()).abs().mean() < 12
     assert_same(torch.cat(passes[0]), torch.cat(passes[1]))
     assert preprocess.calls == (7 if limit_bytes == 1 << 30 else 21)
 
@@ -77,8 +77,8 @@ def test_decoded_again_is_what_was_kept(photos: Photos, monkeypatch: pytest.Monk
     kept = list(PhotoImages(photos, Preprocess(), batch=2, progress=False))
     monkeypatch.setattr(photo_images, "_KEPT_BYTES", 0)
     decoded = list(PhotoImages(photos, Preprocess(), batch=2, progress=False))
-    for found, expected in zip(decoded, kept, strict=True):
-        assert_same(found, expected)
+    for result, expected in zip(decoded, kept, strict=True):
+        assert_same(result, expected)
 
 
 def test_bad_files_are_skipped_and_reported_once(

@@ -129,10 +129,10 @@ def test_bad_files_are_skipped_and_reported(
         warnings.simplefilter("error")
         photos = Photos(path)
         assert read_all(photos) == ["good.jpg"]
-    found = reasons(photos)
-    assert found.keys() == BAD.keys()
+    result = reasons(photos)
+    assert result.keys() == BAD.keys()
     for name, (_, reason) in BAD.items():
-        assert reason in found[name], (name, found[name])
+        assert reason in result[name], (name, result[name])
     assert photos.report().startswith(f"skipped {len(BAD)} files: ")
     assert "skipped 8 files" in caplog.text  # the two refused by name are known before
 
@@ -217,9 +217,9 @@ def test_a_fifo_named_like_a_photo_does_not_block(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     photos = Photos(tmp_path)
     assert read_all(photos) == []
-    found = reasons(photos)
-    assert found["pipe.jpg"] == "is not a regular file"
-    assert found["loop.jpg"].startswith("cannot be read: ")
+    result = reasons(photos)
+    assert result["pipe.jpg"] == "is not a regular file"
+    assert result["loop.jpg"].startswith("cannot be read: ")
 
 
 def test_mutated_archives_raise_one_line(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def test_names_come_in_the_order_of_their_bytes(tmp_path: Path) -> None:
         "e\u0301.jpg",
         "z.jpg",
     ]
-    found, _ = walked(tree(tmp_path, *names, b"\xff.jpg"))
-    assert len(found) == 9
-    assert found == sorted(found, key=to_bytes)
+    result, _ = walked(tree(tmp_path, *names, b"\xff.jpg"))
+    assert len(result) == 9
+    assert result == sorted(result, key=to_bytes)
 
 
 def test_order_and_names_are_the_same_in_every_locale(tmp_path: Path) -> None:

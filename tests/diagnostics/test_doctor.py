@@ -32,14 +32,14 @@ def test_it_says_what_the_dispatcher_runs() -> None:
 
 def test_a_missing_extension_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "CPU_EXTENSION_ERROR", "No module named 'lraee._C'")
-    found = doctor.examine()
-    row = by_key(found)["int8_linear", "cpu"]
+    result = doctor.examine()
+    row = by_key(result)["int8_linear", "cpu"]
     assert row["runs"] == "reference"
     assert row["others"]["c++"] == (
         "extension not built or not loadable: No module named 'lraee._C'"
     )
-    assert set(found["isa"].values()) == {row["others"]["c++"]}
-    assert "No module named" in found["operators_on_cpu"]
+    assert set(result["isa"].values()) == {row["others"]["c++"]}
+    assert "No module named" in result["operators_on_cpu"]
 
 
 def test_levels_that_the_cpu_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +58,10 @@ def test_levels_that_the_cpu_lacks_are_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    found = doctor.examine()
-    row = by_key(found)["int8_linear", "cuda"]
+    result = doctor.examine()
+    row = by_key(result)["int8_linear", "cuda"]
     assert row["runs"] == "nothing" and row["others"]["triton"] == "no CUDA device"
-    assert found["cuda"] == ["no CUDA device"]
+    assert result["cuda"] == ["no CUDA device"]
     monkeypatch.setattr(torch.version, "cuda", None)
     assert doctor.cuda_rows() == ["no CUDA device: this torch is built without CUDA"]
 
@@ -77,10 +77,10 @@ def test_gpus_without_int8_kernels_say_why(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *i: capability)
-    found = doctor.examine()
-    row = by_key(found)["int8_linear", "cuda"]
+    result = doctor.examine()
+    row = by_key(result)["int8_linear", "cuda"]
     assert row["runs"] == "reference" and row["others"]["triton"].startswith(reason)
-    assert found["cuda"] == [f"cuda:0 GPU sm_{capability[0]}{capability[1]}"]
+    assert result["cuda"] == [f"cuda:0 GPU sm_{capability[0]}{capability[1]}"]
 
 
 def test_groups_hold_every_operator_once() -> None:

@@ -62,12 +62,12 @@ def test_every_case_in_the_interpreter(tmp_path: Path) -> None:
     out = tmp_path / "new" / "selftest.json"
     result = run("--device", "interpreter", "--json-out", out, "--no-progress")
     assert result.exit_code == 0, result.output
-    found = json.loads(out.read_text())
-    assert found["schema"] == "lraee.selftest/1" and found["is_ok"] and found["times"] == []
-    assert {"machine", "versions", "command", "device", "gpu"} <= found.keys()
-    assert [row for row in found["rows"] if row["difference"] is not None] == []
+    actual = json.loads(out.read_text())
+    assert actual["schema"] == "lraee.selftest/1" and actual["is_ok"] and actual["times"] == []
+    assert {"machine", "versions", "command", "device", "gpu"} <= actual.keys()
+    assert [row for row in actual["rows"] if row["difference"] is not None] == []
     cases = list(selftest_cases.cases(Target(CPU, ARCHS[80]), TINY))
-    assert [(r["kernel"], r["config"], r["shape"]) for r in found["rows"]] == [
+    assert [(r["kernel"], r["config"], r["shape"]) for r in actual["rows"]] == [
         (case.kernel, case.config, case.shape) for case in cases
     ]
     assert "no timings" in result.stdout and str(out) in result.stdout.replace("\n", "")
@@ -122,14 +122,14 @@ def test_a_kernel_that_differs_is_reported(
     out = tmp_path / "selftest.json"
     result = run("--device", "interpreter", "--json-out", out, "--no-progress")
     assert result.exit_code == 1 and "first difference" in result.stdout
-    found = json.loads(out.read_text())
-    assert not found["is_ok"]
+    actual = json.loads(out.read_text())
+    assert not actual["is_ok"]
     # A block has its own hold of the right one, and no longer gives what its operators give
-    differ = {row["kernel"] for row in found["rows"] if row["difference"]}
+    differ = {row["kernel"] for row in actual["rows"] if row["difference"]}
     assert differ == {"int8_linear", "int8_block"}
     assert all(
         row["difference"].startswith("y: 1 of 60 differ, first at [2, 3]: ")
-        for row in found["rows"]
+        for row in actual["rows"]
         if row["kernel"] == "int8_linear"
     )
 
@@ -152,7 +152,7 @@ def test_nothing_runs_on_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(int8_linear, "int8_linear", lambda *_, **__: torch.zeros(3, 20))
     monkeypatch.setattr(selftest, "_is_lost", lambda device: True)
     differences = [row.difference for row in selftest.run(TARGET, FEW)]
-    first = next(i for i, found in enumerate(differences) if found is not None)
+    first = next(i for i, result in enumerate(differences) if result is not None)
     assert set(differences[first + 1 :]) == {"not run: the device failed before"}
 
 

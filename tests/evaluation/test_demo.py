@@ -41,10 +41,10 @@ def test_without_the_package_one_line_says_what_to_do(monkeypatch: pytest.Monkey
 def test_answers_are_those_of_a_plain_loop(tiny: Opened, short_training: None) -> None:
     photos = demo.sample_photos()
     photos.names, photos.labels = photos.names[:5], photos.labels[:5]
-    found = demo.run(tiny, photos, names=("espresso", "obelisk", "tabby cat"), progress=False)
+    result = demo.run(tiny, photos, names=("espresso", "obelisk", "tabby cat"), progress=False)
     rows = class_features(tiny.model, tiny.tokenizer, ("espresso", "obelisk", "tabby cat"))
-    assert found["schema"] == "lraee.demo/2" and found["photos"] == 5 and found["classes"] == 3
-    for i, answer in enumerate(found["answers"]):
+    assert result["schema"] == "lraee.demo/2" and result["photos"] == 5 and result["classes"] == 3
+    for i, answer in enumerate(result["answers"]):
         image = tiny.preprocess(photos.image(i))[None]
         with torch.inference_mode():
             y = tiny.model.encode_image(image, normalize=True)
@@ -57,18 +57,18 @@ def test_answers_are_those_of_a_plain_loop(tiny: Opened, short_training: None) -
 
 
 def test_lraee_tiny_sees_coffee_and_agrees_with_itself_in_int8(tiny: Opened) -> None:
-    found = demo.run(tiny, demo.sample_photos(), progress=False)
-    answers = {row["photo"]: row for row in found["answers"]}
+    result = demo.run(tiny, demo.sample_photos(), progress=False)
+    answers = {row["photo"]: row for row in result["answers"]}
     assert answers["coffee.png"]["float_name"] == answers["coffee.png"]["int8_name"] == "espresso"
-    base, fast, exits = found["rows"]
+    base, fast, exits = result["rows"]
     assert base["scheme"] == "float" and base["cosine_mean"] == pytest.approx(1.0)
     assert fast["scheme"] == "int8" and fast["cosine_p01"] > 0.999
     assert fast["weight_bytes"] < 0.3 * base["weight_bytes"]
     assert fast["agreement"] >= 100 * 12 / 13
     assert exits["scheme"] == "exits" and exits["flops_saved"] > 5 and exits["agreement"] > 50
-    assert found["crops"] >= demo.CROPS and found["plan"]["exits"]
-    depths = {row["exit_block"] for row in found["answers"]}
-    assert depths <= {*found["plan"]["exits"], 12} and len(depths) >= 2
+    assert result["crops"] >= demo.CROPS and result["plan"]["exits"]
+    depths = {row["exit_block"] for row in result["answers"]}
+    assert depths <= {*result["plan"]["exits"], 12} and len(depths) >= 2
 
 
 def test_models_that_cannot_be_had_are_one_line() -> None:

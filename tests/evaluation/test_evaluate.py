@@ -122,13 +122,13 @@ def test_photos_are_decoded_once_and_models_take_turns(tmp_path: Path) -> None:
     photos = Photos(folder(tmp_path / "p"), classes=Classes(("n01", "n02"), ("a", "b")))
     calls: list[tuple[str, int]] = []
     decoded: list[object] = []
-    made = {name: Encoder(name, calls) for name in ("float", "int8", "paper")}
+    built = {name: Encoder(name, calls) for name in ("float", "int8", "paper")}
 
     def preprocess(image: object) -> Tensor:
         decoded.append(image)
         return pil_to_tensor(image).float() / 255
 
-    result = embed(made, photos, preprocess, batch=2, progress=False)
+    result = embed(built, photos, preprocess, batch=2, progress=False)
     assert len(decoded) == 6
     f, i, p = ("float", 2), ("int8", 2), ("paper", 2)
     assert calls == [f, i, p, f, i, p, i, p, f, p, f, i]  # the first three only warm up
@@ -156,12 +156,12 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
     photos = Photos(folder(tmp_path / "p"), classes=Classes(("n01", "n02"), ("a", "b")))
     (tmp_path / "p" / "bad.jpg").write_bytes(b"nothing")
     photos = Photos(tmp_path / "p")
-    made = models()
-    result = embed(made, photos, lambda image: pil_to_tensor(image) / 255, progress=False)
-    rows = compare(result, made, None)
-    found = evaluate.report(rows, photos, result, model="m", data="p", batch=32)
+    built = models()
+    result = embed(built, photos, lambda image: pil_to_tensor(image) / 255, progress=False)
+    rows = compare(result, built, None)
+    actual = evaluate.report(rows, photos, result, model="m", data="p", batch=32)
     path = tmp_path / "new" / "report.json"
-    write_json(found, path)
+    write_json(actual, path)
     read = json.loads(path.read_text())
     assert read["schema"] == "lraee.evaluate/2" and read["settings"] == {"batch": 32}
     assert (read["photos"], read["labelled"], read["skipped"]) == (6, 0, 1)
@@ -197,5 +197,5 @@ def test_where_photos_leave_is_noted_batch_by_batch(tmp_path: Path) -> None:
     assert stats == replace(t.stats, share=stats.share)
     rows = compare(result, forms, None)
     assert [row.flops_saved for row in rows] == [None, None, pytest.approx(100 * t.flops_saved)]
-    found = evaluate.report(rows, photos, result, model="m", data="p")
-    assert found["exits"]["exits confidence"]["run_flops"] == t.stats.run_flops
+    actual = evaluate.report(rows, photos, result, model="m", data="p")
+    assert actual["exits"]["exits confidence"]["run_flops"] == t.stats.run_flops

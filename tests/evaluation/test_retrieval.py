@@ -60,7 +60,7 @@ def naive(forms: dict[str, Tensor], labels: list[int | None]) -> dict[str, dict[
 
     n = len(labels)
     wanted = [order(forms["float"], i)[0] for i in range(n)]
-    found: dict[str, dict[str, float | None]] = {}
+    result: dict[str, dict[str, float | None]] = {}
     for name, rows in forms.items():
         lists = [order(rows, i) for i in range(n)]
         row: dict[str, float | None] = {}
@@ -69,8 +69,8 @@ def naive(forms: dict[str, Tensor], labels: list[int | None]) -> dict[str, dict[
             known = [i for i in range(n) if labels[i] is not None]
             hits = sum(labels[i] in [labels[j] for j in lists[i][:k]] for i in known)
             row[f"class_{k}"] = 100 * hits / len(known) if known else None
-        found[name] = row
-    return found
+        result[name] = row
+    return result
 
 
 @pytest.mark.parametrize("n", [11, 12, 60])

@@ -63,8 +63,8 @@ def test_scores_image_by_image(kind: GateKind) -> None:
     count = 1 if kind == "static" else 3
     weights = WEIGHTS if kind == "agreement" else (NONE,) * 3
     gate = Gate(kind, weights[:count], (0.5,) * count)
-    found = scored(gate, probes[:count])
-    for i, row in enumerate(found):
+    result = scored(gate, probes[:count])
+    for i, row in enumerate(result):
         for e, actual in enumerate(row):
             confidence, learned = probes[e][2][i].item(), probes[e][5][i].item()
             if kind == "static":

@@ -67,8 +67,8 @@ def test_scaled_is_as_long_as_said(hidden: int | None) -> None:
 
 @forms
 def test_folded_is_the_same_head_with_the_same_gradients(hidden: int | None) -> None:
-    made = make_head(D, E, hidden=hidden, has_class_token=False, seed=2)
-    weights = {name: tensor.double().requires_grad_() for name, tensor in made.tensors().items()}
+    built = make_head(D, E, hidden=hidden, has_class_token=False, seed=2)
+    weights = {name: tensor.double().requires_grad_() for name, tensor in built.tensors().items()}
     head = HeadWeights.of(weights)
     pooled = torch.randn(7, D, generator=generator(2), dtype=torch.float64)
 
@@ -120,22 +120,22 @@ def test_int8_head_is_the_definition(
     z, classes = tokens(17).to(dtype), unit_classes()
     z[3] = torch.nan
     expected = definition(head, z, classes, 20.0)
-    found = Int8Head(head, GATE, backend="reference")(z, classes, 20.0)
+    result = Int8Head(head, GATE, backend="reference")(z, classes, 20.0)
     for name, actual, wanted in zip(
         ("embedding", "top1", "confidence", "margin", "variance", "score"),
-        found, expected, strict=True,
+        result, expected, strict=True,
     ):  # fmt: skip
         assert_same(actual, wanted, name=name)
     # This machine's own: bit for bit up to exp (and, after a hidden layer, erf)
-    found = Int8Head(head, GATE)(z, classes, 20.0)
-    assert_same(found[4], expected[4], name="variance")
+    result = Int8Head(head, GATE)(z, classes, 20.0)
+    assert_same(result[4], expected[4], name="variance")
     if hidden is None:
-        assert_same(found[0], expected[0], name="embedding")
-        assert_same(found[1], expected[1], name="top1")
+        assert_same(result[0], expected[0], name="embedding")
+        assert_same(result[1], expected[1], name="top1")
         for name, place in (("confidence", 2), ("margin", 3), ("score", 5)):
-            assert_within(found[place], expected[place], 64 * EPS32, name=name)
+            assert_within(result[place], expected[place], 64 * EPS32, name=name)
     else:  # a step of the hidden row may fall to the other side of a tie: one step of int8
-        cosine = F.cosine_similarity(found[0], expected[0])
+        cosine = F.cosine_similarity(result[0], expected[0])
         assert cosine[torch.arange(17) != 3].min() > 0.9999
 
 
@@ -199,11 +199,11 @@ def test_contrasts_tell_classes_apart_as_the_classes_do() -> None:
     told = contrasts(classes)
     assert told.dtype == torch.float16
     assert_same(contrasts(classes[:1]), torch.zeros(1, E, dtype=torch.float16))
-    logits, found = 100 * x.double() @ classes.double().T, 100 * x.double() @ told.double().T
+    logits, result = 100 * x.double() @ classes.double().T, 100 * x.double() @ told.double().T
     bound = 100 * 2.0**-11 * left.norm(dim=1).max() + 100 * 4 * EPS32
-    lost = found - logits
+    lost = result - logits
     assert_within(lost - lost.mean(1, keepdim=True), torch.zeros_like(lost), bound)
-    assert torch.equal(found.argmax(1), logits.argmax(1))
+    assert torch.equal(result.argmax(1), logits.argmax(1))
 
 
 @torch.no_grad()

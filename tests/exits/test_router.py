@@ -81,11 +81,11 @@ class TableTower:
 
 def naive(scores: list[list[float]], thresholds: list[float]) -> list[int]:
     """Exit of each image, one by one; the number of exits at full depth."""
-    found = []
+    result = []
     for row in scores:
         leaves = (e for e, (s, t) in enumerate(zip(row, thresholds, strict=True)) if s >= t)
-        found.append(next(leaves, len(thresholds)))
-    return found
+        result.append(next(leaves, len(thresholds)))
+    return result
 
 
 @pytest.mark.parametrize("cases", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -103,9 +103,9 @@ def test_random_tables_against_a_naive_router(cases: int) -> None:
         z = torch.zeros(B, 2, max(m, 2))
         z[:, 1, :m] = torch.tensor(scores)
         z[:, 0, 0] = torch.arange(B)
-        found = TableTower(router, blocks, float(m))(z)
+        result = TableTower(router, blocks, float(m))(z)
         expected = [[float(i), float(e)] for i, e in enumerate(naive(scores, thresholds))]
-        assert found.tolist() == expected, (case, exits, thresholds, scores)
+        assert result.tolist() == expected, (case, exits, thresholds, scores)
 
 
 def test_dropped_images_run_no_further() -> None:
@@ -160,12 +160,12 @@ def test_same_bits_and_same_exit_in_any_batch(fast: nn.Module) -> None:
             if row % 10 == 5:
                 picks[row], batch[row] = -1, math.nan
         with lraee.trace(fast) as t:
-            found = fast.encode_image(batch)
+            result = fast.encode_image(batch)
         for row, pick in enumerate(picks):
             if pick < 0:
-                assert t.exit_block[row] == 12 and found[row].isnan().all()
+                assert t.exit_block[row] == 12 and result[row].isnan().all()
                 continue
-            assert_same(found[row], alone[pick], batch=B, row=row, image=pick)
+            assert_same(result[row], alone[pick], batch=B, row=row, image=pick)
             assert int(t.exit_block[row]) == depth[pick], (B, row, pick)
             pairs += 1
     assert pairs >= 500, pairs
@@ -187,13 +187,13 @@ def test_exits_off_is_plain_int8(tiny: nn.Module, fast: nn.Module) -> None:
 @torch.no_grad()
 def test_full_depth_is_of_its_own_thread(fast: nn.Module) -> None:
     images = pictures(9)
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     with lraee.full_depth(fast), lraee.trace(fast) as t:
-        thread = threading.Thread(target=lambda: found.append(fast.encode_image(images)))
+        thread = threading.Thread(target=lambda: result.append(fast.encode_image(images)))
         thread.start()
         thread.join()
     assert len(t.exit_block) == 0
-    assert_same(found[0], fast.encode_image(images))
+    assert_same(result[0], fast.encode_image(images))
 
 
 @torch.no_grad()
@@ -282,13 +282,13 @@ def test_what_exits_cannot_give_is_refused(tiny: nn.Module) -> None:
     with pytest.raises(NotImplementedError, match="must have no hooks"):
         fast.encode_image(pictures(2))
     handle.remove()
-    seen: list[int] = []
+    recorded: list[int] = []
     fast.visual.transformer.resblocks[11].register_forward_hook(
-        lambda module, args, y: seen.append(len(y))
+        lambda module, args, y: recorded.append(len(y))
     )
     with lraee.trace(fast) as t:
         fast.encode_image(pictures(24))
-    assert seen == [int((t.exit_block == 12).sum())]
+    assert recorded == [int((t.exit_block == 12).sum())]
     with pytest.raises(ValueError, match="trace: model must have exits, got none"):
         with lraee.trace(lraee.accelerate(tiny)):
             pass

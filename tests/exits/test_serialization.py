@@ -83,10 +83,10 @@ def test_tensors_may_share_memory_and_be_views(tmp_path: Path) -> None:
     turned = torch.randn(D, E).t()
     viewed = replace(head, gamma=shared, beta=shared, w1=turned)
     replace(exits, heads={**exits.heads, 2: viewed}).save(tmp_path)
-    found = Exits.load(tmp_path).heads[2]
-    assert_same(found.w1, turned)
-    assert_same(found.gamma, torch.ones(D))
-    assert found.gamma.data_ptr() != found.beta.data_ptr()
+    result = Exits.load(tmp_path).heads[2]
+    assert_same(result.w1, turned)
+    assert_same(result.gamma, torch.ones(D))
+    assert result.gamma.data_ptr() != result.beta.data_ptr()
 
 
 # Saving refuses what loading would

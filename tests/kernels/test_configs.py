@@ -46,10 +46,10 @@ def test_what_was_measured_is_chosen() -> None:
         first = 1
         for most, row in rows:
             for M in (first, most):
-                found = measured(Shape(M, N, K), arch)
+                result = measured(Shape(M, N, K), arch)
                 # A split of many rows may not fit its workspace; then the model chooses
-                assert found == Config(*row) or not legal(Config(*row), Shape(M, N, K), arch)
-                assert found is None or pick(Shape(M, N, K), arch) == found
+                assert result == Config(*row) or not legal(Config(*row), Shape(M, N, K), arch)
+                assert result is None or pick(Shape(M, N, K), arch) == result
             assert legal(Config(*row), Shape(first, N, K), arch), (N, K, row)
             first = most + 1
         assert rows[-1][0] == ANY_M

@@ -45,14 +45,14 @@ def check(M: int, N: int, K: int, seed: int, config: FloatConfig | None = None) 
     x, w, bias = inputs(M, N, K, seed)
     segments = -(-K // SEGMENT_K)
     with guarded_outputs():
-        made = [
+        built = [
             float_linear(poisoned(x, (0, 16, 3)[seed % 3]), w, bias, config=config, splits=splits)
             for splits in {1, segments}
         ]
     bound = bounds.of_float_linear(x, w, bias)
-    for y in made:
+    for y in built:
         assert_within(y, definition(x, w, bias), bound, M=M, N=N, K=K, seed=seed)
-        assert_same(y, made[0], M=M, N=N, K=K, seed=seed)
+        assert_same(y, built[0], M=M, N=N, K=K, seed=seed)
 
 
 def test_float_linear() -> None:
@@ -73,9 +73,9 @@ def test_tilings_make_the_same_sums() -> None:
         x, w, bias = inputs(130, 70, SEGMENT_K + 40, seed)
         own = float_config(x.shape[1], x.element_size())
         others = [replace(own, block_m=m, block_n=n) for m, n in ((128, 64), (16, 128))]
-        found = [float_linear(x, w, bias, config=config) for config in (own, *others)]
-        for y in found:
-            assert_same(y, found[0], seed=seed)
+        result = [float_linear(x, w, bias, config=config) for config in (own, *others)]
+        for y in result:
+            assert_same(y, result[0], seed=seed)
 
 
 def test_a_row_alone_and_in_any_batch() -> None:

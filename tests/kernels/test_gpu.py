@@ -32,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    with at(request.param) as found:
-        yield found
+    with at(request.param) as result:
+        yield result
 
 
 def moved(values: Any, place: Place) -> Any:
@@ -112,9 +112,9 @@ def test_exit_probe(place: Place, has_class_token: bool) -> None:
         assert_same(variance, wanted[4], seed=seed)
         assert_within(embedding, wanted[0], bounds.of_embedding(z, head), seed=seed)
         decided = bounds.decision(embedding, variance, head)
-        found = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
+        result = {"top1": top1, "confidence": confidence, "margin": margin, "score": score}
         for name, bound in bounds.of_decision(shape[-1]).items():
-            assert_within(found[name], decided[name], bound, name=name, seed=seed)
+            assert_within(result[name], decided[name], bound, name=name, seed=seed)
 
 
 def test_operators_give_a_row_the_same_bits_in_any_batch(place: Place) -> None:

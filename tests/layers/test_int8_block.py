@@ -128,8 +128,8 @@ def test_sequence_first():
     fast = int8_block(block)
     assert_same(fast(x.transpose(0, 1)), expected.transpose(0, 1))
     fast.ln_1.register_forward_hook(lambda *_: None)
-    found = fast(x.transpose(0, 1)).transpose(0, 1)
-    assert_within(found, expected, _step_bound(expected))
+    result = fast(x.transpose(0, 1)).transpose(0, 1)
+    assert_within(result, expected, _step_bound(expected))
 
 
 def _step_bound(y):
@@ -158,12 +158,12 @@ def test_hooks_see_what_they_saw(variant):
     """Each module that open_clip itself calls is called, once, with close inputs and outputs."""
     block = float_block(variant)
     x = torch.randn(2, 17, 64)
-    seen: dict[str, list[torch.Tensor]] = {}
+    recorded: dict[str, list[torch.Tensor]] = {}
 
     def watch(root):
         for name, module in root.named_modules():
             module.register_forward_hook(
-                lambda _m, args, y, name=name: seen.setdefault(name, []).extend(
+                lambda _m, args, y, name=name: recorded.setdefault(name, []).extend(
                     [args[0], y[0] if isinstance(y, tuple) else y]
                 )
             )
@@ -171,15 +171,15 @@ def test_hooks_see_what_they_saw(variant):
     fast = int8_block(copy.deepcopy(block))
     watch(block)
     block(x)
-    float_seen, seen = seen, {}
+    float_seen, recorded = recorded, {}
     watch(fast)
     fast(x)
     inside = {f"attn.{part}" for part in ("ln_q", "ln_k", "ln_inner", "attn_drop", "out_drop")}
     for name, tensors in float_seen.items():
         if name in inside:  # identities in eval mode; the int8 attention has none
             continue
-        assert len(seen[name]) == len(tensors) == 2, name
-        for actual, expected in zip(seen[name], tensors, strict=True):
+        assert len(recorded[name]) == len(tensors) == 2, name
+        for actual, expected in zip(recorded[name], tensors, strict=True):
             assert actual.shape == expected.shape and actual.dtype == expected.dtype
             assert F.cosine_similarity(actual.flatten(), expected.flatten(), 0) > 0.999, name
 

@@ -29,9 +29,9 @@ def accelerated(model: nn.Module, **options: object) -> nn.Module:
 
 
 def embedding_of(model: nn.Module) -> Int8PatchEmbedding:
-    found = find_tower(model).get_submodule("conv1")
-    assert isinstance(found, Int8PatchEmbedding)
-    return found
+    result = find_tower(model).get_submodule("conv1")
+    assert isinstance(result, Int8PatchEmbedding)
+    return result
 
 
 def largest_error(conv: nn.Conv2d, images: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ def test_is_the_convolution_within_the_rounding_of_int8() -> None:
     model = make_model()
     conv, images = model.visual.conv1, make_images(5)
     with torch.no_grad():
-        found, expected = embedding_of(accelerated(model))(images), conv(images)
-    assert found.shape == expected.shape
-    error = (found.double() - expected.double()).abs()
+        result, expected = embedding_of(accelerated(model))(images), conv(images)
+    assert result.shape == expected.shape
+    error = (result.double() - expected.double()).abs()
     assert (error <= largest_error(conv, images)).all()
     assert error.mean() < 0.02 * expected.abs().mean()
 
@@ -75,8 +75,8 @@ def test_is_the_reference_of_its_rows_bit_for_bit() -> None:
     w, w_sum = reference.pack_weight(embedding.w_q)
     y = reference.int8_linear(*quantized, PackedLinear(w, embedding.w_scale, w_sum, embedding.bias))
     with torch.no_grad():
-        found = embedding(images)
-    assert_same(found.flatten(2).transpose(1, 2).reshape(y.shape).contiguous(), y)
+        result = embedding(images)
+    assert_same(result.flatten(2).transpose(1, 2).reshape(y.shape).contiguous(), y)
 
 
 def test_cuts_off_what_fills_no_patch() -> None:
@@ -84,9 +84,9 @@ def test_cuts_off_what_fills_no_patch() -> None:
     height, width = embedding.kernel_size
     images = torch.randn(2, 3, 2 * height + 1, 3 * width + 2)
     with torch.no_grad():
-        found = embedding(images)
-        assert_same(found, embedding(images[:, :, : 2 * height, : 3 * width]))
-    assert found.shape[2:] == (2, 3)
+        result = embedding(images)
+        assert_same(result, embedding(images[:, :, : 2 * height, : 3 * width]))
+    assert result.shape[2:] == (2, 3)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-patches"])
@@ -111,10 +111,10 @@ def test_a_bad_image_stays_alone() -> None:
     with torch.no_grad():
         expected = fast.encode_image(images)
         images[2, 1, 5, 5] = math.nan
-        found = fast.encode_image(images)
-    assert found[2].isnan().all()
+        result = fast.encode_image(images)
+    assert result[2].isnan().all()
     for i in (0, 1, 3):
-        assert_same(found[i], expected[i])
+        assert_same(result[i], expected[i])
 
 
 @pytest.mark.parametrize("variant", NAMES)
@@ -140,20 +140,20 @@ def test_files_from_before_it_load_as_float(tmp_path: Path) -> None:
     fields = json.loads(config.read_text())
     assert fields["scheme"].pop("patch_embedding") == "float"
     config.write_bytes(resealed(fields))
-    made = acceleration_of(lraee.load(tmp_path, model))
-    assert made is not None and made.scheme == lraee.Scheme()
+    built = acceleration_of(lraee.load(tmp_path, model))
+    assert built is not None and built.scheme == lraee.Scheme()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_restored(inplace: bool) -> None:
     model = make_model()
     kept = copy.deepcopy(model)
-    seen: list[torch.Size] = []
-    model.visual.conv1.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    recorded: list[torch.Size] = []
+    model.visual.conv1.register_forward_hook(lambda module, args, y: recorded.append(y.shape))
     fast = accelerated(model, inplace=inplace)
     with torch.no_grad():
         fast.encode_image(make_images(2))
-    assert len(seen) == 1
+    assert len(recorded) == 1
     back = lraee.restore(fast, base=kept)
     assert type(back.visual.conv1) is nn.Conv2d and acceleration_of(back) is None
     for name, tensor in kept.state_dict().items():
@@ -161,7 +161,7 @@ def test_restored(inplace: bool) -> None:
     images = make_images(2)
     with torch.no_grad():
         assert_same(back.encode_image(images), kept.encode_image(images))
-    assert len(seen) == 2
+    assert len(recorded) == 2
     back.train()
 
 

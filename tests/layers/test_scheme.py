@@ -122,8 +122,8 @@ def _weight_error(weight, scheme):
 def test_activation_rows_are_the_operator():
     x = torch.randn(7, 19, generator=generator(3))
     for rounding, symmetric in (("row", False), ("row_symmetric", True)):
-        found = quantize_activation(x, rounding, "auto")
-        for actual, expected in zip(found, reference.quantize_rows(x, symmetric), strict=True):
+        result = quantize_activation(x, rounding, "auto")
+        for actual, expected in zip(result, reference.quantize_rows(x, symmetric), strict=True):
             assert_same(actual, expected)
 
 
@@ -175,9 +175,9 @@ def test_paper_linear_is_that_of_torch(engine, seed):
 
     w_q, w_scale = quantize_weight(linear.weight, PAPER)
     ours = Int8Linear(w_q, w_scale, linear.bias, rounding=PAPER.rounding("c_fc"))
-    found = ours(x)
-    largest = found.abs() + linear.bias.abs()
-    assert_within(found, y, 6 * EPS32 * largest, engine=engine)
+    result = ours(x)
+    largest = result.abs() + linear.bias.abs()
+    assert_within(result, y, 6 * EPS32 * largest, engine=engine)
 
 
 def test_paper_reduces_the_range_where_torch_does(engine):

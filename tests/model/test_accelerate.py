@@ -38,11 +38,11 @@ def test_embeddings_agree_with_float(variant):
     model = make_model(**VARIANTS[variant])
     images = make_images()
     fast = lraee.accelerate(model)
-    expected, found = model.encode_image(images), fast.encode_image(images)
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    assert F.cosine_similarity(found.flatten(1), expected.flatten(1)).min() > 0.999
+    expected, result = model.encode_image(images), fast.encode_image(images)
+    assert result.shape == expected.shape and result.dtype == expected.dtype
+    assert F.cosine_similarity(result.flatten(1), expected.flatten(1)).min() > 0.999
     normal = fast.encode_image(images, normalize=True)
-    assert_same(normal, F.normalize(found, dim=-1))
+    assert_same(normal, F.normalize(result, dim=-1))
     assert all(isinstance(block, Int8Block) and block.can_fuse for block in blocks_of(fast))
 
 
@@ -56,14 +56,14 @@ def test_forward_and_text_are_as_before(variant, output_dict):
     assert type(fast) is type(model)
     assert_within(fast.encode_text(texts), model.encode_text(texts), TEXT_BOUND)
     assert_same(fast.logit_scale, model.logit_scale)
-    expected, found = model(images, texts), fast(images, texts)
+    expected, result = model(images, texts), fast(images, texts)
     if output_dict:
-        assert list(found) == list(expected)
-        expected, found = list(expected.values()), list(found.values())
-    assert len(found) == len(expected)
-    assert_same(found[0], fast.encode_image(images, normalize=True))
-    assert_within(found[1], expected[1], TEXT_BOUND)
-    for actual, wanted in zip(found[2:], expected[2:], strict=True):
+        assert list(result) == list(expected)
+        expected, result = list(expected.values()), list(result.values())
+    assert len(result) == len(expected)
+    assert_same(result[0], fast.encode_image(images, normalize=True))
+    assert_within(result[1], expected[1], TEXT_BOUND)
+    for actual, wanted in zip(result[2:], expected[2:], strict=True):
         assert_same(actual, wanted)
     assert_same(fast.get_logits(images, texts)[0].T, fast.get_logits(images, texts)[1])
 
@@ -72,13 +72,13 @@ def test_forward_and_text_are_as_before(variant, output_dict):
 def test_output_tokens():
     model = make_model(vision={"output_tokens": True})
     fast = lraee.accelerate(model)
-    for expected, found in zip(
+    for expected, result in zip(
         model.visual(make_images()), fast.visual(make_images()), strict=True
     ):
-        assert found.shape == expected.shape
+        assert result.shape == expected.shape
     images = make_images()
-    expected, found = model.visual(images)[1], fast.visual(images)[1]
-    assert F.cosine_similarity(found.flatten(1), expected.flatten(1)).min() > 0.999
+    expected, result = model.visual(images)[1], fast.visual(images)[1]
+    assert F.cosine_similarity(result.flatten(1), expected.flatten(1)).min() > 0.999
 
 
 @torch.no_grad()
@@ -87,10 +87,10 @@ def test_forward_intermediates(model):
     images, texts = make_images(2), make_texts()
     for options in ({}, {"image_indices": 2, "stop_early": True, "intermediates_only": True}):
         expected = model.forward_intermediates(images, texts, **options)
-        found = fast.forward_intermediates(images, texts, **options)
-        assert list(found) == list(expected)
+        result = fast.forward_intermediates(images, texts, **options)
+        assert list(result) == list(expected)
         for actual, wanted in zip(
-            found["image_intermediates"], expected["image_intermediates"], strict=True
+            result["image_intermediates"], expected["image_intermediates"], strict=True
         ):
             assert actual.shape == wanted.shape
             assert F.cosine_similarity(actual.flatten(), wanted.flatten(), 0) > 0.999
@@ -122,10 +122,10 @@ def test_a_nan_image_touches_no_other(model):
     images = make_images(4)
     expected = fast.encode_image(images)
     images[2, 0, 3, 3] = torch.nan
-    found = fast.encode_image(images)
-    assert found[2].isnan().all()
+    result = fast.encode_image(images)
+    assert result[2].isnan().all()
     for row in (0, 1, 3):
-        assert_same(found[row], expected[row])
+        assert_same(result[row], expected[row])
 
 
 def test_a_wrong_image_is_refused_as_open_clip_does(model):
@@ -151,9 +151,9 @@ def test_gradient_checkpointing_setting_is_harmless(model):
 def test_answers_are_the_same_with_gradients_on(model):
     fast = lraee.accelerate(model)
     images = make_images()
-    found = fast.encode_image(images).detach()
+    result = fast.encode_image(images).detach()
     with torch.no_grad():
-        assert_same(found, fast.encode_image(images))
+        assert_same(result, fast.encode_image(images))
 
 
 # Compile
@@ -178,8 +178,8 @@ def test_compile_with_inductor(model):
     images = make_images(2)
     torch._dynamo.reset()
     compiled = torch.compile(fast.encode_image, fullgraph=True)
-    found, expected = compiled(images), fast.encode_image(images)
-    assert F.cosine_similarity(found, expected).min() > 0.9999
+    result, expected = compiled(images), fast.encode_image(images)
+    assert F.cosine_similarity(result, expected).min() > 0.9999
 
 
 # Options and refusals
@@ -217,10 +217,10 @@ def test_paper_scheme_is_torchs_quantize_dynamic():
         block.attn.forward = _forward_with_linears.__get__(block.attn)
     torch.ao.quantization.quantize_dynamic(theirs.visual.transformer, {nn.Linear}, inplace=True)
     expected = theirs.encode_image(images)
-    found = lraee.accelerate(model, scheme="paper").encode_image(images)
+    result = lraee.accelerate(model, scheme="paper").encode_image(images)
     float_error = (model.encode_image(images) - expected).norm()
-    assert (found - expected).norm() < 0.25 * float_error
-    assert F.cosine_similarity(found, expected).min() > 0.9999
+    assert (result - expected).norm() < 0.25 * float_error
+    assert F.cosine_similarity(result, expected).min() > 0.9999
 
 
 def _forward_with_linears(self, x, attn_mask=None):
@@ -260,8 +260,8 @@ def test_refusals_are_one_line(model):
 def test_cpu_backend(model):
     if torch._C._dispatch_has_kernel_for_dispatch_key("lraee::int8_linear", "CPU"):
         images = make_images()
-        found = lraee.accelerate(model, backend="cpu").encode_image(images)
-        assert_same(found.detach(), lraee.accelerate(model).encode_image(images).detach())
+        result = lraee.accelerate(model, backend="cpu").encode_image(images)
+        assert_same(result.detach(), lraee.accelerate(model).encode_image(images).detach())
         with pytest.raises(RuntimeError, match="needs a model on cpu, this one is on meta"):
             lraee.accelerate(model, backend="cpu").to("meta")
     else:
@@ -287,8 +287,8 @@ def test_one_line_is_logged(model, caplog):
 def test_check_passes_a_healthy_model(model, inplace):
     images = make_images(40)
     expected = lraee.accelerate(model).encode_image(images)
-    found = lraee.accelerate(model, check=images, inplace=inplace)
-    assert_same(found.encode_image(images), expected)
+    result = lraee.accelerate(model, check=images, inplace=inplace)
+    assert_same(result.encode_image(images), expected)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

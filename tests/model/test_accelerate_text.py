@@ -177,10 +177,10 @@ def test_save_refuses_a_text_tower_of_another_type(tmp_path: Path) -> None:
 def test_half_models(dtype: torch.dtype) -> None:
     model, ids = make_model().to(dtype), make_texts(4)
     fast = lraee.accelerate(model, text="int8")
-    found = encode(fast, ids)
-    assert found.dtype == dtype
-    assert nn.functional.cosine_similarity(found.float(), encode(model, ids).float()).min() > 0.998
-    assert_same(encode(fast, ids[2:3])[0], found[2])
+    result = encode(fast, ids)
+    assert result.dtype == dtype
+    assert nn.functional.cosine_similarity(result.float(), encode(model, ids).float()).min() > 0.998
+    assert_same(encode(fast, ids[2:3])[0], result[2])
 
 
 @each_variant
@@ -257,6 +257,6 @@ def test_on_the_real_model() -> None:
     model = make_lraee_tiny()
     fast = lraee.accelerate(model, text="int8")
     ids = lraee.zoo.load("lraee-tiny")[2](["a photo of a dog.", "a cat", "art of the great owl"])
-    found = encode(fast, ids)
-    assert nn.functional.cosine_similarity(found, encode(model, ids)).min() > 0.995
-    assert_same(torch.cat([encode(fast, row[None]) for row in ids]), found)
+    result = encode(fast, ids)
+    assert nn.functional.cosine_similarity(result, encode(model, ids)).min() > 0.995
+    assert_same(torch.cat([encode(fast, row[None]) for row in ids]), result)

@@ -18,7 +18,7 @@ def model():
 
 @torch.no_grad()
 def test_hooks_registered_before_are_carried_over(model):
-    seen = []
+    recorded = []
     names = [
         "",
         "ln_1",
@@ -34,26 +34,26 @@ def test_hooks_registered_before_are_carried_over(model):
     images = make_images(2)
     for name in names:
         module = blocks_of(model)[1].get_submodule(name)
-        module.register_forward_hook(lambda _m, _x, _y, name=name: seen.append(name))
+        module.register_forward_hook(lambda _m, _x, _y, name=name: recorded.append(name))
     model.encode_image(images)
-    expected, seen[:] = list(seen), []
+    expected, recorded[:] = list(recorded), []
     fast = lraee.accelerate(model)
     fast.encode_image(images)
-    assert seen == expected and set(seen) == set(names)
+    assert recorded == expected and set(recorded) == set(names)
     lraee.restore(fast).encode_image(images)
-    assert seen == expected + expected
+    assert recorded == expected + expected
 
 
 @torch.no_grad()
 def test_inplace_keeps_the_handles_of_hooks(model):
-    seen = []
-    handle = blocks_of(model)[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    recorded = []
+    handle = blocks_of(model)[1].mlp.register_forward_hook(lambda *_: recorded.append(1))
     fast = lraee.accelerate(model, inplace=True)
     fast.encode_image(make_images(2))
-    assert seen == [1]
+    assert recorded == [1]
     handle.remove()
     fast.encode_image(make_images(2))
-    assert seen == [1]
+    assert recorded == [1]
 
 
 @torch.no_grad()
@@ -61,18 +61,18 @@ def test_hooks_on_the_fast_model(model):
     fast = lraee.accelerate(model)
     images = make_images()
     plain = fast.encode_image(images)
-    seen = {}
+    recorded = {}
     for name in ("visual", "visual.transformer.resblocks.1", "visual.transformer.resblocks.1.mlp"):
         for either in (model, fast):
             either.get_submodule(name).register_forward_hook(
-                lambda _m, _x, y, key=(name, either is fast): seen.update({key: y})
+                lambda _m, _x, y, key=(name, either is fast): recorded.update({key: y})
             )
-    found = fast.encode_image(images)
+    result = fast.encode_image(images)
     model.encode_image(images)
-    assert F.cosine_similarity(found, plain).min() > 0.9999
-    assert len(seen) == 6
-    for (name, _), value in seen.items():
-        assert F.cosine_similarity(value.flatten(), seen[name, False].flatten(), 0) > 0.999
+    assert F.cosine_similarity(result, plain).min() > 0.9999
+    assert len(recorded) == 6
+    for (name, _), value in recorded.items():
+        assert F.cosine_similarity(value.flatten(), recorded[name, False].flatten(), 0) > 0.999
 
 
 # Train

@@ -93,11 +93,11 @@ def _live_tensors():
 
 def test_an_accelerated_model_is_freed_without_the_collector(model):
     fast = lraee.accelerate(model)
-    gone = weakref.ref(blocks_of(fast)[0])
+    dropped = weakref.ref(blocks_of(fast)[0])
     gc.disable()
     try:
         del fast
-        assert gone() is None
+        assert dropped() is None
     finally:
         gc.enable()
 
@@ -170,9 +170,9 @@ def test_casts(model, dtype):
     images = make_images()
     expected = fast.encode_image(images)
     fast.to(dtype)
-    found = fast.encode_image(images.to(dtype))
-    assert found.dtype == dtype
-    assert F.cosine_similarity(found.float(), expected).min() > 0.998
+    result = fast.encode_image(images.to(dtype))
+    assert result.dtype == dtype
+    assert F.cosine_similarity(result.float(), expected).min() > 0.998
     assert fast.visual.transformer.get_cast_dtype() == dtype
     linears = [m for m in fast.modules() if isinstance(m, Int8Linear)]
     assert {m.w_scale.dtype for m in linears} | {m.bias.dtype for m in linears} == {torch.float32}
@@ -192,9 +192,9 @@ def test_half_models_are_accelerated_as_they_are(dtype, is_pure):
         assert blocks_of(model)[0].ln_1.weight.dtype == torch.float32
     fast = lraee.accelerate(model)
     images = make_images().to(dtype)
-    found, expected = fast.encode_image(images), model.encode_image(images)
-    assert found.dtype == dtype
-    assert F.cosine_similarity(found.float(), expected.float()).min() > 0.998
+    result, expected = fast.encode_image(images), model.encode_image(images)
+    assert result.dtype == dtype
+    assert F.cosine_similarity(result.float(), expected.float()).min() > 0.998
 
 
 @torch.no_grad()
@@ -202,9 +202,9 @@ def test_autocast(model):
     fast = lraee.accelerate(model)
     images = make_images()
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = fast.encode_image(images), model.encode_image(images)
-    assert found.dtype == expected.dtype
-    assert F.cosine_similarity(found.float(), expected.float()).min() > 0.998
+        result, expected = fast.encode_image(images), model.encode_image(images)
+    assert result.dtype == expected.dtype
+    assert F.cosine_similarity(result.float(), expected.float()).min() > 0.998
 
 
 def test_to_another_device(model):

@@ -80,11 +80,11 @@ def count_pairs(
             if source.random() < 0.2:
                 picks[position] = -1
                 batch[position] = neighbours[source.randrange(len(neighbours))]
-        found = encode(batch)
+        result = encode(batch)
         for position, pick in enumerate(picks):
             if pick >= 0:
                 where = {"threads": number, "batch": B, "position": position, "image": pick}
-                assert_same(found[position], alone[pick], **where)
+                assert_same(result[position], alone[pick], **where)
                 pairs += 1
     return pairs
 
@@ -176,11 +176,11 @@ def test_rows_quantize_alone(isa: str, shape: tuple[int, int], symmetric: bool) 
             part = slice(row, row + 1 + row % 3)
             alone = ops.quantize_rows(x[part], symmetric=symmetric)
             alone_normed = ops.layer_norm_quantize(x[part], gamma, beta, symmetric=symmetric)
-            for found, expected in zip(rows_of(alone, 0), rows_of(whole, row), strict=True):
-                assert_same(found, expected, isa=isa, row=row)
+            for result, expected in zip(rows_of(alone, 0), rows_of(whole, row), strict=True):
+                assert_same(result, expected, isa=isa, row=row)
             pairs = zip(rows_of(alone_normed, 0), rows_of(normed, row), strict=True)
-            for found, expected in pairs:
-                assert_same(found, expected, isa=isa, row=row)
+            for result, expected in pairs:
+                assert_same(result, expected, isa=isa, row=row)
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "quick_gelu"])
@@ -215,9 +215,9 @@ def test_images_attend_alone(isa: str, L: int, causal: bool) -> None:
     alone = [ops.int8_attention(image[None], num_heads=3, causal=causal)[0] for image in qkv]
     for threads, shift in itertools.product((1, 2), range(7)):
         torch.set_num_threads(threads)
-        found = ops.int8_attention(qkv.roll(shift, 0), num_heads=3, causal=causal)
+        result = ops.int8_attention(qkv.roll(shift, 0), num_heads=3, causal=causal)
         for i, expected in enumerate(alone):
-            assert_same(found[(i + shift) % 7], expected, isa=isa, shift=shift, image=i)
+            assert_same(result[(i + shift) % 7], expected, isa=isa, shift=shift, image=i)
 
 
 def test_images_are_probed_alone(isa: str) -> None:
@@ -240,10 +240,10 @@ def test_images_are_probed_alone(isa: str) -> None:
     alone = [probe(image[None]) for image in z]
     for threads, shift in itertools.product((1, 2), range(9)):
         torch.set_num_threads(threads)
-        found = probe(z.roll(shift, 0))
+        result = probe(z.roll(shift, 0))
         for i, expected in enumerate(alone):
             position = (i + shift) % 9
-            for a, b in zip(rows_of(found, position), rows_of(expected, 0), strict=True):
+            for a, b in zip(rows_of(result, position), rows_of(expected, 0), strict=True):
                 assert_same(a, b, isa=isa, shift=shift, image=i)
 
 

@@ -173,7 +173,7 @@ def test_compiled_models_share_checkpoints_with_plain_ones(tmp_path: Path) -> No
     whole.visual = torch.compile(whole.visual)
     for compiled in (torch.compile(model), whole):
         state = lraee.load(tmp_path, compiled).state_dict()
-        found = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-        assert found.keys() == fast.state_dict().keys()
+        result = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+        assert result.keys() == fast.state_dict().keys()
         for name, tensor in fast.state_dict().items():
-            assert_same(found[name], tensor, name=name)
+            assert_same(result[name], tensor, name=name)

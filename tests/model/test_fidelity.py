@@ -18,14 +18,16 @@ PERFECT = Fidelity(1.0, 1.0, 1.0, 1.0)
 def test_compare_by_hand():
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
     y = torch.tensor([[2.0, 0.0], [1.0, 1.0], [3.0, 4.0]])
-    found = compare(x, y)
+    result = compare(x, y)
     root = math.sqrt(0.5)
-    assert math.isclose(found.cosine_min, root) and math.isclose(found.cosine_mean, (2 + root) / 3)
+    assert math.isclose(result.cosine_min, root) and math.isclose(
+        result.cosine_mean, (2 + root) / 3
+    )
     # Pairs (01, 02, 12): 0, 0.6, 0.8 against 0.707, 0.6, 0.99: ranks 0 1 2 against 1 0 2
-    assert math.isclose(found.ranking, 0.5)
+    assert math.isclose(result.ranking, 0.5)
     # Less the centre (4/3, 5/3), times 3: (-1, -5), (-4, -2), (5, 7); (2, -5), (-1, -2), (5, 7)
     cosines = [23 / math.sqrt(26 * 29), 8 / math.sqrt(20 * 5), 1.0]
-    assert math.isclose(found.centred, sum(cosines) / 3)
+    assert math.isclose(result.centred, sum(cosines) / 3)
 
 
 def test_compare_of_few_images():
@@ -93,10 +95,10 @@ def measure(model, photos, *, broken=None):
 
 
 def test_a_healthy_model_passes_with_room(model, photos):
-    found = measure(model, photos)
-    require_fidelity(found)
+    result = measure(model, photos)
+    require_fidelity(result)
     for name, least in vars(BOUND).items():
-        assert 1 - getattr(found, name) < (1 - least) / 3, (name, found)
+        assert 1 - getattr(result, name) < (1 - least) / 3, (name, result)
 
 
 @pytest.mark.parametrize("broken", BROKEN)

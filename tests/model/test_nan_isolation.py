@@ -27,10 +27,10 @@ def test_two_hundred_placements_in_an_image():
         row, column = torch.randint(56, (2,), generator=places).tolist()
         spoilt = images.clone()
         spoilt[image, channel, row, column] = BAD[placement % 3]
-        found = fast.encode_image(spoilt)
+        result = fast.encode_image(spoilt)
         others = [i for i in range(batch) if i != image]
-        assert found[image].isnan().all(), (placement, image, channel, row, column)
-        assert_same(found[others], clean[others], placement=placement, image=image)
+        assert result[image].isnan().all(), (placement, image, channel, row, column)
+        assert_same(result[others], clean[others], placement=placement, image=image)
 
 
 def _linear(x: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ def test_a_bad_value_in_a_row(operator: Callable[[Tensor], Tensor], bad: float) 
     for row in range(9):
         spoilt = x.clone()
         spoilt[row, (7 * row) % 40] = bad
-        found = operator(spoilt)
+        result = operator(spoilt)
         others = [i for i in range(9) if i != row]
-        assert found[row].isnan().all()
-        assert_same(found[others], clean[others], row=row, bad=bad)
+        assert result[row].isnan().all()
+        assert_same(result[others], clean[others], row=row, bad=bad)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -69,9 +69,9 @@ def test_a_bad_token_in_attention(bad: float) -> None:
     for place in (5, 40, 70):  # in a query, a key, a value
         spoilt = qkv.clone()
         spoilt[1, 6, place] = bad
-        found = ops.int8_attention(spoilt, num_heads=1)
-        assert not found[1].isfinite().all()
-        assert_same(found[[0, 2]], clean[[0, 2]], place=place, bad=bad)
+        result = ops.int8_attention(spoilt, num_heads=1)
+        assert not result[1].isfinite().all()
+        assert_same(result[[0, 2]], clean[[0, 2]], place=place, bad=bad)
 
 
 @torch.no_grad()
@@ -82,5 +82,5 @@ def test_extreme_but_finite_neighbours_change_nothing():
     for magnitude in (1e4, 1e20, 3e38):
         spoilt = images.clone()
         spoilt[1] = magnitude
-        found = fast.encode_image(spoilt)
-        assert_same(found[[0, 2]], clean[[0, 2]], magnitude=magnitude)
+        result = fast.encode_image(spoilt)
+        assert_same(result[[0, 2]], clean[[0, 2]], magnitude=magnitude)

@@ -174,11 +174,11 @@ def test_saved_with_the_model(model: nn.Module, fast: nn.Module, tmp_path: Any) 
 
 def test_a_model_is_freed_with_its_setter(model: nn.Module) -> None:
     fast = lraee.accelerate(model, exits=make_exits(model, kind="confidence"))
-    gone = weakref.ref(fast)
+    dropped = weakref.ref(fast)
     gc.disable()
     try:
         del fast
-        assert gone() is None, "a cycle keeps the model until the garbage collector comes"
+        assert dropped() is None, "a cycle keeps the model until the garbage collector comes"
     finally:
         gc.enable()
 

@@ -21,8 +21,8 @@ def test_sixteen_threads_share_one_model():
         with torch.no_grad():
             for call in range(CALLS):
                 first = (thread + call) % 4
-                found = fast.encode_image(images[first:])
-                assert_same(found, expected[first:], thread=thread, call=call)
+                result = fast.encode_image(images[first:])
+                assert_same(result, expected[first:], thread=thread, call=call)
 
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(serve, thread) for thread in range(THREADS)]:

@@ -130,16 +130,16 @@ def test_figures_by_hand(fast: nn.Module, images: Tensor) -> None:
 
 def test_stats_of_two_parts_are_those_of_the_whole(fast: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
-        found: list[ExitStats] = []
+        result: list[ExitStats] = []
         for part in (images[:5], images[5:]):
             with lraee.trace(fast) as t:
                 fast.encode_image(part)
-            found.append(t.stats)
-    total = found[0] + found[1]
+            result.append(t.stats)
+    total = result[0] + result[1]
     assert total.images == 12
     for name in ("full_flops", "expected_flops", "run_flops"):
-        assert getattr(total, name) == getattr(found[0], name) + getattr(found[1], name)
-    shares = zip(total.share, found[0].share, found[1].share, strict=True)
+        assert getattr(total, name) == getattr(result[0], name) + getattr(result[1], name)
+    shares = zip(total.share, result[0].share, result[1].share, strict=True)
     for share, first, second in shares:
         assert share == pytest.approx((5 * first + 7 * second) / 12)
     empty = ExitStats(0, (0.0, 0.0, 0.0), 0, 0, 0)

@@ -67,25 +67,25 @@ def test_decoding_threads_never_enter_openmp(photos: PhotoModel) -> None:
 
     torch.set_num_threads(4)
     photos.encode([photos.prepare(data)])
-    seen: list[int] = []
+    recorded: list[int] = []
     release = threading.Event()
 
     def work() -> None:
         photos.prepare(data)
-        seen.append(threads())
+        recorded.append(threads())
         release.wait(20)
 
     before = threads()
     pool = [threading.Thread(target=work) for _ in range(3)]
     for thread in pool:
         thread.start()
-    while len(seen) < 3 and any(thread.is_alive() for thread in pool):
+    while len(recorded) < 3 and any(thread.is_alive() for thread in pool):
         pass
     count = threads()
     release.set()
     for thread in pool:
         thread.join()
-    assert len(seen) == 3 and count - before <= 3
+    assert len(recorded) == 3 and count - before <= 3
 
 
 def test_exit_blocks(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ def test_the_float_control_is_the_float_model() -> None:
     clip, images = small_clip(), pictures(40)
     with torch.inference_mode():
         expected = clip.encode_image(images)
-        found = backbone(clip, "float").encode_image(images)
+        result = backbone(clip, "float").encode_image(images)
         int8 = backbone(clip, "int8").encode_image(images)
     # float32 sums in another order: 1e-5 of the largest value; int8 is far outside of it
     largest = float(expected.abs().max())
-    assert float((found - expected).abs().max()) < 1e-5 * largest
+    assert float((result - expected).abs().max()) < 1e-5 * largest
     assert float((int8 - expected).abs().max()) > 1e-3 * largest
     assert len(float_scheme(clip.visual).keep_float) == 4 * LAYERS
 
@@ -26,9 +26,9 @@ def test_the_last_projection_is_the_embedding() -> None:
     clip, images = small_clip(), pictures(20)
     with torch.inference_mode(), tapped(clip.visual) as z:
         expected = clip.encode_image(images)
-        found = projected(clip.visual, z[-1][:, 0])
+        result = projected(clip.visual, z[-1][:, 0])
         earlier = projected(clip.visual, z[1][:, 0])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     assert float((earlier - expected).abs().max()) > 0.01
 
 

@@ -28,13 +28,13 @@ def test_probes_of_kept_tokens_are_those_of_the_tower() -> None:
     heads = Trial(form, QUICK, 0, has_labels=False).features.heads
     rows = torch.arange(120) % 3 > 0
     options: dict[str, Any] = {"classes": small_model().classes, "logit_scale": 20.0}
-    found = form.report.probed(heads, rows, **options)
+    result = form.report.probed(heads, rows, **options)
     expected = form.report.pair.probed(heads, rows, **options)
     # Pooled values are kept as float16: a step of 2^-11 where int8 steps are 1/127
-    assert float((found["top1"] == expected["top1"]).double().mean()) > 0.97
-    torch.testing.assert_close(found["embedding"], expected["embedding"], rtol=0.1, atol=0.1)
+    assert float((result["top1"] == expected["top1"]).double().mean()) > 0.97
+    torch.testing.assert_close(result["embedding"], expected["embedding"], rtol=0.1, atol=0.1)
     torch.testing.assert_close(
-        found["features"][..., 2], expected["features"][..., 2], rtol=1e-4, atol=1e-4
+        result["features"][..., 2], expected["features"][..., 2], rtol=1e-4, atol=1e-4
     )
 
 

@@ -31,15 +31,15 @@ def test_small_angles_keep_their_digits() -> None:
 
 def test_an_answer_flips_where_the_turn_outweighs_the_margin() -> None:
     before, after = directions(10, 20, 43, 44), directions(15, 25, 48, 39)
-    found = drift([before, before], [before, after], classes=CLASSES, backbone="int8")
-    assert found["angle"] == pytest.approx([0.0, 5.0], abs=1e-4)
-    assert found["flipped"] == 1
+    result = drift([before, before], [before, after], classes=CLASSES, backbone="int8")
+    assert result["angle"] == pytest.approx([0.0, 5.0], abs=1e-4)
+    assert result["flipped"] == 1
     margins = [math.cos(math.radians(d)) - math.sin(math.radians(d)) for d in (10, 20, 43, 44)]
-    assert found["margin_flipped"] == pytest.approx(margins[2], abs=1e-6)
-    assert found["margin_kept"] == pytest.approx(sum(margins[i] for i in (0, 1, 3)) / 3, abs=1e-6)
-    assert found["angle_flipped"] == pytest.approx(5.0, abs=1e-4)
+    assert result["margin_flipped"] == pytest.approx(margins[2], abs=1e-6)
+    assert result["margin_kept"] == pytest.approx(sum(margins[i] for i in (0, 1, 3)) / 3, abs=1e-6)
+    assert result["angle_flipped"] == pytest.approx(5.0, abs=1e-4)
     # Ratios rank 1, 2, 3, 4 and flips 0, 0, 1, 0: Pearson of the ranks is 1/sqrt(15)
-    assert found["correlation"] == pytest.approx(1 / math.sqrt(15), abs=1e-6)
+    assert result["correlation"] == pytest.approx(1 / math.sqrt(15), abs=1e-6)
 
 
 def test_deciles_go_from_small_margins_to_large() -> None:
@@ -55,12 +55,12 @@ def test_deciles_go_from_small_margins_to_large() -> None:
 
 def test_nothing_flips() -> None:
     x = directions(0, 10, 20)
-    found = drift([x], [x], classes=CLASSES, backbone="int8")
-    assert found["flipped"] == 0
-    assert found["margin_flipped"] is None
-    assert found["angle_flipped"] is None
-    assert found["correlation"] is None
-    assert len(found["by_margin"]) == 3  # parts that would be empty are left out
+    result = drift([x], [x], classes=CLASSES, backbone="int8")
+    assert result["flipped"] == 0
+    assert result["margin_flipped"] is None
+    assert result["angle_flipped"] is None
+    assert result["correlation"] is None
+    assert len(result["by_margin"]) == 3  # parts that would be empty are left out
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,11 @@ def shade(text: str) -> int:
 
 
 def test_each_photo_comes_with_its_label_and_picture(photos: Photos) -> None:
-    found = made(photos)
-    assert [(each["kind"], each["label"]) for each in found] == [
+    result = made(photos)
+    assert [(each["kind"], each["label"]) for each in result] == [
         ("rescued", "ant"), ("rescued", "bee"), ("rescued", "ant"), ("lost", "cat"),
     ]  # fmt: skip
-    for each, row in zip(found, (1, 2, 0, 3), strict=True):
+    for each, row in zip(result, (1, 2, 0, 3), strict=True):
         assert abs(shade(each["jpeg"]) - (10 + 40 * row)) <= 2
         assert each["backbone"] == "int8"
 
@@ -83,10 +83,10 @@ def test_an_exit_without_a_probe_says_nothing(photos: Photos) -> None:
     confidence = torch.full((6, 2), math.nan)
     confidence[:, 0] = 0.4
     confidence[1, 1] = 0.4
-    found = examples(
+    result = examples(
         photos, ROWS, said(confidence=confidence), labels=TRUTH, class_names=NAMES, backbone="int8"
     )
-    assert [[a["block"] for a in each["answers"]] for each in found] == [
+    assert [[a["block"] for a in each["answers"]] for each in result] == [
         [8, 10, 12], [8, 12], [8, 12], [8, 12],
     ]  # fmt: skip
 

@@ -37,23 +37,23 @@ def study(**changes: Any) -> Any:
 
 
 def test_counts_are_sums_over_seeds() -> None:
-    found = study()
-    assert (found["both"], found["rescue"], found["loss"], found["neither"]) == (7, 3, 1, 5)
-    assert found["images"] == 16
-    assert found["margin"] == {"mean": 12.5, "std": 0.0}
+    result = study()
+    assert (result["both"], result["rescue"], result["loss"], result["neither"]) == (7, 3, 1, 5)
+    assert result["images"] == 16
+    assert result["margin"] == {"mean": 12.5, "std": 0.0}
 
 
 def test_margin_spreads_over_seeds() -> None:
-    found = study(right_with=[marks("11111100"), FULL])  # +25 and 0 points
-    assert found["margin"]["mean"] == 12.5
-    assert found["margin"]["std"] == pytest.approx(25 / math.sqrt(2))
+    result = study(right_with=[marks("11111100"), FULL])  # +25 and 0 points
+    assert result["margin"]["mean"] == 12.5
+    assert result["margin"]["std"] == pytest.approx(25 / math.sqrt(2))
 
 
 def test_selectivity_is_of_the_first_seed() -> None:
-    found = study()
-    assert found["left_share"] == 50.0
-    assert found["left_top1"] == 100.0
-    assert found["stayed_top1"] == 25.0
+    result = study()
+    assert result["left_share"] == 50.0
+    assert result["left_top1"] == 100.0
+    assert result["stayed_top1"] == 25.0
     assert study(has_exited=marks("00000000"))["left_top1"] is None
     assert study(has_exited=marks("11111111"))["stayed_top1"] is None
 
@@ -93,9 +93,9 @@ def test_interval_of_no_difference_is_zero() -> None:
 
 
 def test_owed_is_the_margin_above_float() -> None:
-    found = owed(SEEDS, FULL, [FULL], FULL, backbone="int8", recipe="r")
-    assert (found["margin"], found["float_margin"], found["difference"]) == (12.5, 0.0, 12.5)
-    assert found["interval"][0] <= 12.5 <= found["interval"][1]
+    result = owed(SEEDS, FULL, [FULL], FULL, backbone="int8", recipe="r")
+    assert (result["margin"], result["float_margin"], result["difference"]) == (12.5, 0.0, 12.5)
+    assert result["interval"][0] <= 12.5 <= result["interval"][1]
     same = owed(SEEDS, FULL, SEEDS, FULL, backbone="int8", recipe="r")
     assert same["difference"] == 0.0
     assert same["interval"] == (0.0, 0.0)  # paired: the same images, nothing left to chance
@@ -107,9 +107,9 @@ def test_owed_pairs_images() -> None:
     full = torch.rand(1000) < 0.3
     mine = right.clone()
     mine[:10] = ~full[:10]
-    found = owed([mine], full, [right], full, backbone="int8", recipe="r")
+    result = owed([mine], full, [right], full, backbone="int8", recipe="r")
     low, high = paired_interval(mine.double() - full.double())
-    assert found["interval"][1] - found["interval"][0] < (high - low) / 4
+    assert result["interval"][1] - result["interval"][0] < (high - low) / 4
 
 
 @pytest.mark.parametrize(

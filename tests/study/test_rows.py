@@ -21,8 +21,8 @@ SECOND = outcome([6, 6, 6, 6], [True, False, False, True], 0.1)
 
 def test_spread() -> None:
     assert spread([0.25]) == {"mean": 25.0, "std": 0.0}
-    found = spread([0.25, 0.75])
-    assert found["mean"] == 50.0 and found["std"] == pytest.approx(100 * 0.5 / 2**0.5)
+    result = spread([0.25, 0.75])
+    assert result["mean"] == 50.0 and result["std"] == pytest.approx(100 * 0.5 / 2**0.5)
     with pytest.raises(ValueError, match="got none"):
         spread([])
 
@@ -35,8 +35,8 @@ def test_rows() -> None:
 
 
 def test_shares_are_over_seeds() -> None:
-    found = shares_of("int8", "r", [FIRST, SECOND])["exits"]
-    assert [each["block"] for each in found] == [2, 6]
-    assert found[0]["share"]["mean"] == 25.0
-    assert found[0]["top1"] == {"mean": 50.0, "std": 0.0}  # of the one seed in which some left
-    assert found[1]["share"]["mean"] == 75.0 and found[1]["top1"]["mean"] == 75.0
+    result = shares_of("int8", "r", [FIRST, SECOND])["exits"]
+    assert [each["block"] for each in result] == [2, 6]
+    assert result[0]["share"]["mean"] == 25.0
+    assert result[0]["top1"] == {"mean": 50.0, "std": 0.0}  # of the one seed in which some left
+    assert result[1]["share"]["mean"] == 75.0 and result[1]["top1"]["mean"] == 75.0

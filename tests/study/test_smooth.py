@@ -48,22 +48,22 @@ def test_scale_by_hand() -> None:
 @pytest.mark.parametrize("variant", ["plain", "raw_in_proj", "layer_scale", "quick_gelu"])
 def test_the_float_function_stays(variant: str, alpha: float) -> None:
     model, images = with_outliers(make_model(**VARIANTS[variant])), make_images()
-    made = smoothed(model, images, alpha=alpha)
+    built = smoothed(model, images, alpha=alpha)
     # Two more roundings of weight and activation per product, averaged over 64 channels
-    assert_within(embed(made, images), embed(model, images), 2e-5, variant=variant)
-    differs = pairs(blocks_of(made)[0])[0][1] != pairs(blocks_of(model)[0])[0][1]
+    assert_within(embed(built, images), embed(model, images), 2e-5, variant=variant)
+    differs = pairs(blocks_of(built)[0])[0][1] != pairs(blocks_of(model)[0])[0][1]
     assert differs.float().mean() > 0.5
 
 
 def test_half_evens_out_activations_and_weights() -> None:
     """At alpha = 1/2 channel j has max|X_j| = max|W_j| = sqrt of the product of what they were."""
     model, images = with_outliers(make_model()), make_images()
-    made = smoothed(model, images)
-    for block in blocks_of(made):
+    built = smoothed(model, images)
+    for block in blocks_of(built):
         for norm, weight in pairs(block):
             seen: list[Tensor] = []
             handle = norm.register_forward_hook(lambda _, args, y, seen=seen: seen.append(y))
-            embed(made, images)
+            embed(built, images)
             handle.remove()
             x_max = seen[0].flatten(0, 1).abs().amax(0)
             assert_within(x_max, weight.detach().abs().amax(0), 1e-4)
@@ -84,8 +84,8 @@ def test_a_channel_without_range_stays() -> None:
         norm, weight = pairs(blocks_of(model)[1])[1]
         norm.weight[5] = norm.bias[5] = 0.0
         weight[:, 9] = 0.0
-    made = smoothed(model, images)
-    new_norm, new_weight = pairs(blocks_of(made)[1])[1]
+    built = smoothed(model, images)
+    new_norm, new_weight = pairs(blocks_of(built)[1])[1]
     assert_same(new_weight[:, 5].detach(), weight[:, 5].detach())
     assert_same(new_norm.weight[9].detach(), norm.weight[9].detach())
 
@@ -94,11 +94,11 @@ def test_outliers_cost_less() -> None:
     """Planted outliers ruin steps that a whole tensor shares; smoothing takes most of it back."""
     model, images = with_outliers(make_model()), make_images(12)
     expected = embed(model, images)
-    found = {
+    result = {
         name: 1 - compare(expected, embed(accelerate(each, scheme="paper"), images)).centred
         for name, each in {"as it is": model, "smoothed": smoothed(model, images)}.items()
     }
-    assert found["smoothed"] < found["as it is"] / 4
+    assert result["smoothed"] < result["as it is"] / 4
 
 
 def test_best_alpha_is_the_nearest() -> None:

@@ -92,11 +92,11 @@ def small() -> nn.Module:
 
 
 def with_and_without(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    found = model.encode_image(images)
+    result = model.encode_image(images)
     model.visual.cuda_graphs = False
     expected = model.encode_image(images)
     del model.visual.cuda_graphs
-    return found, expected
+    return result, expected
 
 
 def test_a_tower_of_any_batch(stand_in: StandIn) -> None:
@@ -104,8 +104,8 @@ def test_a_tower_of_any_batch(stand_in: StandIn) -> None:
     kept = []
     for B in BATCHES:
         kept.append(with_and_without(fast, make_images(B)))
-    for found, expected in kept:  # after all calls: no result was overwritten
-        assert_same(found, expected)
+    for result, expected in kept:  # after all calls: no result was overwritten
+        assert_same(result, expected)
     assert stand_in.captures == 6 and stand_in.replays == len(BATCHES)  # 5 and 6 share a bucket
 
 
@@ -137,13 +137,13 @@ def test_exits(stand_in: StandIn, kind: GateKind) -> None:
         torch.manual_seed(seed)
         images = make_images(B)
         with lraee.trace(fast) as t:
-            found = fast.encode_image(images)
+            result = fast.encode_image(images)
         depths, scores = t.exit_block, t.scores
         fast.visual.cuda_graphs = False
         with lraee.trace(fast) as t:
             expected = fast.encode_image(images)
         del fast.visual.cuda_graphs
-        assert_same(found, expected, B=B)
+        assert_same(result, expected, B=B)
         assert_same(depths, t.exit_block, B=B)
         assert_same(scores, t.scores, B=B)
         left.update(depths.tolist())
@@ -164,9 +164,9 @@ def test_numbers_that_change_are_seen(stand_in: StandIn) -> None:
     before = fast.encode_image(images)
     other = lraee.accelerate(small())  # random weights of its own
     fast.load_state_dict(other.state_dict())
-    found, expected = with_and_without(fast, images)
-    assert_same(found, expected)
-    assert not torch.equal(found, before)
+    result, expected = with_and_without(fast, images)
+    assert_same(result, expected)
+    assert not torch.equal(result, before)
     fast.visual.ln_post.weight = nn.Parameter(fast.visual.ln_post.weight * 2)
     assert_same(*with_and_without(fast, images))
     fast.visual.ln_post = nn.LayerNorm(fast.visual.ln_post.normalized_shape)
@@ -187,18 +187,18 @@ def test_classes_that_change_are_seen(stand_in: StandIn) -> None:
 
 def test_hooks_see_every_call(stand_in: StandIn) -> None:
     fast: Any = lraee.accelerate(small())
-    images, seen = make_images(2), []
+    images, recorded = make_images(2), []
     expected = fast.encode_image(images)
     handle = fast.visual.transformer.resblocks[2].register_forward_hook(
-        lambda module, given, y: seen.append(y.shape)
+        lambda module, given, y: recorded.append(y.shape)
     )
     replays = stand_in.replays
     for calls in (1, 2):
         assert_same(fast.encode_image(images), expected)
-        assert len(seen) == calls
+        assert len(recorded) == calls
     handle.remove()
     assert_same(fast.encode_image(images), expected)
-    assert len(seen) == 2 and stand_in.replays == replays + 1
+    assert len(recorded) == 2 and stand_in.replays == replays + 1
 
 
 def test_a_failed_capture_is_logged_once(

@@ -181,15 +181,15 @@ def test_the_order_of_outputs_without_return_dict(name: str) -> None:
 def test_hooks_see_what_they_saw(name: str) -> None:
     """A hook inside a block runs the library's own forward over int8 children."""
     fast, x = accelerated(name), pictures(2)
-    y, seen = encode_image(fast, x), []
+    y, recorded = encode_image(fast, x), []
     block = blocks_of(find_tower(fast))[1]
     spec = block.block_spec
     handle = block.get_submodule(spec.norm_2.path).register_forward_hook(
-        lambda module, args, output: seen.append(output)
+        lambda module, args, output: recorded.append(output)
     )
     hooked = encode_image(fast, x)
     handle.remove()
-    assert len(seen) == 1 and (hooked - y).norm() / y.norm() < 0.02
+    assert len(recorded) == 1 and (hooked - y).norm() / y.norm() < 0.02
     assert_same(encode_image(fast, x), y)
 
 

@@ -220,13 +220,13 @@ def _dinov2_state(
         source = name
         for pattern, replacement in older:
             source = re.sub(pattern, replacement, source)
-        found = arrays.get(f"backbone.{source}", arrays.get(f"backbone.{name}"))
+        result = arrays.get(f"backbone.{source}", arrays.get(f"backbone.{name}"))
         if name.endswith("position_embeddings"):
-            found = positions[None]
-        elif name.endswith(("cls_token", "mask_token")) and found is None:
-            found = torch.zeros_like(tensor)
-        assert found is not None and found.numel() == tensor.numel(), name
-        state[name] = found.reshape(tensor.shape)
+            result = positions[None]
+        elif name.endswith(("cls_token", "mask_token")) and result is None:
+            result = torch.zeros_like(tensor)
+        assert result is not None and result.numel() == tensor.numel(), name
+        state[name] = result.reshape(tensor.shape)
     return state
 
 

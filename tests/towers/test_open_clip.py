@@ -143,9 +143,9 @@ def test_blocks_are_read_by_parameters_not_by_class():
     stand_in = MainBranchAttention(64, 4)
     stand_in.load_state_dict(block.attn.state_dict())
     block.attn = stand_in
-    found = _int8_block(block)
-    assert type(found.attn) is Int8Attention
-    assert_same(found(x.transpose(0, 1)).transpose(0, 1), expected)
+    result = _int8_block(block)
+    assert type(result.attn) is Int8Attention
+    assert_same(result(x.transpose(0, 1)).transpose(0, 1), expected)
 
 
 def test_both_open_clip_layouts_become_the_right_class():
@@ -160,14 +160,14 @@ def test_child_names_are_kept():
     for vision in ({}, {"block_type": "custom", "ls_init_value": 0.1}):
         model = make_model(vision=vision)
         names = {name for name, _ in model.named_modules()}
-        found = {name for name, _ in lraee.accelerate(model).named_modules()}
+        result = {name for name, _ in lraee.accelerate(model).named_modules()}
         added = {f"visual.transformer.resblocks.{i}.attn.in_proj" for i in range(3)}
-        gone = {
+        dropped = {
             n
             for n in names
             if n.rpartition(".")[2] in ("ln_q", "ln_k", "ln_inner", "attn_drop", "out_drop")
         }
-        assert found == (names - gone) | added
+        assert result == (names - dropped) | added
 
 
 @pytest.mark.parametrize("size", [32, (32, 24), [32, 24]])

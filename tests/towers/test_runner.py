@@ -134,10 +134,10 @@ def test_forward_and_intermediates_know_of_exits(model: nn.Module) -> None:
     assert_within(fast.encode_text(texts), model.encode_text(texts), TEXT_BOUND)
     plain = lraee.accelerate(model)
     with lraee.full_depth(fast):
-        found = fast.forward_intermediates(images, texts)
+        result = fast.forward_intermediates(images, texts)
     expected = plain.forward_intermediates(images, texts)
     for name in ("image_features", "text_features"):
-        assert_same(found[name], expected[name], name=name)
+        assert_same(result[name], expected[name], name=name)
 
 
 # What does not go together
@@ -257,14 +257,14 @@ def test_last_block_computes_the_class_token_alone_with_the_same_bits(
     fast, images = lraee.accelerate(model).visual, make_images(5)
     assert runs_first_alone(fast, images)
     with torch.no_grad():
-        found = fast(images)
-        seen: list[torch.Size] = []
+        result = fast(images)
+        recorded: list[torch.Size] = []
         last = blocks_of(fast)[-1]
-        hook = last.register_forward_hook(lambda module, given, y: seen.append(y.shape))
+        hook = last.register_forward_hook(lambda module, given, y: recorded.append(y.shape))
         assert not runs_first_alone(fast, images)
-        assert_same(found, fast(images))
+        assert_same(result, fast(images))
         hook.remove()
-    assert sorted(seen[0][:2]) == [5, 17]
+    assert sorted(recorded[0][:2]) == [5, 17]
     assert runs_first_alone(fast, images)
 
 
@@ -312,10 +312,10 @@ def test_exits_end_with_the_class_token_alone(model: nn.Module) -> None:
     exits = make_exits(model, kind="learned")
     fast, images = lraee.accelerate(model, exits=exits), make_images(24)
     with torch.no_grad(), lraee.trace(fast) as alone:
-        found = fast.encode_image(images)
+        result = fast.encode_image(images)
     blocks_of(fast.visual)[-1].register_forward_hook(lambda *_: None)
     with torch.no_grad(), lraee.trace(fast) as whole:
-        assert_same(found, fast.encode_image(images))
+        assert_same(result, fast.encode_image(images))
     assert 0 < len(set(alone.exit_block.tolist())) <= 3 and 3 in alone.exit_block
     assert_same(alone.exit_block, whole.exit_block)
     assert alone.stats.full_flops < whole.stats.full_flops

@@ -79,13 +79,13 @@ def test_a_float_tower_is_cut_after_the_last_end(variant: dict[str, Any]) -> Non
     fast = lraee.accelerate(model)
     ids = make_prompts([5, 9, 3, 7])
     shapes = watched_lengths(fast)
-    found = encode(fast, ids)
+    result = encode(fast, ids)
     is_first = variant["text"].get("pool_type") == "first"
     assert shapes == [(4, 1 if is_first else 9)]
-    assert_within(found, encode(model, ids), TEXT_BOUND)
+    assert_within(result, encode(model, ids), TEXT_BOUND)
     assert_within(encode(fast, ids, normalize=True), encode(model, ids, normalize=True), TEXT_BOUND)
     assert_within(fast(None, ids)[1], model(None, ids)[1].detach(), TEXT_BOUND)
-    assert encode(fast, ids[:1]).shape == found[:1].shape
+    assert encode(fast, ids[:1]).shape == result[:1].shape
 
 
 @pytest.mark.parametrize("variant", (WHOLE | FLOAT_ONLY).values(), ids=WHOLE | FLOAT_ONLY)
@@ -94,8 +94,8 @@ def test_other_float_towers_run_as_before(variant: dict[str, Any]) -> None:
     fast = lraee.accelerate(model)
     ids = make_prompts([5, 9, 3])
     with torch.no_grad():
-        expected, found = model.text(ids), fast.text(ids)
-    pair = (expected, found) if isinstance(expected, tuple) else ((expected,), (found,))
+        expected, result = model.text(ids), fast.text(ids)
+    pair = (expected, result) if isinstance(expected, tuple) else ((expected,), (result,))
     for wanted, actual in zip(*pair, strict=True):
         assert_same(actual, wanted)
 
@@ -113,8 +113,8 @@ def test_gradients_reach_a_cut_tower() -> None:
     fast, ids = lraee.accelerate(model), make_prompts([4, 6])
     for each in (model, fast):
         each.encode_text(ids).square().sum().backward()
-    found, expected = fast.ln_final.weight.grad, model.ln_final.weight.grad
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    result, expected = fast.ln_final.weight.grad, model.ln_final.weight.grad
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", [None, "int8"])
@@ -125,10 +125,10 @@ def test_a_hook_is_given_whole_texts(variant: dict[str, Any], text: str | None) 
     expected = encode(fast, ids)
     assert tower is not None
     handle = tower.blocks[0].mlp.register_forward_hook(lambda m, a, y: shapes.append(y.shape))
-    found = encode(fast, ids)
+    result = encode(fast, ids)
     handle.remove()
     assert shapes == [(2, CONTEXT, 32)]
-    assert_within(found, expected, TEXT_BOUND if text is None else 0.1)
+    assert_within(result, expected, TEXT_BOUND if text is None else 0.1)
     assert_same(encode(fast, ids), expected)
 
 
@@ -216,9 +216,9 @@ def test_nan_stays_in_its_text(bad: float) -> None:
     expected = encode(fast, ids)
     with torch.no_grad():
         fast.token_embedding.weight[62, 3] = bad
-    found = encode(fast, ids)
-    assert_same(found[[0, 2]], expected[[0, 2]])
-    assert found[1].isnan().all()
+    result = encode(fast, ids)
+    assert_same(result[[0, 2]], expected[[0, 2]])
+    assert result[1].isnan().all()
 
 
 @pytest.mark.parametrize("variant", (CUT | WHOLE).values(), ids=CUT | WHOLE)
@@ -239,8 +239,8 @@ def test_intermediates_run_in_int8() -> None:
     fast, ids = lraee.accelerate(model, text="int8"), make_prompts([3, 5])
     with torch.no_grad():
         expected = model.forward_intermediates(text=ids)["text_features"]
-        found = fast.forward_intermediates(text=ids)["text_features"]
-    assert nn.functional.cosine_similarity(found, expected).min() > 0.998
+        result = fast.forward_intermediates(text=ids)["text_features"]
+    assert nn.functional.cosine_similarity(result, expected).min() > 0.998
 
 
 @pytest.mark.parametrize("text", [None, "int8"])
@@ -249,5 +249,5 @@ def test_compiled(variant: dict[str, Any], text: str | None) -> None:
     fast, ids = lraee.accelerate(make_model(**variant), text=text), make_prompts([5, 9, 3])
     compiled = torch.compile(fast, backend="eager")
     with torch.no_grad():
-        found, expected = compiled(None, ids)[1], fast(None, ids)[1]
-    assert_within(found, expected, TEXT_BOUND if text is None else 0.0)
+        result, expected = compiled(None, ids)[1], fast(None, ids)[1]
+    assert_within(result, expected, TEXT_BOUND if text is None else 0.0)

@@ -94,20 +94,20 @@ def test_restore_copies_and_pickles(family: str, tmp_path: Any) -> None:
 @each_family
 def test_hooks_see_what_they_saw(family: str) -> None:
     trunk, x = make_trunk(family), images(2)
-    seen: dict[str, list[Tensor]] = {}
+    recorded: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Any:
-        return lambda module, args, y: seen.setdefault(name, []).append(y)
+        return lambda module, args, y: recorded.setdefault(name, []).append(y)
 
     for name in ("blocks.1", "blocks.2.norm2", "blocks.2.mlp.act", "norm", "blocks.3"):
         trunk.get_submodule(name).register_forward_hook(keep(name))
     trunk(x)
     fast = lraee.accelerate(trunk)
     fast(x)
-    for name, (expected, actual) in seen.items():
+    for name, (expected, actual) in recorded.items():
         assert actual.shape == expected.shape, name
         assert error_of(actual, expected) < 0.12, name
-    assert len(seen) == 5
+    assert len(recorded) == 5
 
 
 @each_family

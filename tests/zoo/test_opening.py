@@ -32,11 +32,11 @@ def write_model(folder: Path) -> nn.Module:
 
 
 def test_a_folder_is_a_model(tmp_path: Path) -> None:
-    made = write_model(tmp_path / "other-tiny")
+    built = write_model(tmp_path / "other-tiny")
     opened = open_model(str(tmp_path / "other-tiny"))
     assert opened.title == "other-tiny" and not opened.model.training
     for name, tensor in opened.model.state_dict().items():
-        assert_same(tensor, made.state_dict()[name].half().to(tensor.dtype), name=name)
+        assert_same(tensor, built.state_dict()[name].half().to(tensor.dtype), name=name)
     image = Image.new("RGB", (80, 100), (10, 200, 30))
     assert opened.preprocess(image).shape == (3, 56, 56)
     assert_same(opened.with_margin(image)[:, 4:60, 4:60], opened.preprocess(image))

@@ -126,14 +126,14 @@ def test_parts_that_were_not_run() -> None:
 
 def test_one_seed_and_extremes() -> None:
     """A single block, figures of 0 and of 1e15, a backbone and an unknown system."""
-    made: Any = report()
-    made["noise"] = {"new": [made["noise"]["int8"][0] | {"inr": 1e15, "nsr": 0.0}],
-                     "int8": [made["noise"]["int8"][0] | {"inr": 1e-12}], "paper": []}  # fmt: skip
-    made["lens"] = {"float": made["lens"]["float"][:1], "int8": []}
-    made["main"] = [row("new", "new", 1e15, agreement=None)]
-    made["frontier"] = made["frontier"][:1]
-    made["sweeps"][0] |= {"learned": [], "confidence": []}
-    assert "1.00e+15" in Page(render(made)).text
+    built: Any = report()
+    built["noise"] = {"new": [built["noise"]["int8"][0] | {"inr": 1e15, "nsr": 0.0}],
+                     "int8": [built["noise"]["int8"][0] | {"inr": 1e-12}], "paper": []}  # fmt: skip
+    built["lens"] = {"float": built["lens"]["float"][:1], "int8": []}
+    built["main"] = [row("new", "new", 1e15, agreement=None)]
+    built["frontier"] = built["frontier"][:1]
+    built["sweeps"][0] |= {"learned": [], "confidence": []}
+    assert "1.00e+15" in Page(render(built)).text
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])

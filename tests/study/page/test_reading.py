@@ -20,14 +20,14 @@ def written(path: Path, content: Any) -> Path:
 
 
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
-    for made in (report(), without_parts()):
-        assert read_report(written(tmp_path / "report.json", made)) == made
+    for built in (report(), without_parts()):
+        assert read_report(written(tmp_path / "report.json", built)) == built
 
 
 def test_whole_numbers_become_fractions(tmp_path: Path) -> None:
-    made = report()
-    made["minutes"] = 31
-    back = read_report(written(tmp_path / "report.json", made))
+    built = report()
+    built["minutes"] = 31
+    back = read_report(written(tmp_path / "report.json", built))
     assert back["minutes"] == 31.0 and type(back["minutes"]) is float
 
 
@@ -54,9 +54,9 @@ CHANGES: dict[str, Change] = {
 
 @pytest.mark.parametrize("message", CHANGES)
 def test_refuses_and_names_the_field(tmp_path: Path, message: str) -> None:
-    made: Any = report()
-    CHANGES[message](made)
-    path = written(tmp_path / "report.json", made)
+    built: Any = report()
+    CHANGES[message](built)
+    path = written(tmp_path / "report.json", built)
     with pytest.raises(CheckpointError) as caught:
         read_report(path)
     line = str(caught.value)
