@@ -80,7 +80,7 @@ $(VENV)/transformers-4: | setup
 	@$(PIP) --target $@ --no-deps $(TRANSFORMERS_4)
 
 test-transformers-4: setup $(VENV)/transformers-4  ## The tests of vision models of transformers 4.
-	PYTHONPATH=$(VENV)/transformers-4 $(PY) -m pytest -m "not slow and not gpu" \
+	PYTHONPATH=$(VENV)/transformers-4 $(PARALLEL) -m "not slow and not gpu" \
 	  tests/towers/test_hugging_face.py tests/towers/test_hugging_face_running.py \
 	  tests/towers/test_hugging_face_weights.py tests/towers/test_wrappers.py
 
