@@ -270,7 +270,7 @@ def _launch(
     D = D3 // 3
     d = D // num_heads
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    config = config or attention_config(L, d, causal)
+    config = config or attention_config(L, d, causal, has_rope=rope is not None)
     num_queries = L if num_queries is None else num_queries
     y = torch.empty((B, num_queries, D), dtype=qkv.dtype, device=qkv.device)
     tiles = triton.cdiv(num_queries, config.block_i)

@@ -17,7 +17,7 @@ from lraee.layers.scheme import Scheme
 from lraee.layers.spec import tensor_at
 from lraee.model.text import TextRecord
 from lraee.ops.backend import Backend
-from lraee.towers import runner
+from lraee.towers import runner, text_encoder
 from lraee.towers import text as texts
 from lraee.towers.families import blocks_of, family_of, find_tower, tower_spec
 
@@ -131,7 +131,7 @@ def mark_fast(model: nn.Module, record: Acceleration) -> None:
     set_record(tower, record)
     runner.make_rowwise(tower, record.backend)
     family_of(tower).settle(model)
-    texts.attach(model, None if record.text is None else record.backend)
+    text_encoder.attach(model, None if record.text is None else record.backend)
     for module in _guarded(model, record):
         module.__dict__["train"] = _TrainGuard(module)
 
@@ -155,7 +155,7 @@ def mark_float(
     if text is not None:
         for i, block in enumerate(text_blocks):
             put_module(text.owner, text.spec.block_path(i), block)
-    texts.detach(model)
+    text_encoder.detach(model)
     delattr(tower, _ATTRIBUTE)
     runner.unmake_rowwise(tower)
     family_of(tower).settle(model)

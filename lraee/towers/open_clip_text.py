@@ -12,7 +12,8 @@ from lraee.layers.int8_attention import is_causal
 from lraee.layers.spec import BlockSpec
 from lraee.ops.backend import Backend
 from lraee.towers import open_clip
-from lraee.towers.text import TextFamily, TextMask, TextPooling, TextSpec, class_of
+from lraee.towers.text import TextFamily, TextMask, TextPooling, TextSpec
+from lraee.towers.text_encoder import class_of
 
 NAME = "open_clip TextTransformer"
 _PARTS = ("token_embedding", "transformer", "ln_final", "text_projection")

@@ -17,7 +17,8 @@ from lraee.layers.int8_linear import Int8Linear
 from lraee.model.acceleration import acceleration_of
 from lraee.model.checkpoint import FORMAT
 from lraee.storage.files import CheckpointError
-from lraee.towers.text import TextEncoder, TextTower, find_text
+from lraee.towers.text import TextTower, find_text
+from lraee.towers.text_encoder import TextEncoder
 from tests.clip_models import make_images, make_lraee_tiny, make_model, make_texts
 from tests.support import assert_same
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import lraee
-from lraee.towers.text import TextEncoder, find_text
+from lraee.towers.text import find_text
+from lraee.towers.text_encoder import TextEncoder
 from tests.clip_models import make_model
 from tests.support import TEXT_BOUND, assert_same, assert_within, generator
 
