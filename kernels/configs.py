@@ -271,17 +271,17 @@ def chunk_config(M: int, D: int) -> RowConfig:
 
 
 def attention_config(
-    L: int, d: int, causal: bool = False, *, has_rope: bool = False
+    L: int, d: int, causal: bool = False, *, has_mask: bool = False
 ) -> AttentionConfig:
     """int8_attention: 64 queries a program, or 16 where there are no more.
 
     By the image alone, never by the batch: how the threads of a program lie decides in which order
     they add up a row of probabilities. In 4 warps a causal mask spills on sm_80 and sm_86,
-    rotary positions on sm_80 and sm_90.
+    a key mask on sm_100.
     """
     if L <= 16:
         return AttentionConfig(16, num_warps=4)
-    return AttentionConfig(64, num_warps=8 if d > 64 or causal or has_rope else 4)
+    return AttentionConfig(64, num_warps=8 if d > 64 or causal or has_mask else 4)
 
 
 def probe_config(B: int) -> ProbeConfig:

@@ -270,7 +270,12 @@ def _launch(
     D = D3 // 3
     d = D // num_heads
     qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    config = config or attention_config(L, d, causal, has_rope=rope is not None)
+    config = config or attention_config(L, d, causal, has_mask=key_mask is not None)
+    if rope is not None and qkv.is_cuda:
+        raise NotImplementedError(
+            "int8_attention: rope must be None on a GPU, got rotary positions: the kernel spills or"
+            " does not fit on most parts; run this tower on a CPU, or in float"
+        )
     num_queries = L if num_queries is None else num_queries
     y = torch.empty((B, num_queries, D), dtype=qkv.dtype, device=qkv.device)
     tiles = triton.cdiv(num_queries, config.block_i)

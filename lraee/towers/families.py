@@ -202,8 +202,16 @@ def embed_tokens(tower: nn.Module, images: Tensor) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's image tower, float or accelerated."""
-    return next(find_tower(model).parameters()).device
+    """The device of the model's image tower, or of a model whose tower is not known."""
+    return next(_tower_or(model).parameters()).device
+
+
+def _tower_or(model: nn.Module) -> nn.Module:
+    """The image tower, or the model itself where no family knows one: it only encodes."""
+    try:
+        return find_tower(model)
+    except (TypeError, NotImplementedError):
+        return model
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -212,8 +220,10 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     Norms may have another one (open_clip keeps them float32 in "fp16" and "bf16"), so no other
     parameter tells it.
     """
-    tower = find_tower(model)
-    embedding = tower.get_submodule(tower_spec(tower).patch_embedding.path)
+    tower = _tower_or(model)
+    is_known = _family(tower) is not None
+    path = tower_spec(tower).patch_embedding.path if is_known else ""
+    embedding = tower.get_submodule(path)
     if isinstance(embedding, Int8Linear):
         return embedding.dtype
     return next(p.dtype for p in embedding.parameters() if p.is_floating_point())

@@ -31,7 +31,7 @@ def test_small_towers_of_every_structure_are_supported(family: str) -> None:
 def test_every_library_lists_its_models_once() -> None:
     for name, cases in LIBRARIES.items():
         listed = [each.name for each in cases()]
-        assert len(listed) == len(set(listed)) > 30, name
+        assert len(listed) == len(set(listed)) >= 25, name
     tags = [tag for each in LIBRARIES["open_clip"]() for tag in each.tags]
     assert len(tags) == 196
 

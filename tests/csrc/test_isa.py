@@ -41,7 +41,8 @@ def _run(level: str) -> subprocess.CompletedProcess[str]:
     code = (
         "import torch, lraee.ops; from lraee import _C;"
         " x = torch.ones(2, 4, dtype=torch.int8); w, w_sum = lraee.ops.pack_weight(x);"
-        " y = lraee.ops.int8_linear(x, torch.ones(2), None, w, torch.ones(2), w_sum);"
+        " linear = lraee.ops.PackedLinear(w, torch.ones(2), w_sum);"
+        " y = lraee.ops.int8_linear(x, torch.ones(2), None, linear);"
         " print(_C.isa(), y.sum().item())"
     )
     return subprocess.run(

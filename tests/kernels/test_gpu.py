@@ -78,7 +78,9 @@ def test_weights(place: Place) -> None:
 
 def call_linear(place: Place, given: dict[str, Any], activation: str) -> Tensor:
     """int8_linear on the device."""
-    y: Tensor = place.operators.int8_linear(**moved(given, place), activation=activation)
+    named = moved(given, place)
+    operands = [named.pop(name) for name in ("x_q", "x_scale", "x_zero", "linear")]
+    y: Tensor = place.operators.int8_linear(*operands, **named, activation=activation)
     return y
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import lraee
 from lraee.kernels import register
-from lraee.ops import backend, block, reference
+from lraee.ops import backend, reference
 from lraee.ops import error_bounds as bounds
+from lraee.ops.reference import block
 from tests.clip_models import make_images, make_model
 from tests.support import EPS32, HALF_STEP, assert_same, assert_within
 
@@ -79,7 +80,12 @@ def test_tower(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None
         **{name: getattr(reference, name) for name in NO_KERNEL},
     )
     launchers.int8_block = partial(block.int8_block, operators=launchers)
-    for module in ("linear", "modules", "quantize", "rowwise"):
+    for module in (
+        "layers.int8_linear",
+        "layers.int8_block",
+        "layers.scheme",
+        "layers.batch_invariant",
+    ):
         name = f"lraee.{module}"
         monkeypatch.setattr(importlib.import_module(name), "operators", lambda backend: launchers)
     assert backend.operators("reference") is not launchers  # only the callers were turned
