@@ -277,11 +277,12 @@ def attention_config(
 
     By the image alone, never by the batch: how the threads of a program lie decides in which order
     they add up a row of probabilities. In 4 warps a causal mask spills on sm_80 and sm_86,
-    a key mask on sm_100.
+    a key mask on sm_100, where 64 keys at once spill in 8 warps too.
     """
     if L <= 16:
         return AttentionConfig(16, num_warps=4)
-    return AttentionConfig(64, num_warps=8 if d > 64 or causal or has_mask else 4)
+    num_warps = 8 if d > 64 or causal or has_mask else 4
+    return AttentionConfig(64, num_warps, unroll=32 if has_mask else 64)
 
 
 def probe_config(B: int) -> ProbeConfig:
