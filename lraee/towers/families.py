@@ -252,7 +252,8 @@ def can_encode_text(model: nn.Module) -> bool:
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Unit text embeddings [n, E] of token ids, by a model that can."""
-    encode = family_of(find_tower(model)).encode_text
+    family = _family(_tower_or(model))
+    encode = None if family is None else family.encode_text
     if encode is None:
         return cast(Any, model).encode_text(tokens, normalize=True)  # type: ignore[no-any-return]
     return encode(model, tokens)

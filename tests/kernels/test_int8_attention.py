@@ -79,7 +79,7 @@ def test_a_later_tile_with_larger_scores() -> None:
 
 def test_the_config_does_not_depend_on_the_batch() -> None:
     """Nor then does the order in which threads add up probabilities."""
-    assert list(inspect.signature(attention_config).parameters) == ["L", "d", "causal"]
+    assert list(inspect.signature(attention_config).parameters) == ["L", "d", "causal", "has_mask"]
 
 
 def test_a_value_that_is_not_finite_stays_in_its_image() -> None:
