@@ -70,8 +70,9 @@ PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile -
 test: setup  ## The test suite without its full sweeps.
 	$(PARALLEL) -m "not slow and not gpu"
 
+# SWEEPS: further options of pytest
 test-slow: setup  ## The full sweeps that `make test` leaves out.
-	$(PARALLEL) -m "slow and not gpu"
+	$(PARALLEL) -m "slow and not gpu" $(SWEEPS)
 
 # The older of the two versions that are known, beside the newer one of .venv
 TRANSFORMERS_4 := transformers==4.57.* tokenizers==0.22.* "huggingface_hub>=0.34,<1"
