@@ -37,7 +37,8 @@ def send(server: Running, data: bytes) -> tuple[int, bytes]:
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         try:
             connection.sendall(data)
-            if b"\r\n\r\n" not in data:  # the server would wait for the rest of the head
+            # blank lines before a head are no head: the server would wait for the rest of one
+            if b"\r\n\r\n" not in data.lstrip(b"\r\n"):
                 connection.shutdown(socket.SHUT_WR)
             while chunk := connection.recv(1 << 16):
                 answer += chunk
