@@ -11,7 +11,6 @@ no `--pretrained` is given: time does not depend on them.
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image
 from bench.environment import describe
 from bench.preprocess import jpegs
 from lraee.data.sources import Limits
+from lraee.measurement.timing import timed_rounds
 from lraee.serving.embed import Prepared, run
 from lraee.serving.embed_model import Choice, PhotoModel
 from lraee.serving.listing import open_listing
@@ -58,17 +58,9 @@ def piped(model: PhotoModel, photos: Path, batch: int, workers: int) -> None:
 
 def rounds(forms: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
     """Seconds of each form: one warm-up, then `count` rounds in rotating order."""
-    order = list(forms)
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for name in order:
-        forms[name]()
-    for _ in range(count):
-        for name in order:
-            start = time.perf_counter()
-            forms[name]()
-            seconds[name].append(time.perf_counter() - start)
-        order.append(order.pop(0))
-    return seconds
+    for form in forms.values():
+        form()
+    return timed_rounds(forms, count)
 
 
 def main(

@@ -74,6 +74,13 @@ def interleaved(
     """Seconds of every round of each variant; round i of all variants ran back to back."""
     least, most = MIN_ROUNDS, MAX_ROUNDS
     rounds = warm_up(list(variants.values()), budget_s, warm_s, least=least, most=most)
+    return timed_rounds(variants, rounds)
+
+
+def timed_rounds(
+    variants: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each variant in so many rounds, their order rotating; nothing is warmed up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for _ in range(rounds):
