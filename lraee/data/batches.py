@@ -1,4 +1,4 @@
-"""Photos as calibration sees them: preprocessed batches that can be gone through again."""
+"""Photos as calibration sees them: preprocessed batches that can be iterated again."""
 
 from collections.abc import Callable, Iterator
 

@@ -58,7 +58,7 @@ class Batcher:
     """One model's queue and worker thread.
 
     A call starts when the worker is free and a batch is full, or nothing else is being decoded for
-    it, or its oldest input has waited `settings.max_wait_s`. Kinds take turns, so that a thousand
+    it, or its oldest input has waited `settings.max_wait_s`. Kinds alternate, so that a thousand
     class names do not hold up an image. Inputs of cancelled clients and those
     past their deadline leave the queue. An input on which the model fails harms itself only: its
     batch is run again one by one. If the worker dies, all inputs get 503 and `is_alive` is False.

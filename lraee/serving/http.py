@@ -195,8 +195,8 @@ def is_same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
-class Door:
-    """Middleware: the Host header, then the token, before anything else is looked at.
+class AccessControl:
+    """Middleware: the Host header, then the token, before anything else is read.
 
     Health, ping and the page itself are open; all that reads a model or a photo is not. A browser
     that logged in bears a cookie, which opens GET routes alone.

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute
 
 from lraee.serving.encoder import ClipEncoder
 from lraee.serving.errors import ServiceError
-from lraee.serving.http import Door, error_answer
+from lraee.serving.http import AccessControl, error_answer
 from lraee.serving.protocols import health, immich, openai, search
 from lraee.serving.search.library import Library
 from lraee.serving.service import Service
@@ -54,7 +54,7 @@ def create_app(
 
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(Door, service=service)],
+        middleware=[Middleware(AccessControl, service=service)],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )

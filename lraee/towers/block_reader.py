@@ -67,7 +67,7 @@ class BlockReader:
         return self.norm(path).path if self.has(path) else None
 
     def require_all_named(self) -> None:
-        """Raises UnsupportedBlockError on what no reader has asked for."""
+        """Raises UnsupportedBlockError on a part that was not read."""
         idle = {name for name, m in self.modules.items() if _is_idle(m)}
         rest = sorted(self.held - self.named_tensors)
         rest += sorted(set(self.modules) - self.named_modules - idle)

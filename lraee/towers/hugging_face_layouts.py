@@ -1,7 +1,7 @@
 """Which of transformers' vision classes are known, and where their parts lie.
 
 A class is known by its name and by a module of transformers, so nothing here imports the library:
-whoever has such a model has imported it. A user's subclass is what its base is.
+a process that holds such a model has imported it. A user's subclass is what its base is.
 """
 
 import math

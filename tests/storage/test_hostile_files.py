@@ -33,7 +33,7 @@ def test_intact_and_resealed_files_are_taken(store: Store, tmp_path: Path) -> No
 
 # Settings, each with the right seal
 
-GONE = object()
+MISSING = object()
 BUSHY: Any = [[[[[["x" * 9] * 6] * 6] * 6] * 6] * 6] * 6
 PLAN = "plans.learned."
 COUNT, NUMBER, TENSORS = "must be an integer from 1", "must be a finite float32", "tensors must be"
@@ -41,7 +41,7 @@ WIDE = [{"block": b, "hidden": 65536, "inputs": 65536} for b in (1, 2)]
 
 TOP: list[tuple[str, Any, str]] = [
     ("format", "pickle", "format must be"),
-    ("format", GONE, "format must be"),
+    ("format", MISSING, "format must be"),
     ("format_version", 10**4000, "the one that this lraee reads, got 1000"),
     ("format_version", 9, "got 9; upgrade lraee"),
     ("format_version", 0, "got 0; write it again with"),
@@ -49,7 +49,7 @@ TOP: list[tuple[str, Any, str]] = [
     ("format_version", 1.0, "format_version must be"),
     ("format_version", "1", "format_version must be"),
     ("x", "y", "must have no key but its own"),
-    ("tensors", GONE, "must have the key tensors"),
+    ("tensors", MISSING, "must have the key tensors"),
     ("tensors", None, "tensors must be an object"),
     ("tensors", {}, TENSORS),
     ("tensors.x", ["I8", [1]], TENSORS),
@@ -66,7 +66,7 @@ TOP: list[tuple[str, Any, str]] = [
     ("scheme", [], "scheme must be an object"),
     ("scheme", "int8", "scheme must be an object"),
     ("scheme.x", 1, "scheme must have no key but its own"),
-    ("scheme.weights", GONE, "scheme must have the key weights"),
+    ("scheme.weights", MISSING, "scheme must have the key weights"),
     ("scheme.weights", "row", "weights must be one of channel, tensor, got 'row'"),
     ("scheme.weights", None, "scheme.weights must be a string"),
     ("scheme.clip_weights", 0, "scheme.clip_weights must be true or false"),
@@ -84,7 +84,7 @@ CHECKPOINT: list[tuple[str, Any, str]] = [
     ("base_sha256", None, "base_sha256 must be 64 hexadecimal"),
     ("base_sha256", "0" * 64, "image tower of the given model, got"),
     ("state_sha256", "0" * 64, "with these int8 weights"),
-    ("exits", GONE, "must have the key exits"),
+    ("exits", MISSING, "must have the key exits"),
     ("exits", None, TENSORS),
     ("exits", [], "exits must be an object"),
     ("exits.base_hash", "0" * 64, "exits.base_hash must be base_sha256"),
@@ -99,7 +99,7 @@ EXITS: list[tuple[str, Any, str]] = [
     ("heads", [{"block": b, "hidden": 1, "inputs": 8} for b in (2, 2)], "block must ascend"),
     ("heads", [{"block": b, "hidden": 1, "inputs": 8 * b} for b in (1, 3)], "must be D or 2 D"),
     ("heads.0.x", 1, "heads[0] must have no key but its own"),
-    ("heads.0.hidden", GONE, "heads[0] must have the key hidden"),
+    ("heads.0.hidden", MISSING, "heads[0] must have the key hidden"),
     *(("heads.0.block", v, COUNT) for v in (0, 513, -1, True, 2.0, "2", None, [2])),
     ("heads.0.block", 2, TENSORS),
     *(("heads.0.inputs", v, COUNT) for v in (0, 10**30, True, 8.0)),
@@ -162,7 +162,7 @@ def test_hostile_settings(store: Store, tmp_path: Path, group: str) -> None:
         place = config
         for key in keys:
             place = place[int(key)] if isinstance(place, list) else place[key]
-        if value is GONE:
+        if value is MISSING:
             del place[last]
         else:
             place[last] = value

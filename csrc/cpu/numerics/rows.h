@@ -35,7 +35,7 @@ LRAEE_INLINE Vf keep_first(Vf a, int n) {
   return load_first(kept, n);
 }
 
-// Calls body(k, n, slot) for n values from k on; slots 0..3 take turns, so that four chains can run
+// Calls body(k, n, slot) for n values from k on; slots 0..3 alternate, so that four chains can run
 // side by side.
 template <class Body>
 LRAEE_INLINE void for_vectors(int64_t K, Body body) {
