@@ -18,7 +18,7 @@ import pytest
 from lraee.cli import main as cli
 from tests.cli.test_main import one_line, run
 from tests.image_files import encoded, folder
-from tests.serving.fake_encoder import contents, failures, rows
+from tests.serving.fake_encoder import contents, failures, folders, rows
 
 
 @pytest.fixture
@@ -80,6 +80,8 @@ def test_every_source_gives_the_same_rows(
     for name in ("p.zip", "*.tar", "list.txt"):
         embedded(tmp_path / name, "--out", tmp_path / f"{name}.parquet")
         assert vectors(tmp_path / f"{name}.parquet") == expected, name
+        begin_in = {"p.zip": tmp_path / "p.zip", "*.tar": tmp_path, "list.txt": None}[name]
+        assert folders(tmp_path / f"{name}.parquet") == {begin_in and str(begin_in)}
     stdin = io.TextIOWrapper(io.BytesIO(b"\0".join(map(os.fsencode, paths))))
     monkeypatch.setattr(sys, "stdin", stdin)
     from lraee.serving import listing
@@ -97,6 +99,12 @@ def test_shards_and_merge(photos: Path, tmp_path: Path) -> None:
     result = run("merge", tmp_path / "2", tmp_path / "1", "--out", tmp_path / "all.parquet")
     assert result.exit_code == 0 and "6 embedded, 3 skipped, 2 shards" in result.stdout
     assert vectors(tmp_path / "all.parquet") == vectors(tmp_path / "whole")
+    moved = photos.rename(tmp_path / "mount")
+    embedded(moved, "--out", tmp_path / "2", "--shard", "2/2")
+    result = run("merge", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "b.parquet")
+    assert result.exit_code == 0 and result.stderr == (
+        f"merge: the shards' photos lie in {photos}, {moved}; `lraee serve` needs --photos-from\n"
+    )
     result = run("merge", tmp_path / "2", "--out", tmp_path / "x")
     assert "merge: shards must be 1/2 to 2/2, got 2/2" in one_line(result)
 
@@ -212,4 +220,6 @@ def test_files_open_without_lraee(photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "all.parquet")]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert output[0] == "6" and output[2] == "False"
-    assert pq.read_schema(tmp_path / "all.parquet").metadata.keys() == {b"lraee"}
+    assert pq.read_schema(tmp_path / "all.parquet").metadata.keys() == {
+        b"lraee", b"lraee.photos_from",
+    }  # fmt: skip
