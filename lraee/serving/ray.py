@@ -9,7 +9,9 @@ It takes 127.0.0.1 for the machine's outer address; 127.0.0.2 keeps it on the lo
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +67,11 @@ def run(
       part_rows: candidates per part.
     Raises: DataError, one line, as `lraee embed`; ImportError without Ray.
     """
-    ray = _connected(address)
+    with _connection(address) as ray:
+        return _run(ray, job, output, actors, part_rows)
+
+
+def _run(ray: Any, job: Job, output: Output, actors: int, part_rows: int) -> Totals:
     listing = open_listing(job.photos, job.reading)
     provenance = Provenance({**job.settings, "shard": None}, listing.photos_from)
     finished = Finished(output, provenance)
@@ -86,7 +92,12 @@ def run(
     return counts.totals
 
 
-def _connected(address: str) -> Any:
+@contextmanager
+def _connection(address: str) -> Iterator[Any]:
+    """Ray's module, connected; a connection that was there before stays.
+
+    What Ray prints, such as the end of a node, goes to stderr: results go to stdout.
+    """
     try:
         import ray
         import ray.data
@@ -95,16 +106,21 @@ def _connected(address: str) -> Any:
             "embed: --ray needs Ray, which is not installed: pip install 'lraee[ray]'"
         ) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not ray.is_initialized():
+    is_new = not ray.is_initialized()
+    with redirect_stdout(sys.stderr):
         try:
-            ray.init(address=address, log_to_driver=False, **_loopback(address))
+            if is_new:
+                ray.init(address=address, log_to_driver=False, **_loopback(address))
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise DataError(
                 f"embed: --ray must be a cluster that runs, got {address}; ray start --head"
             ) from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    return ray
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        try:
+            yield ray
+        finally:
+            if is_new:
+                ray.shutdown()
 
 
 def _loopback(address: str) -> dict[str, str]:
