@@ -48,11 +48,15 @@ _ROUNDED_BYTES = 24
 # A block of 8 x 8 pixels takes one bit of a Huffman-coded JPEG at least. Decoders fill what is
 # missing with grey, without an error.
 _PIXELS_PER_BYTE = 8 * 64
-# Nanoseconds per pixel, three times what an EPYC (Zen 4) core took, 2026-11; bench/preprocess.py.
+# Nanoseconds per pixel: three times the CPU time that the worse of a photo and noise took on one
+# core of an EPYC (Zen 5), 2026-11: JPEG 14.1, PNG 25.3, WebP 48.9, GIF 6.9, BMP 1.2, TIFF 14.1, PPM
+# 1.1, AVIF 61.0, HEIF 81.2; a PPM of other than 255 levels, which Pillow decodes in Python, 1234.
+# Command: python -m bench.preprocess costs
 _NANOSECONDS: dict[Format, int] = {
-    "JPEG": 30, "PNG": 60, "WEBP": 90, "GIF": 40, "BMP": 20, "TIFF": 60, "PPM": 20,
-    "AVIF": 150, "HEIF": 150,
+    "JPEG": 45, "PNG": 75, "WEBP": 150, "GIF": 20, "BMP": 4, "TIFF": 45, "PPM": 4,
+    "AVIF": 180, "HEIF": 240,
 }  # fmt: skip
+_PPM_IN_PYTHON_NANOSECONDS = 3700
 _OPENING = threading.Lock()
 
 
@@ -243,7 +247,7 @@ def _other(data: bytes, form: Format, clock: _Clock, mode: Mode) -> Decoded:
     pixels = width * height + _tile_pixels(image)
     mend_planes(image)
     is_rounded = mode == "fast" and is_deep(image)
-    seconds = pixels * _NANOSECONDS[form] * 1e-9 * (2 if is_rounded else 1)
+    seconds = pixels * _nanoseconds(image, form) * 1e-9 * (2 if is_rounded else 1)
     bytes_each = _ROUNDED_BYTES if is_rounded else _PILLOW_BYTES
     _check_cost(seconds, pixels * bytes_each, clock.limits)
     clock.check()
@@ -261,6 +265,11 @@ def _other(data: bytes, form: Format, clock: _Clock, mode: Mode) -> Decoded:
     width, height = image.size
     clock.check()
     return _upright(array, orientation if orientation in range(1, 9) else 1, width, height)
+
+
+def _nanoseconds(image: Image.Image, form: Format) -> int:
+    is_in_python = any(tile[0] == "ppm" for tile in getattr(image, "tile", []))
+    return _PPM_IN_PYTHON_NANOSECONDS if is_in_python else _NANOSECONDS[form]
 
 
 def _tile_pixels(image: Image.Image) -> int:

@@ -157,12 +157,17 @@ class Finished:
         self._group: tuple[tuple[int, int], pa.Table] | None = None
 
     def keep(self, part: Part) -> PartHeader | None:
-        """The part as it lies there, if it stands for these very candidates; else it is retired."""
+        """The part as it lies there, if it stands for these very candidates.
+
+        One that stands for others is retired, with those behind it. One that is missing leaves
+        them: Ray writes parts in any order.
+        """
         if self._digests.get(part.index) == part.digest and part.index not in self._moved:
             metadata, rows = read_metadata(self._output.part(part.index))
             failures = tuple((from_stored(n), reason) for n, reason in metadata["failures"])
             return PartHeader(part.digest, rows, failures)
-        self.retire(part.index)
+        if part.index in self._digests:
+            self.retire(part.index)
         return None
 
     def retire(self, index: int) -> None:

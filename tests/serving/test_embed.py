@@ -192,6 +192,16 @@ def test_changed_new_and_deleted_photos(tmp_path: Path) -> None:
     assert not (out / "old").exists()
 
 
+def test_a_part_that_is_missing_leaves_those_behind_it(tmp_path: Path) -> None:
+    root, out = library(tmp_path / "photos"), tmp_path / "out"
+    embed(root, out)
+    before = contents(out)
+    (out / "part-00001.parquet").unlink()
+    totals = embed(root, out, encoder := FakeEncoder())
+    assert contents(out) == before and encoder.encoded <= 10
+    assert totals.embedded <= 10 and totals.embedded + totals.resumed == 52
+
+
 def test_fewer_photos_leave_no_part_behind(tmp_path: Path) -> None:
     root, out = library(tmp_path / "photos"), tmp_path / "out"
     embed(root, out)
