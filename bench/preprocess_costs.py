@@ -9,6 +9,7 @@ times that: they bound what a slower machine takes, in order to refuse a file, n
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -62,9 +63,10 @@ def kinds() -> Iterator[tuple[str, Callable[[Image.Image], bytes]]]:
     yield "GIF", lambda image: saved(image, "GIF")
     yield "BMP", lambda image: saved(image, "BMP")
     yield "TIFF", lambda image: saved(image, "TIFF")
-    for name in ("lzw", "deflate", "jpeg"):
-        code = {"deflate": "tiff_adobe_deflate", "lzw": "tiff_lzw"}.get(name, name)
-        yield f"TIFF {name}", lambda image, code=code: saved(image, "TIFF", compression=code)
+    for name, code in (
+        ("lzw", "tiff_lzw"), ("deflate", "tiff_adobe_deflate"), ("jpeg", "jpeg"),
+    ):  # fmt: skip
+        yield f"TIFF {name}", partial(saved, form="TIFF", compression=code)
     yield "PPM", lambda image: saved(image, "PPM")
     yield "PPM 16 bits", deep_ppm
     yield "AVIF", lambda image: saved(image, "AVIF", quality=90, speed=8)
