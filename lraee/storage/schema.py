@@ -56,7 +56,7 @@ def table(of: Kind, least: int = 0, most: int = _MOST) -> Kind:
     return check
 
 
-def _require_size(value: Any, kind: type, least: int, most: int, rule: str) -> None:
+def _require_size(value: Any, kind: type[Any], least: int, most: int, rule: str) -> None:
     is_right = type(value) is kind and least <= len(value) <= most
     require(is_right, f"{rule} of {least} to {most}", value)
 
