@@ -65,11 +65,11 @@ def merge(paths: Sequence[Path], output: Output) -> Merged:
         shares[0].photos_from if len(origins) == 1 else None,
     )
     totals = Totals()
-    known: set[bytes] = set()
+    earlier: set[bytes] = set()
     with output.failure_file() as failures:
         for share in shares:
             for path, table in _tables(share):
-                _require_new(table, known, path)
+                _require_new(table, earlier, path)
                 _write(output.part(totals.parts), table, provenance, totals)
             _copy_failures(share, failures, totals)
         failures.close(provenance, totals.about())
@@ -122,18 +122,18 @@ def _tables(share: _Share) -> Iterator[tuple[Path, "pa.Table"]]:
                 yield path, file.read_row_group(group)
 
 
-def _require_new(table: "pa.Table", known: set[bytes], path: Path) -> None:
+def _require_new(table: "pa.Table", earlier: set[bytes], path: Path) -> None:
     """Raises DataError where a photo was in an earlier table; texts may come twice."""
     if "path" not in table.column_names:
         return
     for name in table["path"].to_pylist():
         digest = blake2b(name.encode(), digest_size=8).digest()
-        if digest in known:
+        if digest in earlier:
             raise DataError(
                 f"merge: {printable(str(path))} must hold no photo of another shard,"
                 f" got {printable(name)}"
             )
-        known.add(digest)
+        earlier.add(digest)
 
 
 def _write(path: Path, table: "pa.Table", provenance: Provenance, totals: Totals) -> None:
