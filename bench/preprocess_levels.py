@@ -12,7 +12,7 @@ thread, the least of several runs, per photo.
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import lraee
 from bench.environment import describe
 from lraee.data.preprocess import from_transform
 from lraee.data.resize import resize
+from lraee.measurement.timing import ImageEncoder
 from lraee.ops.backend import operators
 from lraee.zoo.opening import open_model
 
@@ -94,7 +95,7 @@ def levels(
         typer.echo(f"  {name:<20} float32 {before:.3f} ms  uint8 {after:.3f} ms")
     shared = saved["resize, 500 x 375"] + saved["batch"]
     for scheme in ("int8", "int8-patches"):
-        fast = lraee.accelerate(opened.model, scheme=scheme)
+        fast = cast(ImageEncoder, lraee.accelerate(opened.model, scheme=scheme))
         with torch.inference_mode():
             tower = least_ms(partial(fast.encode_image, batches["float32"]), 5) / BATCH
         gain = shared + saved[f"{scheme}: rows"]
