@@ -94,6 +94,9 @@ class Int8Attention(nn.Module):
             return operators(self.backend).int8_attention(  # type: ignore[no-any-return]
                 qkv, num_heads=self.num_heads, causal=is_causal, rope=table
             )
+        if qkv.device.type == "cuda":  # a library chooses its kernel, and so its bits, by the batch
+            y = operators(self.backend).float_attention(qkv, self.num_heads, is_causal)
+            return cast(Tensor, y)
         B, L, width = qkv.shape
         heads = qkv.view(B, L, 3, self.num_heads, width // (3 * self.num_heads))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
