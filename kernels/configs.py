@@ -306,7 +306,7 @@ def float_attention_config(
     """
     block_i, num_warps = 64, 8 if has_rope and d > 96 else 4
     if x_bytes == 4:
-        block_i, num_warps = 32 if d > 96 else 64, 4 if d <= 64 else 8
+        block_i, num_warps = 32 if d > 80 else 64, 4 if d <= 64 else 8
     block_i = 16 if L <= 16 else block_i
     is_wide = x_bytes == 4
     return FloatAttentionConfig(block_i, 16 if is_wide else 32, num_warps, 1 if is_wide else 2)
