@@ -10,6 +10,7 @@ import sys
 
 from lraee.cli.common import app
 from lraee.diagnostics import interpreter
+from lraee.measurement.machine import limit_threads
 
 COMMANDS = (
     "doctor",
@@ -38,4 +39,5 @@ def main() -> None:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     if interpreter.is_wanted(sys.argv[1:]):
         interpreter.restart()
+    limit_threads()
     app()
