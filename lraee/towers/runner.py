@@ -18,6 +18,7 @@ from lraee.layers.modules import Adapter, adopt, is_hooked, release
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
+from lraee.towers import compiled
 from lraee.towers import cuda_graphs as graphs
 from lraee.towers.calls import embedding_size, require_no_script, require_numbers
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
@@ -48,6 +49,10 @@ class RowwiseTower(Adapter):
     segments: Segments
     cuda_graphs: bool = True
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # a copy, or unpickled: a tower of its own
+        compiled.register(self)
 
     # What a family gives
 
@@ -94,9 +99,10 @@ class RowwiseTower(Adapter):
     def embed_images(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
         require_no_script()
-        return without_gradient(self._embed_images(x), chain((x,), self.parameters()))
+        return without_gradient(compiled.embed(self, x), chain((x,), self.parameters()))
 
-    def _embed_images(self, x: Tensor) -> Tensor:
+    def run_images(self, x: Tensor) -> Tensor:
+        """See embed_images; autograd takes the result for a constant."""
         if x.dim() == 4 and x.shape[0] == 0:  # which libraries' own reshapes cannot tell
             one = x.new_zeros(1, *x.shape[1:])
             return self._run(None, one, EagerExecutor(self))[:0]
@@ -273,6 +279,7 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
         rowwise = cast(RowwiseTower, adopt(tower, adapter))
         rowwise.rowwise_backend, rowwise.tower_spec = backend, spec
         rowwise.segments = Segments.of(len(rowwise._block_list()))
+    compiled.register(tower)
 
 
 def unmake_rowwise(tower: nn.Module) -> None:
