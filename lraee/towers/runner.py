@@ -20,7 +20,7 @@ from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
 from lraee.towers import compiled
 from lraee.towers import cuda_graphs as graphs
-from lraee.towers.calls import embedding_size, require_no_script, require_numbers
+from lraee.towers.calls import embedding_size, require_numbers, require_plain_call
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
 from lraee.towers.segments import Segments, TowerParts
@@ -98,7 +98,7 @@ class RowwiseTower(Adapter):
 
     def embed_images(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
-        require_no_script()
+        require_plain_call()
         return without_gradient(compiled.embed(self, x), chain((x,), self.parameters()))
 
     def run_images(self, x: Tensor) -> Tensor:
