@@ -102,7 +102,7 @@ test-oldest: setup $(VENV)/oldest  ## Tests of each dependency, in the oldest re
 OLDEST_TESTS := tests/towers/test_open_clip.py tests/storage/test_sealed.py tests/cli/test_tables.py \
   tests/calibration/test_gate_fitting.py tests/calibration/test_risk.py tests/study/test_rows.py \
   tests/study/page/test_page.py tests/serving/test_embed.py tests/serving/test_server.py \
-  tests/serving/test_search.py tests/data/test_decoding.py tests/data/test_batches.py
+  tests/serving/test_index.py tests/serving/test_search.py tests/data/test_decoding.py tests/data/test_batches.py
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU.
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu

@@ -22,7 +22,7 @@ import typer
 
 from bench.environment import describe
 from lraee.model.accelerate import accelerate
-from lraee.towers.families import image_size
+from lraee.towers.families import encode_image, image_size
 from lraee.zoo.opening import open_model
 
 SETTINGS: dict[str, dict[str, str]] = {
@@ -42,12 +42,12 @@ def work(model: str, pretrained: str | None, batch: int, calls: int) -> None:
     images = torch.randn(batch, 3, *image_size(fast))
     with torch.inference_mode():
         for _ in range(2):
-            fast.encode_image(images)
+            encode_image(fast, images)
         print("warm", flush=True)
         sys.stdin.readline()
         start = time.perf_counter()
         for _ in range(calls):
-            fast.encode_image(images)
+            encode_image(fast, images)
     print((time.perf_counter() - start) / calls, flush=True)
 
 

@@ -51,8 +51,8 @@ class RowwiseTower(Adapter):
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # a copy, or unpickled: a tower of its own
-        compiled.register(self)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        compiled.register(self)  # a copy, or unpickled: a tower of its own
 
     # What a family gives
 
