@@ -8,6 +8,7 @@ import io
 import logging
 import sys
 
+from lraee.cli import waiting
 from lraee.cli.common import app
 from lraee.diagnostics import interpreter
 from lraee.measurement.machine import limit_threads
@@ -37,7 +38,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    if interpreter.is_wanted(sys.argv[1:]):
+    if interpreter.is_requested(sys.argv[1:]):
         interpreter.restart()
+    if waiting.is_wanted(sys.argv[1:]):
+        waiting.restart()
     limit_threads()
     app()
