@@ -112,7 +112,7 @@ def main(
         seconds = measure(arguments, count, threads, rounds)
         for name, each in seconds.items():
             ratio = statistics.median(
-                base / mine for base, mine in zip(seconds["default"], each, strict=True)
+                base / each_s for base, each_s in zip(seconds["default"], each, strict=True)
             )
             row = {
                 "processes": count, "setting": name, "ms": 1e3 * statistics.median(each),

@@ -16,7 +16,7 @@ COMMANDS = ("calibrate", "embed", "evaluate", "report")
 """Minutes of large batches. `serve` answers one image at a time, where waking a thread counts."""
 
 
-def is_wanted(arguments: Sequence[str]) -> bool:
+def is_requested(arguments: Sequence[str]) -> bool:
     """Whether these command-line arguments are of a long command, and no policy is chosen."""
     is_long = bool(arguments) and arguments[0] in COMMANDS
     is_help = any(word in ("-h", "--help") for word in arguments)

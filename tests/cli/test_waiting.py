@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[2]
         ([], False),
     ],
 )
-def test_long_commands_want_it(
+def test_long_commands_request_it(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: bool
 ) -> None:
     for name in waiting.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert waiting.is_wanted(arguments) == (expected and sys.platform == "linux")
+    assert waiting.is_requested(arguments) == (expected and sys.platform == "linux")
     for name in waiting.VARIABLES:
         monkeypatch.setenv(name, "1")
-        assert not waiting.is_wanted(arguments)
+        assert not waiting.is_requested(arguments)
         monkeypatch.delenv(name)
 
 
@@ -41,7 +41,7 @@ def test_the_process_stays_the_same_and_keeps_its_input() -> None:
         "print(os.getpid(), flush=True)\n"
         f"spec = importlib.util.spec_from_file_location('waiting', {waiting.__file__!r})\n"
         "waiting = importlib.util.module_from_spec(spec); spec.loader.exec_module(waiting)\n"
-        "if waiting.is_wanted(sys.argv[1:]): waiting.restart()\n"
+        "if waiting.is_requested(sys.argv[1:]): waiting.restart()\n"
         "print(os.environ['OMP_WAIT_POLICY'], sys.stdin.read())\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in waiting.VARIABLES}
