@@ -6,7 +6,6 @@ A part is a run of candidates of the listing, so a run that was cut off and went
 files as one that was not.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from lraee.data.names import to_bytes
 from lraee.data.sources import READ_ERRORS, DataError, Skipped, first_line
+from lraee.measurement.machine import threads_here
 from lraee.serving.account import Totals, account
 from lraee.serving.listing import Candidate, Listing
 from lraee.serving.output import Finished, Output
@@ -98,7 +98,7 @@ def run(
       progress: show a bar.
     Raises: DataError, one line, where the output was made with other settings or nothing is there.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or threads_here()
     settings = {**encoder.settings, "shard": None if shard is None else str(shard)}
     provenance = Provenance(settings, listing.photos_from)
     finished = Finished(output, provenance)
