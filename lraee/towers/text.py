@@ -91,11 +91,6 @@ class TextSpec:
         is_at_end = is_token.equal(torch.arange(L, device=text.device) < lengths[:, None])
         return lengths if is_at_end and bool(lengths.all()) else None
 
-    def count_tokens(self, text: Tensor) -> Tensor:
-        """Tokens of each text without its padding, int64 [B]; see lengths."""
-        lengths = self.lengths(text) if self.is_cut else None
-        return text.new_full(text.shape[:1], text.shape[1]) if lengths is None else lengths
-
     def block_path(self, i: int) -> str:
         """Of block i, in the module that holds the parts."""
         return f"{self.blocks}.{i}"
