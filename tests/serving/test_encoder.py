@@ -22,7 +22,6 @@ from lraee.serving.settings import Settings
 from lraee.zoo.opening import ModelError, Opened
 from tests.exits.random_exits import make_exits
 from tests.serving.conftest import PATIENT, running
-from tests.towers.text_models import hf_encoder, make_ids
 
 
 def test_images_have_the_same_bits_in_any_batch(
@@ -113,11 +112,16 @@ class _Words:
     tokenizer = SimpleNamespace(pad_token_id=1, eos_token_id=2)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        lengths = [2 + len(text.split()) for text in texts]
-        return make_ids(lengths, padding=1, end=2)
+        ids = torch.ones(len(texts), 14, dtype=torch.int64)
+        for row, text in zip(ids, texts, strict=True):
+            n = len(text.split())
+            row[0], row[1 : n + 1], row[n + 1] = 0, 7, 2
+        return ids
 
 
 def test_tokens_are_counted_by_the_padding_of_the_tokenizer() -> None:
+    from tests.towers.text_models import hf_encoder
+
     model: Any = hf_encoder()
     preprocess = zoo.load("lraee-tiny")[1]
     opened = Opened("tiny", model, preprocess, preprocess, _Words(), ())
