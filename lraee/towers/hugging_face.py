@@ -132,7 +132,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Unit embeddings [n, E] of token ids [n, T] by a model of both; a tower that pads its texts
     with a token that is to be masked masks it, others are given all of them as valid.
     """
-    known = text_encoder.encode(unwrapped(model), tokens)
+    known = text_encoder.encode(model, tokens)
     if known is not None:
         return F.normalize(known, dim=-1)
     owners = (unwrapped(model), find_tower(model))

@@ -28,6 +28,7 @@ from lraee.layers.modules import Adapter
 from lraee.layers.spec import BlockSpec
 from lraee.ops.backend import Backend
 from lraee.towers.families import supported_linears
+from lraee.towers.wrappers import unwrapped
 
 TextPooling = Literal["argmax", "end", "first", "last", "none"]
 TextMask = Literal["causal", "none", "other"]
@@ -207,7 +208,10 @@ class TextTower:
 
 
 def find_text(model: nn.Module) -> TextTower | None:
-    """The text tower that a known family runs, or None."""
+    """The text tower that a known family runs, or None; paths are those in the model without
+    torch.compile's module and DataParallel.
+    """
+    model = unwrapped(model)
     for family in FAMILIES:
         path = family.find(model)
         if path is not None:
@@ -229,7 +233,7 @@ def family_lines() -> tuple[str, ...]:
 
 def text_refusal(model: nn.Module) -> str:
     """Why find_text finds none."""
-    reasons = (family.refusal(model) for family in FAMILIES)
+    reasons = (family.refusal(unwrapped(model)) for family in FAMILIES)
     return next((reason for reason in reasons if reason), "it has no text tower that INT8 knows")
 
 

@@ -14,6 +14,7 @@ import lraee
 from lraee.layers.int8_block import Int8Block
 from lraee.model.acceleration import acceleration_of
 from lraee.towers import families, text_encoder
+from lraee.towers.wrappers import unwrapped
 from tests.support import TEXT_BOUND, assert_same, assert_within
 from tests.towers.text_models import (
     ALONE,
@@ -48,7 +49,7 @@ def no_grad() -> Any:
 
 def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Unit rows, as this package encodes texts."""
-    if hasattr(model, "get_text_features"):
+    if hasattr(unwrapped(model), "get_text_features"):
         return families.encode_text(model, ids)
     rows = text_encoder.encode(model, ids)
     assert rows is not None
@@ -336,3 +337,21 @@ def test_half_models() -> None:
         y, expected = features(fast, ids), features(model, ids)
         assert y.dtype == torch.bfloat16 and relative(y.float(), expected.float()) < 0.06
         assert_same(features(fast, ids[2:3])[0], y[2])
+
+
+def test_compiled() -> None:
+    """A compiled model runs whole texts under masks; the bits are those of the cut one."""
+    fast, ids = accelerated("CLIPModel"), make_ids()
+    model = torch.compile(text_model(fast), backend="eager")
+    tokens = model(input_ids=ids, attention_mask=mask_of()).last_hidden_state
+    expected = text_model(fast)(input_ids=ids, attention_mask=mask_of()).last_hidden_state
+    assert_same(tokens, expected)
+
+
+def test_a_wrapped_model_stays_wrapped() -> None:
+    ids, model = make_ids(), make("CLIPModel")
+    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager")):
+        fast = lraee.accelerate(wrapped, text="int8")
+        assert type(fast) is type(wrapped)
+        assert_same(encode_text(fast, ids), encode_text(accelerated("CLIPModel"), ids))
+        assert_same(features(lraee.restore(fast)._modules.popitem()[1], ids), features(model, ids))
