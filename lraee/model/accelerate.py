@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from lraee.exits.bundle import Exits
@@ -35,11 +34,10 @@ from lraee.ops.backend import Backend, implementation, require_backend
 from lraee.towers import runner
 from lraee.towers import text as texts
 from lraee.towers.families import (
-    as_input,
     block_specs,
     blocks_of,
     device_of,
-    encode_image,
+    encode,
     find_tower,
     int8_linears,
     require_kept,
@@ -112,7 +110,7 @@ def accelerate(
         )
     if exits is not None and not isinstance(exits, Exits):
         exits = Exits.load(exits)
-    expected = None if check is None else _encode(model, check)
+    expected = None if check is None else encode(model, check, batch=_CHECK_BATCH)
     text_tower = None if text is None else texts.require_text(model)
     record = _record(model, text_tower, scheme, backend, is_kept=not inplace)
     if exits is not None and tower is not None:
@@ -123,7 +121,7 @@ def accelerate(
     fast = _swap_blocks(model, record) if inplace else _copy_with_blocks(model, record)
     if check is not None and expected is not None:
         try:
-            require_fidelity(compare(expected, _encode(fast, check)))
+            require_fidelity(compare(expected, encode(fast, check, batch=_CHECK_BATCH)))
         except Exception:
             if inplace:
                 mark_float(model, float_parts, text_blocks)
@@ -300,13 +298,6 @@ def _image_swaps(tower: nn.Module, scheme: Scheme, common: dict[str, Any]) -> li
         build_embedding = partial(build_patch_embedding, embedding, path, **common)
         swaps.append(_Swap(tower, path, embedding, build_embedding))
     return swaps
-
-
-def _encode(model: nn.Module, images: Tensor) -> Tensor:
-    """Embeddings [n, ...] of preprocessed images."""
-    with torch.no_grad():
-        parts = torch.split(images, _CHECK_BATCH)
-        return torch.cat([encode_image(model, as_input(model, part)) for part in parts])
 
 
 def _log_result(tower: nn.Module | None, name: str) -> None:

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lraee.layers.modules import Adapter
+from lraee.layers.batch_invariant import Rowwise, RowwiseLinear
+from lraee.layers.modules import library_class
 from lraee.towers.hugging_face_checks import (
     forget_recorders,
     register_recorders,
     require_no_attentions,
 )
-from lraee.towers.hugging_face_layouts import class_names, float_class, vision_path
+from lraee.towers.hugging_face_layouts import class_names, vision_path
 from lraee.towers.hugging_face_poolers import ClassTokenPooler
 from lraee.towers.hugging_face_text_blocks import read_text_block
 from lraee.towers.text import TextFamily, TextMask, TextPooling, TextSpec
@@ -104,10 +105,8 @@ def find(model: nn.Module) -> str | None:
     return None
 
 
-class TextModel(Adapter):
+class TextModel(Rowwise):
     """Runs an accelerated text model."""
-
-    adapter_prefix = "Rowwise"
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """As the library's.
@@ -116,7 +115,7 @@ class TextModel(Adapter):
         """
         require_no_attentions(self, named)
         register_recorders(self)
-        return float_class(self).forward(self, *args, **named)
+        return library_class(self).forward(self, *args, **named)
 
 
 def read(owner: nn.Module, path: str) -> TextSpec:
@@ -143,25 +142,21 @@ def read(owner: nn.Module, path: str) -> TextSpec:
         end_id=end_id,
         padding_id=config.pad_token_id if layout.masks_padding else None,
         is_alone=not path and vision_path(owner) is None,
-        adapters=tuple(_adapters(core, module)),
-        linears=tuple(_linears(owner, core)),
+        adapters=tuple(_adapters(owner, core)),
     )
 
 
-def _adapters(core: str, module: nn.Module) -> Iterator[tuple[str, type[Adapter]]]:
+def _adapters(owner: nn.Module, core: str) -> Iterator[tuple[str, type[Rowwise]]]:
+    """The core, its pooler, and linears after the layers in the modules from the owner to it."""
     yield core, TextModel
-    if isinstance(module._modules.get("pooler"), nn.Module):
-        yield ".".join(filter(None, (core, "pooler"))), ClassTokenPooler
-
-
-def _linears(owner: nn.Module, core: str) -> Iterator[str]:
-    """Linears after the layers, in the modules from the owner to the core."""
     words = core.split(".") if core else []
     for depth in range(len(words) + 1):
-        at = ".".join(words[:depth])
+        module = owner.get_submodule(".".join(words[:depth]))
         for name in _AFTER:
-            if isinstance(owner.get_submodule(at)._modules.get(name), nn.Linear):
-                yield f"{at}.{name}".lstrip(".")
+            if isinstance(module._modules.get(name), nn.Linear):
+                yield ".".join((*words[:depth], name)), RowwiseLinear
+    if isinstance(owner.get_submodule(core)._modules.get("pooler"), nn.Module):
+        yield ".".join((*words, "pooler")), ClassTokenPooler
 
 
 def encode(owner: nn.Module, text: Tensor) -> Tensor:
@@ -188,7 +183,7 @@ def refusal(model: nn.Module) -> str | None:
         names = set(class_names(module))
         text = names and getattr(module, "text_model", None)
         if text:
-            kind = float_class(text).__name__
+            kind = library_class(text).__name__
             return f"its text model is a {kind}, and INT8 knows those of {_KNOWN}"
     return None
 

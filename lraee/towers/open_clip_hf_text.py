@@ -7,15 +7,14 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
-from lraee.layers.batch_invariant import is_fixed, rowwise_linear
-from lraee.layers.modules import Adapter, is_hooked
+from lraee.layers.batch_invariant import Rowwise, RowwiseLinear, is_fixed, rowwise_linear
+from lraee.layers.modules import is_hooked, library_class
 from lraee.layers.pooling import rowwise_activation, rowwise_mean
 from lraee.towers.hugging_face_checks import forget_recorders
 from lraee.towers.hugging_face_poolers import ClassTokenPooler
 from lraee.towers.hugging_face_text import TextModel
 from lraee.towers.hugging_face_text_blocks import read_text_block
 from lraee.towers.text import TextFamily, TextSpec
-from lraee.towers.text_encoder import class_of
 
 NAME = "open_clip HFTextEncoder"
 KINDS = ("bert", "roberta", "xlm-roberta")
@@ -26,7 +25,7 @@ _PARTS = ("transformer", "pooler", "proj")
 
 def _tower(model: nn.Module) -> nn.Module | None:
     text = model._modules.get("text")
-    is_known = text is not None and class_of(text).forward is HFTextEncoder.forward
+    is_known = text is not None and library_class(text).forward is HFTextEncoder.forward
     return text if is_known else None
 
 
@@ -54,26 +53,25 @@ def read(owner: nn.Module, path: str) -> TextSpec:
         pooling="none",
         padding_id=config.pad_token_id,
         adapters=tuple(_adapters(owner)),
-        linears=("proj",) if isinstance(owner._modules["proj"], nn.Linear) else (),
     )
 
 
-def _adapters(owner: nn.Module) -> Iterator[tuple[str, type[Adapter]]]:
+def _adapters(owner: nn.Module) -> Iterator[tuple[str, type[Rowwise]]]:
     transformer = owner.get_submodule("transformer")
     yield "transformer", TextModel
     if isinstance(transformer._modules.get("pooler"), nn.Module):
         yield "transformer.pooler", ClassTokenPooler
-    if class_of(owner.get_submodule("pooler")).__name__ == "MeanPooler":
+    if library_class(owner.get_submodule("pooler")).__name__ == "MeanPooler":
         yield "pooler", MeanPooler
-    if isinstance(owner._modules["proj"], nn.Sequential):
+    proj = owner._modules["proj"]
+    if isinstance(proj, nn.Linear):
+        yield "proj", RowwiseLinear
+    elif isinstance(proj, nn.Sequential):
         yield "proj", MlpProjection
 
 
-class MeanPooler(Adapter):
+class MeanPooler(Rowwise):
     """MeanPooler, text by text: torch's sums have another order in another batch."""
-
-    adapter_prefix = "Rowwise"
-    rowwise_backend: Any
 
     def forward(self, x: Any, attention_mask: Tensor) -> Tensor:
         """Tokens [B, L, D] and which of them are valid [B, L] -> [B, D]; NaN without any."""
@@ -86,17 +84,14 @@ class MeanPooler(Adapter):
         return torch.cat([z.new_empty(0, z.shape[2]), *rows])
 
 
-class MlpProjection(Adapter):
+class MlpProjection(Rowwise):
     """The projection of two linears and a GELU between them."""
-
-    adapter_prefix = "Rowwise"
-    rowwise_backend: Any
 
     def forward(self, input: Tensor) -> Tensor:
         """Pooled [B, D] -> [B, E]."""
         parts, backend = list(self._modules.values()), self.rowwise_backend
-        is_seen = any(part is not None and is_hooked(part) for part in parts)
-        if is_seen or not is_fixed(input.device, backend):
+        is_observed = any(part is not None and is_hooked(part) for part in parts)
+        if is_observed or not is_fixed(input.device, backend):
             return cast(Tensor, super().forward(input))
         y = input
         for part in cast(list[nn.Module], parts):
@@ -109,7 +104,7 @@ class MlpProjection(Adapter):
 
 def encode(owner: nn.Module, text: Tensor) -> Tensor:
     """Ids [B, L] -> embeddings [B, E], by the class's own forward."""
-    return cast(Tensor, cast(Any, class_of(owner)).forward(owner, text))
+    return cast(Tensor, cast(Any, library_class(owner)).forward(owner, text))
 
 
 def is_plain(owner: nn.Module) -> bool:

@@ -22,9 +22,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lraee.layers.batch_invariant import Rowwise
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
-from lraee.layers.modules import Adapter
 from lraee.layers.spec import BlockSpec
 from lraee.ops.backend import Backend
 from lraee.towers.families import supported_linears
@@ -55,7 +55,6 @@ class TextSpec:
       is_alone: the model is nothing but a text tower.
       adapters: paths in the owner of float modules beside the blocks, and what their classes are
         mixed with where the blocks are int8, for the same bits in any batch.
-      linears: paths in the owner of linears after the blocks, which get one order of sums there.
     """
 
     family: str
@@ -69,8 +68,7 @@ class TextSpec:
     end_id: int | None = None
     padding_id: int | None = None
     is_alone: bool = False
-    adapters: tuple[tuple[str, type[Adapter]], ...] = ()
-    linears: tuple[str, ...] = ()
+    adapters: tuple[tuple[str, type[Rowwise]], ...] = ()
 
     @property
     def is_cut(self) -> bool:

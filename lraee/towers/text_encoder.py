@@ -8,11 +8,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lraee.layers.batch_invariant import RowwiseLinear
 from lraee.layers.int8_block import Int8Block
-from lraee.layers.modules import Adapter, adopt, is_hooked, release, subclass
+from lraee.layers.modules import Adapter, is_hooked, library_class
 from lraee.ops.backend import Backend
-from lraee.towers.text import FAMILIES, TextFamily, TextSpec, TextSteps, TextTower, find_text
+from lraee.towers.text import FAMILIES, TextFamily, TextSpec, TextSteps, find_text
 
 _STEP = 8
 """Lengths of int8 texts are multiples: prompts of 6 to 16 tokens make 2 calls instead of 11."""
@@ -79,7 +78,7 @@ class TextEncoder:
     def _as_before(self, owner: nn.Module, text: Tensor, args: Any, named: Any) -> Any:
         if self.spec.method == "none":
             return _family(self.spec).encode(owner, text)
-        return getattr(class_of(owner), self.spec.method)(owner, text, *args, **named)
+        return getattr(library_class(owner), self.spec.method)(owner, text, *args, **named)
 
     def _fits(self, text: Any) -> bool:
         """Whether these are token ids that the tower takes; the library says what else is wrong.
@@ -213,16 +212,12 @@ class CutText(Adapter):
     """
 
     adapter_prefix: ClassVar[str] = "Cut"
+    own_attributes: ClassVar[tuple[str, ...]] = ("text_encoder",)
     text_encoder: TextEncoder
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """Token ids [B, L] -> embeddings [B, E]."""
         return self.text_encoder(*args, **named)
-
-
-def class_of(owner: nn.Module) -> type[nn.Module]:
-    """The library's class of a module that holds a text tower's parts, float or accelerated."""
-    return owner._classes[1] if isinstance(owner, Adapter) else type(owner)
 
 
 def encode(model: nn.Module, text: Tensor) -> Tensor | None:
@@ -247,15 +242,15 @@ def attach(model: nn.Module, backend: Backend | None) -> None:
         return
     owner, encoder = tower.owner, TextEncoder(tower.owner, tower.spec, backend)
     if backend is not None:
-        _make_rowwise(tower, backend)
+        for path, kind in tower.spec.adapters:
+            kind.adopt(owner.get_submodule(path), rowwise_backend=backend)
         tower.family.settle(model)
     if tower.spec.method == "encode_text":
         owner.__dict__["encode_text"] = encoder
     elif tower.spec.method == "none":
         owner.__dict__["text_encoder"] = encoder
     elif not isinstance(owner, CutText):
-        owner.__class__ = subclass(CutText, type(owner))
-        owner.__dict__["text_encoder"] = encoder
+        CutText.adopt(owner, text_encoder=encoder)
 
 
 def detach(model: nn.Module) -> None:
@@ -265,23 +260,9 @@ def detach(model: nn.Module) -> None:
         return
     owner = tower.owner
     tower.family.settle(model)
-    for path, _ in tower.spec.adapters:
-        part = owner.get_submodule(path)
-        if "rowwise_backend" in part.__dict__:
-            release(part)
-            del part.__dict__["rowwise_backend"]
-    for path in tower.spec.linears:
-        RowwiseLinear.release(owner.get_submodule(path))
-    if isinstance(owner, CutText):
-        owner.__class__ = class_of(owner)  # type: ignore[assignment]
+    for path, kind in tower.spec.adapters:
+        kind.release(owner.get_submodule(path))
+    CutText.release(owner)
     owner.__dict__.pop("text_encoder", None)
     if isinstance(owner.__dict__.get("encode_text"), TextEncoder):
         del owner.__dict__["encode_text"]
-
-
-def _make_rowwise(tower: TextTower, backend: Backend) -> None:
-    """The float modules around the blocks: the same bits in any batch."""
-    for path, kind in tower.spec.adapters:
-        cast(Any, adopt(tower.owner.get_submodule(path), kind)).rowwise_backend = backend
-    for path in tower.spec.linears:
-        RowwiseLinear.adopt(tower.owner.get_submodule(path), backend)
