@@ -8,8 +8,7 @@ Times: prompts of CLIP's templates, all variants in turn, median with its 20th a
 "torch float32" runs what the library's users run: the whole context in open_clip, the longest text
 of the batch in transformers; "lraee float32" is open_clip's, cut at the end of the text. OpenVINO
 needs the extra `peers`; a peer that cannot be set up is named with its reason.
-Accuracy: photos are embedded once, by the float image tower; class texts by the float text tower,
-by int8, and by int8 in transformers' CLIPModel with the same weights.
+Accuracy: photos are embedded once, by the float image tower; class texts by both text towers.
 """
 
 import copy
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 import lraee
 from bench.environment import describe
-from bench.text_towers import Encode, Tower, as_transformers, open_tower, prompts
+from bench.text_towers import Encode, Tower, open_tower, prompts
 from lraee.data.classes import read_classes
 from lraee.data.photos import Photos
 from lraee.data.sources import first_line
@@ -190,16 +189,9 @@ def accuracy(
     fast = lraee.accelerate(opened.model, text="int8")
     int8_rows = class_features(fast, opened.tokenizer, known.names)
     texts = {"text int8": (evaluate.FLOAT, int8_rows)}
-    try:
-        own = lraee.accelerate(as_transformers(opened.model), text="int8")
-    except ImportError as error:
-        typer.echo(f"  not set up: transformers: {error}")
-    else:
-        rows_there = class_features(own, opened.tokenizer, known.names)
-        texts["text int8, transformers"] = (evaluate.FLOAT, rows_there)
     table = evaluate.compare(embedded, models, rows, texts)
     for row in table:
-        typer.echo(f"{row.scheme:24} top-1 {row.top1:.2f} %  as float {row.agreement:.2f} %")
+        typer.echo(f"{row.scheme:10} top-1 {row.top1:.2f} %  as float {row.agreement:.2f} %")
     single = opened.tokenizer(prompts(64))
     with torch.no_grad():
         pair = encode_text(opened.model, single), encode_text(fast, single)

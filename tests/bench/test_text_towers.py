@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import lraee
-from bench.text_towers import as_transformers, encode_transformers, open_tower
+from bench.text_towers import encode_transformers, open_tower
 from lraee import zoo
 from lraee.towers.families import encode_text
 from tests.support import TEXT_BOUND, assert_same, assert_within
+from tests.towers.same_text import as_transformers
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 TEXTS = ["a dog", "a photo of a red truck on a road", "art of the great owl", "soup"]
