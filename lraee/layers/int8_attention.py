@@ -93,12 +93,17 @@ class Int8Attention(nn.Module):
         """softmax(Q K^T / sqrt(d)) V, queries and keys normed and rotated where the spec says so:
         [B, L, 3 H d] -> [B, L, H d]; key_mask as in int8_attention.
         """
-        table = self._table(rope)
-        if not self.is_int8 or table is None:
+        table, is_on_gpu = self._table(rope), qkv.device.type == "cuda"
+        if table is None or not (self.is_int8 or is_on_gpu):
             qkv = self._placed(qkv, rope)
-        if self.is_int8:
+        # On a GPU rotary positions are float_attention's: beside int8 scores they spill registers
+        if self.is_int8 and not (is_on_gpu and table is not None):
             return operators(self.backend).int8_attention(  # type: ignore[no-any-return]
                 qkv, num_heads=self.num_heads, causal=is_causal, rope=table, key_mask=key_mask
+            )
+        if is_on_gpu:  # a library chooses its kernel by the batch, and so its bits
+            return operators(self.backend).float_attention(  # type: ignore[no-any-return]
+                qkv, num_heads=self.num_heads, causal=is_causal, rope=table
             )
         B, L, width = qkv.shape
         heads = qkv.view(B, L, 3, self.num_heads, width // (3 * self.num_heads))
