@@ -103,7 +103,7 @@ class Int8Attention(nn.Module):
             )
         if is_on_gpu:  # a library chooses its kernel by the batch, and so its bits
             return operators(self.backend).float_attention(  # type: ignore[no-any-return]
-                qkv, num_heads=self.num_heads, causal=is_causal, rope=table
+                qkv, num_heads=self.num_heads, causal=is_causal, rope=table, key_mask=key_mask
             )
         B, L, width = qkv.shape
         heads = qkv.view(B, L, 3, self.num_heads, width // (3 * self.num_heads))
