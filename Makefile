@@ -86,10 +86,11 @@ TRANSFORMERS_4 := transformers==4.57.* tokenizers==0.22.* "huggingface_hub>=0.34
 $(VENV)/transformers-4: | setup
 	@$(PIP) --target $@ --no-deps $(TRANSFORMERS_4)
 
-test-transformers-4: setup $(VENV)/transformers-4  ## The tests of vision models of transformers 4.
+test-transformers-4: setup $(VENV)/transformers-4  ## The tests of models of transformers 4.
 	PYTHONPATH=$(VENV)/transformers-4 $(PARALLEL) -m "not slow and not gpu" \
 	  tests/towers/test_hugging_face.py tests/towers/test_hugging_face_running.py \
-	  tests/towers/test_hugging_face_weights.py tests/towers/test_wrappers.py
+	  tests/towers/test_hugging_face_weights.py tests/towers/test_wrappers.py \
+	  tests/towers/test_hugging_face_text.py tests/towers/test_open_clip_hf_text.py
 
 # Ray brings packages that nothing else here needs; those of .venv keep their versions
 RAY_TESTS := tests/serving/test_ray.py
