@@ -3,9 +3,6 @@
 // its operators stays near the thread, and threads meet once a block instead of seven times. Where
 // images would leave threads idle, they share each operator.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -21,6 +18,7 @@
 #include "cpu/int8_attention/scratch.h"
 #include "cpu/int8_linear/blocking.h"
 #include "cpu/pack_weight/pack_weight.h"
+#include "box.h"
 #include "int8_block.h"
 #include "int8_linear.h"
 #include "rows.h"
@@ -28,47 +26,130 @@
 namespace lraee {
 namespace {
 
-// Threads share each operator.
-at::Tensor by_operator(const at::Tensor& x, const Block& block) {
-  const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
-  const auto type = x.scalar_type();
-  const int64_t num_queries = block.num_queries(L);
-  const at::Tensor all = x.view({B * L, D}), rows = block.first_only ? x.select(1, 0) : all;
-  const auto multiply = [&](const std::tuple<at::Tensor, at::Tensor, at::Tensor>& quantized,
-                            const Linear& linear, const std::optional<at::Tensor>& residual,
-                            std::string_view then, const PackedWeight& next) {
-    const auto& [x_q, x_scale, x_zero] = quantized;
-    return int8_linear(x_q, x_scale, x_zero, linear.w, linear.w_scale, linear.w_sum, linear.bias,
-                       residual, linear.layer_scale, then, type, next);
-  };
-  const auto normed = [&](const at::Tensor& from, const Norm& norm, const Linear& linear) {
-    return layer_norm_quantize(from, norm.gamma, norm.beta, norm.eps, linear.symmetric);
-  };
-  const at::Tensor qkv = multiply(normed(all, block.norm_1, block.in_proj), block.in_proj,
-                                  std::nullopt, "none", block.out_proj.weight());
-  const at::Tensor attended =
-      int8_attention_of(qkv.view({B, L, 3 * D}), block.attention, num_queries)
-          .view({B * num_queries, D});
-  const at::Tensor middle = multiply(quantize_rows(attended, block.out_proj.symmetric),
-                                     block.out_proj, rows, "none", block.c_fc.weight());
-  const at::Tensor hidden =
-      multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc, std::nullopt,
-               block.gated ? "none" : block.activation_name, block.c_proj.weight());
-  if (block.gated) {
-    const std::optional<Norm>& norm = block.mlp_norm;
-    const GatedRows v = gated_quantize_of(
-        hidden, block.activation_name,
-        norm.has_value() ? std::optional<at::Tensor>(norm->gamma) : std::nullopt,
-        norm.has_value() ? norm->beta : std::nullopt, norm.has_value() ? norm->eps : 0.0);
-    const Linear& fc2 = block.c_proj;
-    const at::Tensor rest =
-        int8_linear(v.r_q, v.r_scale, std::nullopt, fc2.w, fc2.w_scale, fc2.w_sum, std::nullopt,
-                    middle, fc2.layer_scale, "none", type, fc2.weight());
-    return multiply({v.x_q, v.x_scale, v.x_zero}, fc2, rest, "none", {}).view({B, num_queries, D});
-  }
-  return multiply(quantize_rows(hidden, block.c_proj.symmetric), block.c_proj, middle, "none", {})
-      .view({B, num_queries, D});
+// Rows [M, K] to be multiplied. Without a zero point they are the second term of a gated product:
+// bias belongs to the first.
+struct QuantizedRows {
+  const int8_t* x_q;
+  const float* x_scale;
+  const int32_t* x_zero;
+  int64_t M, K;
+};
+
+// y = x times the weight of `linear` and what follows; residual, where it is given, and y may be the
+// same rows.
+cpu::Int8LinearArgs product(const QuantizedRows& x, const Linear& linear, const void* residual,
+                            int64_t residual_stride, void* y, cpu::FloatType type,
+                            cpu::Activation activation) {
+  return {.M = x.M,
+          .N = linear.N(),
+          .K = x.K,
+          .x_q = x.x_q,
+          .x_stride = x.K,
+          .x_scale = x.x_scale,
+          .x_zero = x.x_zero,
+          .w = linear.w.const_data_ptr<int8_t>(),
+          .w_scale = linear.w_scale.const_data_ptr<float>(),
+          .w_sum = linear.w_sum.const_data_ptr<int32_t>(),
+          .bias = x.x_zero == nullptr ? nullptr : const_data_ptr<float>(linear.bias),
+          .layer_scale = const_data_ptr<float>(linear.layer_scale),
+          .residual = residual,
+          .residual_stride = residual_stride,
+          .y = y,
+          .out_type = type,
+          .activation = activation};
 }
+
+// Threads share each operator.
+class Operators {
+ public:
+  Operators(const Tensor& x, const Block& block)
+      : block_(block),
+        dtype_(x.dtype()),
+        type_(float_type(dtype_, "int8_block", "x")),
+        B_(x.size(0)),
+        L_(x.size(1)),
+        D_(x.size(2)),
+        x_(x.const_data_ptr()) {}
+
+  void run(const Tensor& y) const {
+    const int64_t num_queries = block_.num_queries(L_), rows = B_ * num_queries;
+    const Tensor qkv = Tensor::empty({B_, L_, 3 * D_}, dtype_);
+    multiply(normed(matrix(x_, B_ * L_, D_), block_.norm_1, block_.in_proj), block_.in_proj,
+             nullptr, cpu::Activation::kNone, &block_.out_proj, qkv);
+    const Tensor attended = int8_attention_of(qkv, block_.attention, num_queries);
+    const Matrix residual{.values = x_,
+                          .stride = block_.first_only ? L_ * D_ : D_,
+                          .M = rows,
+                          .K = D_,
+                          .type = type_};
+    const Tensor middle = Tensor::empty({rows, D_}, dtype_);
+    multiply(quantize_rows_of(matrix(attended, rows, D_), block_.out_proj.symmetric),
+             block_.out_proj, &residual, cpu::Activation::kNone, &block_.c_fc, middle);
+    const Matrix middle_rows = matrix(middle, rows, D_);
+    const Tensor wide = Tensor::empty({rows, block_.c_fc.N()}, dtype_);
+    multiply(normed(middle_rows, block_.norm_2, block_.c_fc), block_.c_fc, nullptr,
+             block_.activation(), &block_.c_proj, wide);
+    const Matrix wide_rows = matrix(wide, rows, block_.c_fc.N());
+    if (block_.gated) return gated_tail(wide_rows, middle_rows, y);
+    multiply(quantize_rows_of(wide_rows, block_.c_proj.symmetric), block_.c_proj, &middle_rows,
+             cpu::Activation::kNone, nullptr, y);
+  }
+
+ private:
+  Matrix matrix(const void* values, int64_t rows, int64_t width) const {
+    return {.values = values, .stride = width, .M = rows, .K = width, .type = type_};
+  }
+  Matrix matrix(const Tensor& x, int64_t rows, int64_t width) const {
+    return matrix(x.const_data_ptr(), rows, width);
+  }
+
+  static Quantized normed(const Matrix& x, const Norm& norm, const Linear& linear) {
+    return layer_norm_quantize_of(x, norm.gamma_ptr(), norm.beta_ptr(), norm.eps, linear.symmetric);
+  }
+
+  // Both terms of the gated product times c_proj; bias belongs to the first.
+  void gated_tail(const Matrix& wide, const Matrix& residual, const Tensor& y) const {
+    const std::optional<Norm>& norm = block_.mlp_norm;
+    const GatedRows v =
+        gated_quantize_of(wide, block_.gate(), norm ? norm->gamma_ptr() : nullptr,
+                          norm ? norm->beta_ptr() : nullptr, norm ? norm->eps : 0.0);
+    const Linear& c_proj = block_.c_proj;
+    const Tensor rest = Tensor::empty({wide.M, D_}, dtype_);
+    multiply(rows_of(v.r_q, v.r_scale, nullptr), c_proj, &residual, cpu::Activation::kNone, &c_proj,
+             rest);
+    const Matrix rest_rows = matrix(rest, wide.M, D_);
+    multiply(rows_of(v.x_q, v.x_scale, &v.x_zero), c_proj, &rest_rows, cpu::Activation::kNone,
+             nullptr, y);
+  }
+
+  static QuantizedRows rows_of(const Tensor& x_q, const Tensor& x_scale, const Tensor* x_zero) {
+    return {.x_q = x_q.const_data_ptr<int8_t>(),
+            .x_scale = x_scale.const_data_ptr<float>(),
+            .x_zero = x_zero == nullptr ? nullptr : x_zero->const_data_ptr<int32_t>(),
+            .M = x_q.size(0),
+            .K = x_q.size(1)};
+  }
+
+  // next: the operands that are read after this product, if they are known.
+  void multiply(const Quantized& x, const Linear& linear, const Matrix* residual,
+                cpu::Activation activation, const Linear* next, const Tensor& y) const {
+    const auto& [x_q, x_scale, x_zero] = x;
+    multiply(rows_of(x_q, x_scale, &x_zero), linear, residual, activation, next, y);
+  }
+  void multiply(const QuantizedRows& x, const Linear& linear, const Matrix* residual,
+                cpu::Activation activation, const Linear* next, const Tensor& y) const {
+    int8_linear_of(product(x, linear, residual == nullptr ? nullptr : residual->values,
+                           residual == nullptr ? 0 : residual->stride, y.mutable_data_ptr(), type_,
+                           activation),
+                   next == nullptr ? PackedWeight{} : next->weight());
+  }
+
+  const Block& block_;
+  const Dtype dtype_;
+  const cpu::FloatType type_;
+  const int64_t B_, L_, D_;
+  const void* const x_;
+};
 
 // Bytes that the largest intermediate of a chunk may take. A chunk reads all weights of the block,
 // so it should be large; its intermediates should stay in L2. ViT-B/32 on AMX, 2 MiB of L2, one
@@ -89,7 +170,7 @@ int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 // One thread's way through the block, a few images at a time.
 class Images {
  public:
-  Images(const at::Tensor& x, at::Tensor& y, const Block& block)
+  Images(const Tensor& x, const Tensor& y, const Block& block)
       : block_(block),
         L_(x.size(1)),
         num_queries_(block.num_queries(L_)),
@@ -97,7 +178,7 @@ class Images {
         wide_width_(block.c_fc.N()),
         hidden_(block.hidden()),
         element_(static_cast<int64_t>(x.element_size())),
-        type_(float_type(x.scalar_type(), "int8_block", "x")),
+        type_(float_type(x.dtype(), "int8_block", "x")),
         x_(static_cast<const char*>(x.const_data_ptr())),
         y_(static_cast<char*>(y.mutable_data_ptr())),
         int8_linear_(int8_linear_kernel()) {
@@ -161,7 +242,7 @@ class Images {
                                   .stride = D_,
                                   .type = type_,
                                   .D = D_,
-                                  .gamma = norm.gamma.const_data_ptr<float>(),
+                                  .gamma = norm.gamma_ptr(),
                                   .beta = norm.beta_ptr(),
                                   .eps = static_cast<float>(norm.eps),
                                   .symmetric = symmetric,
@@ -183,46 +264,20 @@ class Images {
                            0, rows);
   }
 
-  // y = the quantized rows times the weight; residual and y may be the same rows.
   void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual,
                 int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
-    multiply(linear, {.x_q = x_q_, .x_scale = x_scale_, .x_zero = x_zero_}, rows, K, residual,
-             residual_stride, y, activation, next);
+    multiply({.x_q = x_q_, .x_scale = x_scale_, .x_zero = x_zero_, .M = rows, .K = K}, linear,
+             residual, residual_stride, y, activation, next);
   }
-
-  // Rows without a zero point are the second term of a gated product: bias belongs to the first.
-  struct Rows {
-    const int8_t* x_q;
-    const float* x_scale;
-    const int32_t* x_zero;
-  };
-  void multiply(const Linear& linear, const Rows& x, int64_t rows, int64_t K, const char* residual,
+  void multiply(const QuantizedRows& x, const Linear& linear, const char* residual,
                 int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
-    const auto values = [](const std::optional<at::Tensor>& vector) {
-      return vector.has_value() ? vector->const_data_ptr<float>() : nullptr;
-    };
-    const int64_t N = linear.N();
-    const cpu::Int8LinearArgs args{.M = rows,
-                                   .N = N,
-                                   .K = K,
-                                   .x_q = x.x_q,
-                                   .x_stride = K,
-                                   .x_scale = x.x_scale,
-                                   .x_zero = x.x_zero,
-                                   .w = linear.w.const_data_ptr<int8_t>(),
-                                   .w_scale = linear.w_scale.const_data_ptr<float>(),
-                                   .w_sum = linear.w_sum.const_data_ptr<int32_t>(),
-                                   .bias = x.x_zero == nullptr ? nullptr : values(linear.bias),
-                                   .layer_scale = values(linear.layer_scale),
-                                   .residual = residual,
-                                   .residual_stride = residual_stride,
-                                   .y = y,
-                                   .out_type = type_,
-                                   .activation = activation};
-    int8_linear_(
-        args,
-        {.m_begin = 0, .m_end = rows, .n_begin = 0, .n_end = N, .next = next.weight().from(0)},
-        scratch_);
+    int8_linear_(product(x, linear, residual, residual_stride, y, type_, activation),
+                 {.m_begin = 0,
+                  .m_end = x.M,
+                  .n_begin = 0,
+                  .n_end = linear.N(),
+                  .next = next.weight().from(0)},
+                 scratch_);
   }
 
   // Attention of whole images, of their first num_queries_ tokens.
@@ -279,7 +334,7 @@ class Images {
          .type = type_,
          .H = hidden_,
          .activation = block_.gate(),
-         .gamma = norm.has_value() ? norm->gamma.const_data_ptr<float>() : nullptr,
+         .gamma = norm.has_value() ? norm->gamma_ptr() : nullptr,
          .beta = norm.has_value() ? norm->beta_ptr() : nullptr,
          .eps = norm.has_value() ? static_cast<float>(norm->eps) : 0.0f,
          .x_q = x_q_,
@@ -288,8 +343,8 @@ class Images {
          .r_q = r_q_,
          .r_scale = r_scale_},
         0, rows, norm_);
-    multiply(block_.c_proj, {.x_q = r_q_, .x_scale = r_scale_, .x_zero = nullptr}, rows, hidden_, y,
-             D_, y, cpu::Activation::kNone, block_.c_proj);
+    multiply({.x_q = r_q_, .x_scale = r_scale_, .x_zero = nullptr, .M = rows, .K = hidden_},
+             block_.c_proj, y, D_, y, cpu::Activation::kNone, block_.c_proj);
     multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone, block_.in_proj);
   }
 
@@ -309,8 +364,8 @@ class Images {
 // Whether whole images, shared out evenly, keep all threads at work, or the block is so small that
 // to wake the others costs more than they help: lraee-tiny at batch 1, 24 M multiply-adds on AMX,
 // takes 75 us on one thread and 87 on two.
-bool takes_images(const at::Tensor& x, const Block& block) {
-  const int64_t B = x.size(0), threads = at::get_num_threads();
+bool takes_images(const Tensor& x, const Block& block) {
+  const int64_t B = x.size(0), threads = num_threads();
   const int64_t most = (B + threads - 1) / threads;
   if (most * threads * 4 <= B * 5) return true;
   const int64_t products = B * x.size(1) * x.size(2) * (4 * x.size(2) + 2 * block.c_fc.N());
@@ -318,27 +373,26 @@ bool takes_images(const at::Tensor& x, const Block& block) {
 }
 
 void check_linear(const char* name, const Linear& linear, int64_t N, int64_t K) {
-  const std::vector<int64_t> layout{cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth,
-                                    cpu::kGroupDepth};
-  TORCH_CHECK_VALUE(linear.w.sizes() == at::IntArrayRef(layout) && linear.N() == N &&
+  const auto layout = packed_layout(N, K);
+  LRAEE_CHECK_VALUE(std::ranges::equal(linear.w.sizes(), layout) && linear.N() == N &&
                         linear.w_sum.numel() == N && (!linear.bias || linear.bias->numel() == N) &&
                         (!linear.layer_scale || linear.layer_scale->numel() == N),
-                    "int8_block: ", name, " must have the cpu layout ", at::IntArrayRef(layout),
+                    "int8_block: ", name, " must have the cpu layout ", Sizes(layout),
                     " of [N, K] = [", N, ", ", K, "] and vectors of ", N, ", got ",
                     linear.w.sizes());
 }
 
-void check(const at::Tensor& x, const Block& block) {
+void check(const Tensor& x, const Block& block) {
   const int64_t D = x.size(2);
   const auto check_norm = [](const Norm& norm, int64_t width) {
-    TORCH_CHECK_VALUE(
+    LRAEE_CHECK_VALUE(
         norm.gamma.numel() == width && (!norm.beta.has_value() || norm.beta->numel() == width),
         "int8_block: a norm must have gamma and beta of shape [", width, "]");
   };
   check_norm(block.norm_1, D);
   check_norm(block.norm_2, D);
   if (block.mlp_norm.has_value()) check_norm(*block.mlp_norm, block.hidden());
-  TORCH_CHECK_VALUE(
+  LRAEE_CHECK_VALUE(
       block.gated ? block.c_fc.N() % 2 == 0 : !block.mlp_norm.has_value(),
       "int8_block: a gated c_fc must have an even N, and only a gated MLP has a norm");
   check_linear("in_proj", block.in_proj, 3 * D, D);
@@ -347,26 +401,30 @@ void check(const at::Tensor& x, const Block& block) {
   check_linear("c_proj", block.c_proj, D, block.hidden());
 }
 
-void check_shape(const at::Tensor& x, int64_t num_heads) {
-  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) >= 1 && num_heads >= 1 && x.size(2) >= 1 &&
+void check_shape(const Tensor& x, int64_t num_heads) {
+  LRAEE_CHECK_VALUE(x.dim() == 3 && x.size(1) >= 1 && num_heads >= 1 && x.size(2) >= 1 &&
                         x.size(2) % num_heads == 0,
                     "int8_block: x must have shape [B, L >= 1, num_heads * d] with num_heads = ",
                     num_heads, ", got ", x.sizes());
 }
 
-at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const OptionalTensors& in_proj,
-                      const OptionalTensors& out_proj, at::TensorList norm_2,
-                      const OptionalTensors& c_fc, const OptionalTensors& c_proj,
-                      at::ArrayRef<double> eps, std::array<bool, 4> symmetric, int64_t num_heads,
-                      bool causal, std::string_view activation, bool first_only, bool gated,
-                      const std::optional<std::vector<at::Tensor>>& mlp_norm,
-                      const std::optional<at::Tensor>& rope,
-                      const std::optional<at::Tensor>& key_mask) {
+using Parts = std::vector<OptionalTensor>;
+
+Tensor int8_block(const Tensor& x, const std::vector<Tensor>& norm_1, const Parts& in_proj,
+                  const Parts& out_proj, const std::vector<Tensor>& norm_2, const Parts& c_fc,
+                  const Parts& c_proj, const std::vector<double>& eps,
+                  const std::vector<bool>& symmetric, int64_t num_heads, bool causal,
+                  std::string_view activation, bool first_only, bool gated,
+                  const std::optional<std::vector<Tensor>>& mlp_norm, const OptionalTensor& rope,
+                  const OptionalTensor& key_mask) {
   const bool has_norm = mlp_norm.has_value() && !mlp_norm->empty();
-  TORCH_CHECK_VALUE(eps.size() == (has_norm ? 3 : 2),
-                    "int8_block: eps must have a value for each norm, got ", eps.size());
+  LRAEE_CHECK_VALUE(eps.size() == (has_norm ? 3 : 2),
+                    "int8_block: eps must have a value for each norm, got ",
+                    static_cast<int64_t>(eps.size()));
+  LRAEE_CHECK_VALUE(symmetric.size() == 4, "int8_block: symmetric must have 4 values, got ",
+                    static_cast<int64_t>(symmetric.size()));
   check_shape(x, num_heads);
-  const int64_t B = x.size(0);
+  const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
   const Block block{
       .norm_1 = Norm(norm_1, eps[0]),
       .norm_2 = Norm(norm_2, eps[1]),
@@ -374,24 +432,27 @@ at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const Optional
       .out_proj = Linear(out_proj, symmetric[1]),
       .c_fc = Linear(c_fc, symmetric[2]),
       .c_proj = Linear(c_proj, symmetric[3]),
-      .attention = AttentionOperands("int8_block", B, x.size(1), x.size(2) / num_heads, num_heads,
-                                     causal, rope, key_mask),
+      .attention = AttentionOperands("int8_block", B, L, D / num_heads, num_heads, causal, rope,
+                                     key_mask),
       .activation_name = activation,
       .first_only = first_only,
       .gated = gated,
-      .mlp_norm = has_norm ? std::optional<Norm>(Norm(*mlp_norm, eps[2])) : std::nullopt};
+      .mlp_norm = has_norm ? std::optional<Norm>(std::in_place, *mlp_norm, eps[2]) : std::nullopt};
   block.activation(), block.gate();  // both raise on an unknown name
   check(x, block);
-  const at::Tensor rows = x.contiguous();
-  if (!takes_images(x, block)) return by_operator(rows, block);
-  at::Tensor y = at::empty({B, block.num_queries(x.size(1)), x.size(2)}, rows.options());
-  const int64_t threads = at::get_num_threads();
-  at::parallel_for(0, B, (B + threads - 1) / threads,
-                   [&](int64_t begin, int64_t end) { Images(rows, y, block).run(begin, end); });
+  const Tensor rows = x.contiguous();
+  Tensor y = Tensor::empty({B, block.num_queries(L), D}, rows.dtype());
+  if (takes_images(x, block)) {
+    const int64_t threads = num_threads();
+    parallel_for(0, B, (B + threads - 1) / threads,
+                 [&](int64_t begin, int64_t end) { Images(rows, y, block).run(begin, end); });
+  } else {
+    Operators(rows, block).run(y);
+  }
   return y;
 }
 
+const CpuOperators operators{LRAEE_OPERATOR(int8_block)};
+
 }  // namespace
 }  // namespace lraee
-
-TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("int8_block", &lraee::int8_block); }
