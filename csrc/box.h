@@ -160,7 +160,6 @@ class CpuOperators {
   TorchLibraryHandle library_ = nullptr, fragment_ = nullptr;
 };
 
-#define LRAEE_OPERATOR(name) \
-  { #name, &::lraee::BoxedFunction<&name>::call }
+#define LRAEE_OPERATOR(name) {#name, &::lraee::BoxedFunction<&name>::call}
 
 }  // namespace lraee

@@ -3,7 +3,6 @@
 
 #include "cpu/exit_probe/exit_probe.h"
 
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -134,13 +133,15 @@ Probe exit_probe(const Tensor& z, const Tensor& gamma, const Tensor& beta, doubl
                  double logit_scale, const Tensor& gate) {
   check(z, gamma, w1_scale, w2, w2_scale, classes, gate);
   Pool pool = pool_tokens(z, gamma.numel());
-  const auto [x_q, x_scale, x_zero] = layer_norm_quantize(pool.row, gamma, beta.borrowed(), eps, false);
-  Tensor embedding = int8_linear(x_q, x_scale, x_zero.borrowed(), w1, w1_scale, w1_sum, b1, std::nullopt,
-                                 std::nullopt, w2.has_value() ? "gelu" : "none", kFloat32);
+  const auto [x_q, x_scale, x_zero] =
+      layer_norm_quantize(pool.row, gamma, beta.borrowed(), eps, false);
+  Tensor embedding =
+      int8_linear(x_q, x_scale, x_zero.borrowed(), w1, w1_scale, w1_sum, b1, std::nullopt,
+                  std::nullopt, w2.has_value() ? "gelu" : "none", kFloat32);
   if (w2.has_value()) {
     const auto [h_q, h_scale, h_zero] = quantize_rows(embedding, false);
-    embedding = int8_linear(h_q, h_scale, h_zero.borrowed(), *w2, w2_scale.value(), w2_sum.value(), b2,
-                            std::nullopt, std::nullopt, "none", kFloat32);
+    embedding = int8_linear(h_q, h_scale, h_zero.borrowed(), *w2, w2_scale.value(), w2_sum.value(),
+                            b2, std::nullopt, std::nullopt, "none", kFloat32);
   }
   Scores scores = gate_scores(embedding, classes, logit_scale, gate, pool.variance);
   return {std::move(embedding),     std::move(scores.top1),   std::move(scores.confidence),

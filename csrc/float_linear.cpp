@@ -3,7 +3,6 @@
 
 #include "cpu/float_linear/float_linear.h"
 
-
 #include <algorithm>
 
 #include "box.h"
@@ -22,26 +21,25 @@ void run_blocks(const cpu::FloatLinear& whole) {
   constexpr int64_t kRowsWorthAThread = 96;
   if (whole.rows >= threads * kRowsWorthAThread) {
     parallel_for(0, whole.rows, (whole.rows + threads - 1) / threads,
-                     [&](int64_t begin, int64_t end) {
-                       cpu::FloatLinear block = whole;
-                       block.x += begin * block.x_stride;
-                       block.y += begin * block.y_stride;
-                       block.rows = end - begin;
-                       kernel(block);
-                     });
+                 [&](int64_t begin, int64_t end) {
+                   cpu::FloatLinear block = whole;
+                   block.x += begin * block.x_stride;
+                   block.y += begin * block.y_stride;
+                   block.rows = end - begin;
+                   kernel(block);
+                 });
   } else {
     parallel_for(0, panels, std::max<int64_t>(2, (panels + threads - 1) / threads),
-                     [&](int64_t begin, int64_t end) {
-                       cpu::FloatLinear block = whole;
-                       block.first_panel = begin;
-                       block.last_panel = end;
-                       kernel(block);
-                     });
+                 [&](int64_t begin, int64_t end) {
+                   cpu::FloatLinear block = whole;
+                   block.first_panel = begin;
+                   block.last_panel = end;
+                   kernel(block);
+                 });
   }
 }
 
-Tensor float_linear(const Tensor& x, const Tensor& w,
-                        const OptionalTensor& bias) {
+Tensor float_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
   LRAEE_CHECK_VALUE(x.dim() == 2 && x.dtype() == kFloat32,
                     "float_linear: x must be float32 [M, K], got ", x.sizes());
   const int64_t M = x.size(0), K = x.size(1), N = w.size(0);

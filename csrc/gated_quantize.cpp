@@ -3,7 +3,6 @@
 
 #include "cpu/gated_quantize/gated_quantize.h"
 
-
 #include <tuple>
 #include <vector>
 
@@ -23,8 +22,8 @@ cpu::GateActivation gate_activation_from_name(std::string_view op, std::string_v
   if (name == "gelu") return cpu::GateActivation::kGelu;
   if (name == "gelu_tanh") return cpu::GateActivation::kGeluTanh;
   if (name == "quick_gelu") return cpu::GateActivation::kQuickGelu;
-  throw ValueError(text(
-      op, ": activation must be none, silu, gelu, gelu_tanh or quick_gelu, got ", name));
+  throw ValueError(
+      text(op, ": activation must be none, silu, gelu, gelu_tanh or quick_gelu, got ", name));
 }
 
 GatedRows gated_quantize_of(const Matrix& x, cpu::GateActivation activation, const float* gamma,
@@ -73,14 +72,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_quantize(const Tensor& 
   }
   const Tensor rows = with_contiguous_rows(x);
   const OptionalTensor gamma_row = contiguous(gamma), beta_row = contiguous(beta);
-  GatedRows y = gated_quantize_of({.values = rows.const_data_ptr(),
-                                   .stride = rows.stride(0),
-                                   .M = x.size(0),
-                                   .K = x.size(1),
-                                   .type = float_type(x.dtype(), "gated_quantize", "x")},
-                                  gate_activation_from_name("gated_quantize", activation),
-                                  const_data_ptr<float>(gamma_row),
-                                  const_data_ptr<float>(beta_row), eps);
+  GatedRows y =
+      gated_quantize_of({.values = rows.const_data_ptr(),
+                         .stride = rows.stride(0),
+                         .M = x.size(0),
+                         .K = x.size(1),
+                         .type = float_type(x.dtype(), "gated_quantize", "x")},
+                        gate_activation_from_name("gated_quantize", activation),
+                        const_data_ptr<float>(gamma_row), const_data_ptr<float>(beta_row), eps);
   return {std::move(y.x_q), std::move(y.x_scale), std::move(y.x_zero), std::move(y.r_q),
           std::move(y.r_scale)};
 }

@@ -3,7 +3,6 @@
 
 #include "cpu/int8_attention/int8_attention.h"
 
-
 #include <algorithm>
 #include <cmath>
 
@@ -63,8 +62,7 @@ void run(const cpu::Int8AttentionArgs& args, int64_t B, int64_t num_queries) {
 }  // namespace
 
 AttentionOperands::AttentionOperands(std::string_view op, int64_t B, int64_t L, int64_t d,
-                                     int64_t heads, bool is_causal,
-                                     const OptionalTensor& rope_of,
+                                     int64_t heads, bool is_causal, const OptionalTensor& rope_of,
                                      const OptionalTensor& mask)
     : num_heads(heads), causal(is_causal) {
   if (rope_of.has_value()) {
@@ -77,8 +75,7 @@ AttentionOperands::AttentionOperands(std::string_view op, int64_t B, int64_t L, 
     rope = rope_of->contiguous();
   }
   if (mask.has_value()) {
-    LRAEE_CHECK_TYPE(mask->dtype() == kBool, op, ": key_mask must be bool, got ",
-                     mask->dtype());
+    LRAEE_CHECK_TYPE(mask->dtype() == kBool, op, ": key_mask must be bool, got ", mask->dtype());
     LRAEE_CHECK_VALUE(mask->dim() == 2 && mask->size(0) == B && mask->size(1) == L, op,
                       ": key_mask must have shape [B, L] = [", B, ", ", L, "], got ",
                       mask->sizes());
@@ -97,7 +94,7 @@ void AttentionOperands::fill(cpu::Int8AttentionArgs& args, int64_t b) const {
 }
 
 Tensor int8_attention_of(const Tensor& qkv, const AttentionOperands& operands,
-                             int64_t num_queries) {
+                         int64_t num_queries) {
   const cpu::FloatType type = float_type(qkv.dtype(), "int8_attention", "qkv");
   const int64_t B = qkv.size(0), L = qkv.size(1), D = qkv.size(2) / 3, d = D / operands.num_heads;
   const Tensor rows = with_contiguous_rows(qkv);
@@ -120,9 +117,8 @@ Tensor int8_attention_of(const Tensor& qkv, const AttentionOperands& operands,
 
 namespace {
 
-Tensor int8_attention(const Tensor& qkv, int64_t num_heads, bool causal,
-                          const OptionalTensor& rope,
-                          const OptionalTensor& key_mask) {
+Tensor int8_attention(const Tensor& qkv, int64_t num_heads, bool causal, const OptionalTensor& rope,
+                      const OptionalTensor& key_mask) {
   LRAEE_CHECK_VALUE(qkv.dim() == 3 && qkv.size(1) >= 1 && num_heads >= 1 && qkv.size(2) > 0 &&
                         qkv.size(2) % (3 * num_heads) == 0,
                     "int8_attention: qkv must have shape [B, L >= 1, 3 * num_heads * d] with "

@@ -3,7 +3,6 @@
 // its operators stays near the thread, and threads meet once a block instead of seven times. Where
 // images would leave threads idle, they share each operator.
 
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -35,23 +34,23 @@ struct QuantizedRows {
   int64_t M, K;
 };
 
-// y = x times the weight of `linear` and what follows; residual, where it is given, and y may be the
-// same rows.
+// y = x times the weight of `linear` and what follows; residual, where it is given, and y may be
+// the same rows.
 cpu::Int8LinearArgs product(const QuantizedRows& x, const Linear& linear, const void* residual,
                             int64_t residual_stride, void* y, cpu::FloatType type,
                             cpu::Activation activation) {
   return {.M = x.M,
-          .N = linear.N(),
+          .N = linear.N,
           .K = x.K,
           .x_q = x.x_q,
           .x_stride = x.K,
           .x_scale = x.x_scale,
           .x_zero = x.x_zero,
-          .w = linear.w.const_data_ptr<int8_t>(),
-          .w_scale = linear.w_scale.const_data_ptr<float>(),
-          .w_sum = linear.w_sum.const_data_ptr<int32_t>(),
-          .bias = x.x_zero == nullptr ? nullptr : const_data_ptr<float>(linear.bias),
-          .layer_scale = const_data_ptr<float>(linear.layer_scale),
+          .w = linear.values.w,
+          .w_scale = linear.values.w_scale,
+          .w_sum = linear.values.w_sum,
+          .bias = x.x_zero == nullptr ? nullptr : linear.values.bias,
+          .layer_scale = linear.values.layer_scale,
           .residual = residual,
           .residual_stride = residual_stride,
           .y = y,
@@ -86,10 +85,10 @@ class Operators {
     multiply(quantize_rows_of(matrix(attended, rows, D_), block_.out_proj.symmetric),
              block_.out_proj, &residual, cpu::Activation::kNone, &block_.c_fc, middle);
     const Matrix middle_rows = matrix(middle, rows, D_);
-    const Tensor wide = Tensor::empty({rows, block_.c_fc.N()}, dtype_);
+    const Tensor wide = Tensor::empty({rows, block_.c_fc.N}, dtype_);
     multiply(normed(middle_rows, block_.norm_2, block_.c_fc), block_.c_fc, nullptr,
              block_.activation(), &block_.c_proj, wide);
-    const Matrix wide_rows = matrix(wide, rows, block_.c_fc.N());
+    const Matrix wide_rows = matrix(wide, rows, block_.c_fc.N);
     if (block_.gated) return gated_tail(wide_rows, middle_rows, y);
     multiply(quantize_rows_of(wide_rows, block_.c_proj.symmetric), block_.c_proj, &middle_rows,
              cpu::Activation::kNone, nullptr, y);
@@ -175,7 +174,7 @@ class Images {
         L_(x.size(1)),
         num_queries_(block.num_queries(L_)),
         D_(x.size(2)),
-        wide_width_(block.c_fc.N()),
+        wide_width_(block.c_fc.N),
         hidden_(block.hidden()),
         element_(static_cast<int64_t>(x.element_size())),
         type_(float_type(x.dtype(), "int8_block", "x")),
@@ -275,7 +274,7 @@ class Images {
                  {.m_begin = 0,
                   .m_end = x.M,
                   .n_begin = 0,
-                  .n_end = linear.N(),
+                  .n_end = linear.N,
                   .next = next.weight().from(0)},
                  scratch_);
   }
@@ -328,21 +327,20 @@ class Images {
   // From gate and up part to the rows of y: both terms of the product times c_proj.
   void gated_tail(char* y, int64_t rows) {
     const std::optional<Norm>& norm = block_.mlp_norm;
-    gated_quantize_kernel()(
-        {.x = wide_,
-         .stride = wide_width_,
-         .type = type_,
-         .H = hidden_,
-         .activation = block_.gate(),
-         .gamma = norm.has_value() ? norm->gamma_ptr() : nullptr,
-         .beta = norm.has_value() ? norm->beta_ptr() : nullptr,
-         .eps = norm.has_value() ? static_cast<float>(norm->eps) : 0.0f,
-         .x_q = x_q_,
-         .x_scale = x_scale_,
-         .x_zero = x_zero_,
-         .r_q = r_q_,
-         .r_scale = r_scale_},
-        0, rows, norm_);
+    gated_quantize_kernel()({.x = wide_,
+                             .stride = wide_width_,
+                             .type = type_,
+                             .H = hidden_,
+                             .activation = block_.gate(),
+                             .gamma = norm.has_value() ? norm->gamma_ptr() : nullptr,
+                             .beta = norm.has_value() ? norm->beta_ptr() : nullptr,
+                             .eps = norm.has_value() ? static_cast<float>(norm->eps) : 0.0f,
+                             .x_q = x_q_,
+                             .x_scale = x_scale_,
+                             .x_zero = x_zero_,
+                             .r_q = r_q_,
+                             .r_scale = r_scale_},
+                            0, rows, norm_);
     multiply({.x_q = r_q_, .x_scale = r_scale_, .x_zero = nullptr, .M = rows, .K = hidden_},
              block_.c_proj, y, D_, y, cpu::Activation::kNone, block_.c_proj);
     multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone, block_.in_proj);
@@ -368,13 +366,13 @@ bool takes_images(const Tensor& x, const Block& block) {
   const int64_t B = x.size(0), threads = num_threads();
   const int64_t most = (B + threads - 1) / threads;
   if (most * threads * 4 <= B * 5) return true;
-  const int64_t products = B * x.size(1) * x.size(2) * (4 * x.size(2) + 2 * block.c_fc.N());
+  const int64_t products = B * x.size(1) * x.size(2) * (4 * x.size(2) + 2 * block.c_fc.N);
   return products <= (active_isa() == cpu::Isa::kAmx ? 1 << 25 : 1 << 22);
 }
 
 void check_linear(const char* name, const Linear& linear, int64_t N, int64_t K) {
   const auto layout = packed_layout(N, K);
-  LRAEE_CHECK_VALUE(std::ranges::equal(linear.w.sizes(), layout) && linear.N() == N &&
+  LRAEE_CHECK_VALUE(std::ranges::equal(linear.w.sizes(), layout) && linear.N == N &&
                         linear.w_sum.numel() == N && (!linear.bias || linear.bias->numel() == N) &&
                         (!linear.layer_scale || linear.layer_scale->numel() == N),
                     "int8_block: ", name, " must have the cpu layout ", Sizes(layout),
@@ -393,11 +391,11 @@ void check(const Tensor& x, const Block& block) {
   check_norm(block.norm_2, D);
   if (block.mlp_norm.has_value()) check_norm(*block.mlp_norm, block.hidden());
   LRAEE_CHECK_VALUE(
-      block.gated ? block.c_fc.N() % 2 == 0 : !block.mlp_norm.has_value(),
+      block.gated ? block.c_fc.N % 2 == 0 : !block.mlp_norm.has_value(),
       "int8_block: a gated c_fc must have an even N, and only a gated MLP has a norm");
   check_linear("in_proj", block.in_proj, 3 * D, D);
   check_linear("out_proj", block.out_proj, D, D);
-  check_linear("c_fc", block.c_fc, block.c_fc.N(), D);
+  check_linear("c_fc", block.c_fc, block.c_fc.N, D);
   check_linear("c_proj", block.c_proj, D, block.hidden());
 }
 
@@ -432,8 +430,8 @@ Tensor int8_block(const Tensor& x, const std::vector<Tensor>& norm_1, const Part
       .out_proj = Linear(out_proj, symmetric[1]),
       .c_fc = Linear(c_fc, symmetric[2]),
       .c_proj = Linear(c_proj, symmetric[3]),
-      .attention = AttentionOperands("int8_block", B, L, D / num_heads, num_heads, causal, rope,
-                                     key_mask),
+      .attention =
+          AttentionOperands("int8_block", B, L, D / num_heads, num_heads, causal, rope, key_mask),
       .activation_name = activation,
       .first_only = first_only,
       .gated = gated,

@@ -1,6 +1,5 @@
 #pragma once
 
-
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -16,6 +15,14 @@ struct Linear {
   Tensor w, w_scale, w_sum;
   OptionalTensor bias, layer_scale;
   bool symmetric;
+  // Their values: each question to a tensor is a call of libtorch.
+  struct Values {
+    const int8_t* w;
+    const float* w_scale;
+    const int32_t* w_sum;
+    const float *bias, *layer_scale;
+  } values;
+  int64_t N;
 
   // [w, w_scale, w_sum, bias] and, where the output is scaled, layer_scale; borrowed.
   Linear(const std::vector<OptionalTensor>& parts, bool is_symmetric)
@@ -24,12 +31,13 @@ struct Linear {
         w_sum(required(parts, 2)),
         bias(parts.size() > 3 ? contiguous(parts[3]) : std::nullopt),
         layer_scale(parts.size() > 4 ? contiguous(parts[4]) : std::nullopt),
-        symmetric(is_symmetric) {}
+        symmetric(is_symmetric),
+        values{w.const_data_ptr<int8_t>(), w_scale.const_data_ptr<float>(),
+               w_sum.const_data_ptr<int32_t>(), const_data_ptr<float>(bias),
+               const_data_ptr<float>(layer_scale)},
+        N(w_scale.numel()) {}
 
-  int64_t N() const { return w_scale.numel(); }
-  PackedWeight weight() const {
-    return {w.const_data_ptr<int8_t>(), N(), w.size(1) * cpu::kGroupDepth};
-  }
+  PackedWeight weight() const { return {values.w, N, w.size(1) * cpu::kGroupDepth}; }
 
   static Tensor required(const std::vector<OptionalTensor>& parts, size_t i) {
     LRAEE_CHECK_VALUE(i < parts.size() && parts[i].has_value(),
@@ -68,7 +76,7 @@ struct Block {
   bool gated;  // c_fc gives gate and up part, c_proj is given two terms, see gated_quantize
   std::optional<Norm> mlp_norm;  // of the gated product
 
-  int64_t hidden() const { return gated ? c_fc.N() / 2 : c_fc.N(); }
+  int64_t hidden() const { return gated ? c_fc.N / 2 : c_fc.N; }
   cpu::Activation activation() const {
     return gated ? cpu::Activation::kNone : activation_from_name(activation_name);
   }

@@ -2,7 +2,6 @@
 
 #include "int8_linear.h"
 
-
 #include <algorithm>
 
 #include "cpu/int8_linear/blocking.h"
@@ -128,21 +127,19 @@ cpu::NextWeight PackedWeight::from(int64_t n) const {
   return {w + panel * panel_bytes, std::min(kBytes, count * panel_bytes)};
 }
 
-Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale,
-                       const OptionalTensor& x_zero, const Tensor& w,
-                       const Tensor& w_scale, const Tensor& w_sum,
-                       const OptionalTensor& bias,
-                       const OptionalTensor& residual,
-                       const OptionalTensor& layer_scale, std::string_view activation,
-                       Dtype out_dtype) {
+Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const OptionalTensor& x_zero,
+                   const Tensor& w, const Tensor& w_scale, const Tensor& w_sum,
+                   const OptionalTensor& bias, const OptionalTensor& residual,
+                   const OptionalTensor& layer_scale, std::string_view activation,
+                   Dtype out_dtype) {
   LRAEE_CHECK_VALUE(x_q.dim() == 2 && (x_q.size(1) <= 1 || x_q.stride(1) == 1),
                     "int8_linear: x_q must have shape [M, K] and contiguous rows, got ",
                     x_q.sizes(), " with strides ", x_q.strides());
   const int64_t M = x_q.size(0), K = x_q.size(1), N = w_scale.numel();
   const auto layout = packed_layout(N, K);
   LRAEE_CHECK_VALUE(std::ranges::equal(w.sizes(), layout) && w.is_contiguous(),
-                    "int8_linear: w must have the cpu layout ", Sizes(layout),
-                    " of [N, K] = [", N, ", ", K, "], got ", w.sizes());
+                    "int8_linear: w must have the cpu layout ", Sizes(layout), " of [N, K] = [", N,
+                    ", ", K, "], got ", w.sizes());
   LRAEE_CHECK_VALUE(
       !residual.has_value() || (residual->dim() == 2 && residual->size(0) == M &&
                                 residual->size(1) == N && residual->dtype() == out_dtype),
@@ -151,7 +148,8 @@ Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale,
   std::array<OptionalTensor, 6> keep;
   OptionalTensor residual_rows;
   if (residual.has_value()) {
-    residual_rows = N <= 1 || residual->stride(1) == 1 ? residual->borrowed() : residual->contiguous();
+    residual_rows =
+        N <= 1 || residual->stride(1) == 1 ? residual->borrowed() : residual->contiguous();
   }
   const cpu::Int8LinearArgs args{
       .M = M,

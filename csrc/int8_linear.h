@@ -1,6 +1,5 @@
 #pragma once
 
-
 #include <array>
 #include <string_view>
 
@@ -30,13 +29,10 @@ struct PackedWeight {
 // The kernel of the active level.
 cpu::Int8Linear* int8_linear_kernel();
 
-Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale,
-                       const OptionalTensor& x_zero, const Tensor& w,
-                       const Tensor& w_scale, const Tensor& w_sum,
-                       const OptionalTensor& bias,
-                       const OptionalTensor& residual,
-                       const OptionalTensor& layer_scale, std::string_view activation,
-                       Dtype out_dtype);
+Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const OptionalTensor& x_zero,
+                   const Tensor& w, const Tensor& w_scale, const Tensor& w_sum,
+                   const OptionalTensor& bias, const OptionalTensor& residual,
+                   const OptionalTensor& layer_scale, std::string_view activation, Dtype out_dtype);
 
 // The product alone, of operands that were checked. next: the weight of the next operator,
 // prefetched while the last columns are at work.

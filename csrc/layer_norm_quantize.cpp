@@ -3,7 +3,6 @@
 
 #include "cpu/layer_norm_quantize/layer_norm_quantize.h"
 
-
 #include <tuple>
 #include <vector>
 

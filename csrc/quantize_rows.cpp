@@ -3,7 +3,6 @@
 
 #include "cpu/quantize_rows/quantize_rows.h"
 
-
 #include <tuple>
 
 #include "box.h"

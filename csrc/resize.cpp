@@ -5,7 +5,6 @@
 #include "cpu/resize/resize.h"
 #include "cpu/resize/weights.h"
 
-
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -199,11 +198,11 @@ void write_floats(const Rows& x, const float* table, float* y) {
   }
 }
 
-void check(const Tensor& image, std::span<const double> box, Sizes size, Sizes crop, const OptionalTensor& table, bool channels_first) {
+void check(const Tensor& image, std::span<const double> box, Sizes size, Sizes crop,
+           const OptionalTensor& table, bool channels_first) {
   LRAEE_CHECK_VALUE(image.dim() == 3 && image.size(2) == kChannels && image.numel() > 0, kOp,
                     ": image must have shape [H, W, 3] and pixels, got ", image.sizes());
-  LRAEE_CHECK_TYPE(image.dtype() == kUint8, kOp, ": image must be uint8, got ",
-                   image.dtype());
+  LRAEE_CHECK_TYPE(image.dtype() == kUint8, kOp, ": image must be uint8, got ", image.dtype());
   LRAEE_CHECK_VALUE(image.is_contiguous(), kOp, ": image must be contiguous, got strides ",
                     image.strides());
   constexpr int64_t kMost = int64_t{1} << 30;
@@ -231,9 +230,9 @@ void check(const Tensor& image, std::span<const double> box, Sizes size, Sizes c
 }  // namespace
 
 Tensor resize_crop_normalize(const Tensor& image, const std::vector<double>& box,
-                                 const std::vector<int64_t>& size, const std::vector<int64_t>& crop,
-                                 std::string_view filter_name, bool vertical_first,
-                                 const OptionalTensor& table, bool channels_first) {
+                             const std::vector<int64_t>& size, const std::vector<int64_t>& crop,
+                             std::string_view filter_name, bool vertical_first,
+                             const OptionalTensor& table, bool channels_first) {
   check(image, box, size, crop, table, channels_first);
   const cpu::ResizeFilter filter = filter_of(filter_name);
   const cpu::ResizeAxis across{image.size(1), static_cast<float>(box[0]),
@@ -248,7 +247,7 @@ Tensor resize_crop_normalize(const Tensor& image, const std::vector<double>& box
     return y;
   }
   Tensor y = channels_first ? Tensor::empty({kChannels, crop[2], crop[3]}, kUint8)
-                                : Tensor::empty({crop[2], crop[3], kChannels}, kUint8);
+                            : Tensor::empty({crop[2], crop[3], kChannels}, kUint8);
   write_bytes(rows, channels_first, y.mutable_data_ptr<uint8_t>());
   return y;
 }

@@ -1,6 +1,5 @@
 #pragma once
 
-
 #include <algorithm>
 #include <optional>
 #include <string_view>
@@ -62,8 +61,7 @@ struct AttentionOperands {
 
   // Raises ValueError or TypeError unless they fit an image of L tokens; and contiguous.
   AttentionOperands(std::string_view op, int64_t B, int64_t L, int64_t d, int64_t heads,
-                    bool is_causal, const OptionalTensor& rope_of,
-                    const OptionalTensor& mask);
+                    bool is_causal, const OptionalTensor& rope_of, const OptionalTensor& mask);
 
   bool copies_keys() const { return rope.has_value() || key_mask.has_value(); }
   // Fills cos, sin, prefix and key_mask, those of image b on.
@@ -71,7 +69,6 @@ struct AttentionOperands {
 };
 
 // Queries are the first num_queries tokens alone: [B, num_queries, D].
-Tensor int8_attention_of(const Tensor& qkv, const AttentionOperands& operands,
-                             int64_t num_queries);
+Tensor int8_attention_of(const Tensor& qkv, const AttentionOperands& operands, int64_t num_queries);
 
 }  // namespace lraee
