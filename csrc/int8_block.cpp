@@ -25,8 +25,7 @@
 namespace lraee {
 namespace {
 
-// Rows [M, K] to be multiplied. Without a zero point they are the second term of a gated product:
-// bias belongs to the first.
+// Rows [M, K] to be multiplied.
 struct QuantizedRows {
   const int8_t* x_q;
   const float* x_scale;
@@ -49,7 +48,7 @@ cpu::Int8LinearArgs product(const QuantizedRows& x, const Linear& linear, const 
           .w = linear.values.w,
           .w_scale = linear.values.w_scale,
           .w_sum = linear.values.w_sum,
-          .bias = x.x_zero == nullptr ? nullptr : linear.values.bias,
+          .bias = linear.values.bias,
           .layer_scale = linear.values.layer_scale,
           .residual = residual,
           .residual_stride = residual_stride,
@@ -89,7 +88,6 @@ class Operators {
     multiply(normed(middle_rows, block_.norm_2, block_.c_fc), block_.c_fc, nullptr,
              block_.activation(), &block_.c_proj, wide);
     const Matrix wide_rows = matrix(wide, rows, block_.c_fc.N);
-    if (block_.gated) return gated_tail(wide_rows, middle_rows, y);
     multiply(quantize_rows_of(wide_rows, block_.c_proj.symmetric), block_.c_proj, &middle_rows,
              cpu::Activation::kNone, nullptr, y);
   }
@@ -106,38 +104,16 @@ class Operators {
     return layer_norm_quantize_of(x, norm.gamma_ptr(), norm.beta_ptr(), norm.eps, linear.symmetric);
   }
 
-  // Both terms of the gated product times c_proj; bias belongs to the first.
-  void gated_tail(const Matrix& wide, const Matrix& residual, const Tensor& y) const {
-    const std::optional<Norm>& norm = block_.mlp_norm;
-    const GatedRows v =
-        gated_quantize_of(wide, block_.gate(), norm ? norm->gamma_ptr() : nullptr,
-                          norm ? norm->beta_ptr() : nullptr, norm ? norm->eps : 0.0);
-    const Linear& c_proj = block_.c_proj;
-    const Tensor rest = Tensor::empty({wide.M, D_}, dtype_);
-    multiply(rows_of(v.r_q, v.r_scale, nullptr), c_proj, &residual, cpu::Activation::kNone, &c_proj,
-             rest);
-    const Matrix rest_rows = matrix(rest, wide.M, D_);
-    multiply(rows_of(v.x_q, v.x_scale, &v.x_zero), c_proj, &rest_rows, cpu::Activation::kNone,
-             nullptr, y);
-  }
-
-  static QuantizedRows rows_of(const Tensor& x_q, const Tensor& x_scale, const Tensor* x_zero) {
-    return {.x_q = x_q.const_data_ptr<int8_t>(),
-            .x_scale = x_scale.const_data_ptr<float>(),
-            .x_zero = x_zero == nullptr ? nullptr : x_zero->const_data_ptr<int32_t>(),
-            .M = x_q.size(0),
-            .K = x_q.size(1)};
-  }
-
   // next: the operands that are read after this product, if they are known.
   void multiply(const Quantized& x, const Linear& linear, const Matrix* residual,
                 cpu::Activation activation, const Linear* next, const Tensor& y) const {
     const auto& [x_q, x_scale, x_zero] = x;
-    multiply(rows_of(x_q, x_scale, &x_zero), linear, residual, activation, next, y);
-  }
-  void multiply(const QuantizedRows& x, const Linear& linear, const Matrix* residual,
-                cpu::Activation activation, const Linear* next, const Tensor& y) const {
-    int8_linear_of(product(x, linear, residual == nullptr ? nullptr : residual->values,
+    const QuantizedRows rows{.x_q = x_q.const_data_ptr<int8_t>(),
+                             .x_scale = x_scale.const_data_ptr<float>(),
+                             .x_zero = x_zero.const_data_ptr<int32_t>(),
+                             .M = x_q.size(0),
+                             .K = x_q.size(1)};
+    int8_linear_of(product(rows, linear, residual == nullptr ? nullptr : residual->values,
                            residual == nullptr ? 0 : residual->stride, y.mutable_data_ptr(), type_,
                            activation),
                    next == nullptr ? PackedWeight{} : next->weight());
@@ -174,14 +150,13 @@ class Images {
         L_(x.size(1)),
         num_queries_(block.num_queries(L_)),
         D_(x.size(2)),
-        wide_width_(block.c_fc.N),
-        hidden_(block.hidden()),
+        hidden_(block.c_fc.N),
         element_(static_cast<int64_t>(x.element_size())),
         type_(float_type(x.dtype(), "int8_block", "x")),
         x_(static_cast<const char*>(x.const_data_ptr())),
         y_(static_cast<char*>(y.mutable_data_ptr())),
         int8_linear_(int8_linear_kernel()) {
-    const int64_t fitting = chunk_bytes() / (std::max(3 * D_, wide_width_) * element_);
+    const int64_t fitting = chunk_bytes() / (std::max(3 * D_, hidden_) * element_);
     images_ = std::max<int64_t>(1, fitting / L_);
     rows_ = std::clamp<int64_t>(fitting / 32 * 32, 32, std::max<int64_t>(32, images_ * L_));
   }
@@ -214,7 +189,7 @@ class Images {
   // Where each array lies, `kept` rows between attention and its projection; returns the bytes.
   int64_t place(char* base, int64_t kept) {
     const int64_t rows = std::max(images_ * L_, rows_);
-    const int64_t wide = std::max(images_ * L_ * 3 * D_, rows_ * wide_width_);
+    const int64_t wide = std::max(images_ * L_ * 3 * D_, rows_ * hidden_);
     const int64_t linear =
         std::max({cpu::int8_linear_scratch_bytes(D_), cpu::int8_linear_scratch_bytes(hidden_),
                   cpu::int8_attention_scratch_bytes(L_, D_ / block_.attention.num_heads,
@@ -229,9 +204,7 @@ class Images {
     take(x_q_, std::max(rows * D_, rows_ * hidden_));
     take(x_scale_, rows * 4);
     take(x_zero_, rows * 4);
-    take(norm_, std::max(D_, hidden_) * 4);
-    take(r_q_, block_.gated ? rows_ * hidden_ : 0);
-    take(r_scale_, block_.gated ? rows_ * 4 : 0);
+    take(norm_, D_ * 4);
     take(scratch_, linear);
     return size;
   }
@@ -265,14 +238,10 @@ class Images {
 
   void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual,
                 int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
-    multiply({.x_q = x_q_, .x_scale = x_scale_, .x_zero = x_zero_, .M = rows, .K = K}, linear,
-             residual, residual_stride, y, activation, next);
-  }
-  void multiply(const QuantizedRows& x, const Linear& linear, const char* residual,
-                int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
+    const QuantizedRows x{.x_q = x_q_, .x_scale = x_scale_, .x_zero = x_zero_, .M = rows, .K = K};
     int8_linear_(product(x, linear, residual, residual_stride, y, type_, activation),
                  {.m_begin = 0,
-                  .m_end = x.M,
+                  .m_end = rows,
                   .n_begin = 0,
                   .n_end = linear.N,
                   .next = next.weight().from(0)},
@@ -319,43 +288,20 @@ class Images {
     char* const y = y_ + row * D_ * element_;
     norm(y, rows, block_.norm_2, block_.c_fc.symmetric);
     multiply(block_.c_fc, rows, D_, nullptr, 0, wide_, block_.activation(), block_.c_proj);
-    if (block_.gated) return gated_tail(y, rows);
     quantize(wide_, rows, hidden_, block_.c_proj.symmetric);
     multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone, block_.in_proj);
   }
 
-  // From gate and up part to the rows of y: both terms of the product times c_proj.
-  void gated_tail(char* y, int64_t rows) {
-    const std::optional<Norm>& norm = block_.mlp_norm;
-    gated_quantize_kernel()({.x = wide_,
-                             .stride = wide_width_,
-                             .type = type_,
-                             .H = hidden_,
-                             .activation = block_.gate(),
-                             .gamma = norm.has_value() ? norm->gamma_ptr() : nullptr,
-                             .beta = norm.has_value() ? norm->beta_ptr() : nullptr,
-                             .eps = norm.has_value() ? static_cast<float>(norm->eps) : 0.0f,
-                             .x_q = x_q_,
-                             .x_scale = x_scale_,
-                             .x_zero = x_zero_,
-                             .r_q = r_q_,
-                             .r_scale = r_scale_},
-                            0, rows, norm_);
-    multiply({.x_q = r_q_, .x_scale = r_scale_, .x_zero = nullptr, .M = rows, .K = hidden_},
-             block_.c_proj, y, D_, y, cpu::Activation::kNone, block_.c_proj);
-    multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone, block_.in_proj);
-  }
-
   const Block& block_;
-  const int64_t L_, num_queries_, D_, wide_width_, hidden_, element_;
+  const int64_t L_, num_queries_, D_, hidden_, element_;
   const cpu::FloatType type_;
   const char* const x_;
   char* const y_;
   cpu::Int8Linear* const int8_linear_;
   int64_t images_, rows_;
   char *wide_ = nullptr, *attended_ = nullptr, *scratch_ = nullptr;
-  int8_t *x_q_ = nullptr, *r_q_ = nullptr;
-  float *x_scale_ = nullptr, *norm_ = nullptr, *r_scale_ = nullptr;
+  int8_t* x_q_ = nullptr;
+  float *x_scale_ = nullptr, *norm_ = nullptr;
   int32_t* x_zero_ = nullptr;
 };
 
@@ -389,14 +335,10 @@ void check(const Tensor& x, const Block& block) {
   };
   check_norm(block.norm_1, D);
   check_norm(block.norm_2, D);
-  if (block.mlp_norm.has_value()) check_norm(*block.mlp_norm, block.hidden());
-  LRAEE_CHECK_VALUE(
-      block.gated ? block.c_fc.N % 2 == 0 : !block.mlp_norm.has_value(),
-      "int8_block: a gated c_fc must have an even N, and only a gated MLP has a norm");
   check_linear("in_proj", block.in_proj, 3 * D, D);
   check_linear("out_proj", block.out_proj, D, D);
   check_linear("c_fc", block.c_fc, block.c_fc.N, D);
-  check_linear("c_proj", block.c_proj, D, block.hidden());
+  check_linear("c_proj", block.c_proj, D, block.c_fc.N);
 }
 
 void check_shape(const Tensor& x, int64_t num_heads) {
@@ -412,31 +354,24 @@ Tensor int8_block(const Tensor& x, const std::vector<Tensor>& norm_1, const Part
                   const Parts& out_proj, const std::vector<Tensor>& norm_2, const Parts& c_fc,
                   const Parts& c_proj, const std::vector<double>& eps,
                   const std::vector<bool>& symmetric, int64_t num_heads, bool causal,
-                  std::string_view activation, bool first_only, bool gated,
-                  const std::optional<std::vector<Tensor>>& mlp_norm, const OptionalTensor& rope,
-                  const OptionalTensor& key_mask) {
-  const bool has_norm = mlp_norm.has_value() && !mlp_norm->empty();
-  LRAEE_CHECK_VALUE(eps.size() == (has_norm ? 3 : 2),
-                    "int8_block: eps must have a value for each norm, got ",
+                  std::string_view activation, bool first_only, const OptionalTensor& key_mask) {
+  LRAEE_CHECK_VALUE(eps.size() == 2, "int8_block: eps must have a value for each norm, got ",
                     static_cast<int64_t>(eps.size()));
   LRAEE_CHECK_VALUE(symmetric.size() == 4, "int8_block: symmetric must have 4 values, got ",
                     static_cast<int64_t>(symmetric.size()));
   check_shape(x, num_heads);
   const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
-  const Block block{
-      .norm_1 = Norm(norm_1, eps[0]),
-      .norm_2 = Norm(norm_2, eps[1]),
-      .in_proj = Linear(in_proj, symmetric[0]),
-      .out_proj = Linear(out_proj, symmetric[1]),
-      .c_fc = Linear(c_fc, symmetric[2]),
-      .c_proj = Linear(c_proj, symmetric[3]),
-      .attention =
-          AttentionOperands("int8_block", B, L, D / num_heads, num_heads, causal, rope, key_mask),
-      .activation_name = activation,
-      .first_only = first_only,
-      .gated = gated,
-      .mlp_norm = has_norm ? std::optional<Norm>(std::in_place, *mlp_norm, eps[2]) : std::nullopt};
-  block.activation(), block.gate();  // both raise on an unknown name
+  const Block block{.norm_1 = Norm(norm_1, eps[0]),
+                    .norm_2 = Norm(norm_2, eps[1]),
+                    .in_proj = Linear(in_proj, symmetric[0]),
+                    .out_proj = Linear(out_proj, symmetric[1]),
+                    .c_fc = Linear(c_fc, symmetric[2]),
+                    .c_proj = Linear(c_proj, symmetric[3]),
+                    .attention = AttentionOperands("int8_block", B, L, D / num_heads, num_heads,
+                                                   causal, std::nullopt, key_mask),
+                    .activation_name = activation,
+                    .first_only = first_only};
+  block.activation();  // raises on an unknown name
   check(x, block);
   const Tensor rows = x.contiguous();
   Tensor y = Tensor::empty({B, block.num_queries(L), D}, rows.dtype());

@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "common.h"
-#include "cpu/gated_quantize/gated_quantize.h"
 #include "cpu/int8_attention/int8_attention.h"
 #include "cpu/layer_norm_quantize/layer_norm_quantize.h"
 #include "cpu/quantize_rows/quantize_rows.h"
@@ -43,14 +42,6 @@ Quantized layer_norm_quantize(const Tensor& x, const Tensor& gamma, const Option
 // gamma and beta, where it is given, are K values.
 Quantized layer_norm_quantize_of(const Matrix& x, const float* gamma, const float* beta, double eps,
                                  bool symmetric);
-struct GatedRows {
-  Tensor x_q, x_scale, x_zero, r_q, r_scale;
-};
-cpu::GatedQuantize* gated_quantize_kernel();
-cpu::GateActivation gate_activation_from_name(std::string_view op, std::string_view name);
-// gamma and beta, where they are given, are K / 2 values.
-GatedRows gated_quantize_of(const Matrix& x, cpu::GateActivation activation, const float* gamma,
-                            const float* beta, double eps);
 
 // What attention is given beside qkv. rope: float32 [2, R, d], cos and sin of the last R tokens;
 // key_mask: bool [B, L].

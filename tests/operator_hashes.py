@@ -1,6 +1,6 @@
 """Prints a digest of what every CPU operator gives, per level, as JSON.
 
-Needs torch and lraee alone. Its numbers come from integer arithmetic: the same from any version of torch.
+Needs torch and lraee alone. Its numbers come from integer arithmetic: any torch gives the same.
 """
 
 import hashlib
