@@ -11,8 +11,7 @@ RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
 .PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-ray test-oldest lock test-gpu check format docs
-.PHONY: bench bench-tower regressions
-.PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
+.PHONY: bench bench-tower regressions gpu-matrix gpu-model numerics report reproduce dist wheels test-wheels clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -184,6 +183,15 @@ lock: setup  ## Writes requirements/*.txt anew: the newest releases, and the old
 	$(UV_COMPILE) --resolution lowest-direct --no-deps --extra report --extra embed --extra serve \
 	  --extra search --no-emit-package torch --no-emit-package triton \
 	  --output-file requirements/oldest.txt
+
+WHEEL_TOOLS := $(VENV)/wheel-tools
+wheels: setup  ## The sdist, and one wheel for every Python from 3.11 and torch from 2.10, audited.
+	sh scripts/build_wheels.sh $(abspath $(PY)) $(abspath $(WHEEL_TOOLS)) dist
+
+# PYTHONS: interpreters to install the wheel for; PIP_CONFIG_FILE=/dev/null: without a cap on torch
+test-wheels: setup  ## That wheel in fresh environments, oldest and newest torch (PYTHONS=; 7 GB each).
+	LRAEE_WHEEL="$(abspath $(lastword $(sort $(wildcard dist/lraee-*-abi3-manylinux*.whl))))" \
+	  $(if $(PYTHONS),LRAEE_WHEEL_PYTHONS="$(PYTHONS)") $(PY) -m pytest tests/test_wheels.py
 
 clean:  ## Removes what was built, and the virtual environment.
 	rm -rf $(VENV) build dist *.egg-info lraee/_C*.so .mypy_cache .pytest_cache .ruff_cache

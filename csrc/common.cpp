@@ -1,7 +1,5 @@
 #include "common.h"
 
-#include <c10/util/Exception.h>
-
 #include <atomic>
 #include <cstdlib>
 
@@ -16,7 +14,7 @@ std::string available_names() {
 
 cpu::Isa checked_isa(const char* argument, const std::string& name) {
   cpu::Isa isa = cpu::Isa::kScalar;
-  TORCH_CHECK_VALUE(cpu::isa_from_name(name.c_str(), &isa) && cpu::isa_available(isa), argument,
+  LRAEE_CHECK_VALUE(cpu::isa_from_name(name.c_str(), &isa) && cpu::isa_available(isa), argument,
                     " must name a level that this machine has (", available_names(), "), got '",
                     name, "'");
   return isa;
@@ -59,7 +57,9 @@ void* ThreadScratch::at_least(int64_t bytes) {
     capacity_ = 0;
     memory_.reset(std::aligned_alloc(
         kAlignment, (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment));
-    TORCH_CHECK(memory_ != nullptr, "lraee: out of memory for ", bytes, " bytes of scratch");
+    if (memory_ == nullptr) {
+      throw std::runtime_error(text("lraee: out of memory for ", bytes, " bytes of scratch"));
+    }
     capacity_ = bytes;
   }
   return memory_.get();
@@ -67,18 +67,11 @@ void* ThreadScratch::at_least(int64_t bytes) {
 
 void ThreadScratch::Free::operator()(void* memory) const { std::free(memory); }
 
-cpu::FloatType float_type(c10::ScalarType type, const char* op, const char* argument) {
-  switch (type) {
-    case c10::ScalarType::Float:
-      return cpu::FloatType::kF32;
-    case c10::ScalarType::BFloat16:
-      return cpu::FloatType::kBf16;
-    case c10::ScalarType::Half:
-      return cpu::FloatType::kF16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": ", argument, " must be float32, bfloat16 or float16, got ",
-                       type);
-  }
+cpu::FloatType float_type(Dtype dtype, const char* op, const char* argument) {
+  if (dtype == kFloat32) return cpu::FloatType::kF32;
+  if (dtype == kBfloat16) return cpu::FloatType::kBf16;
+  if (dtype == kFloat16) return cpu::FloatType::kF16;
+  throw TypeError(text(op, ": ", argument, " must be float32, bfloat16 or float16, got ", dtype));
 }
 
 }  // namespace lraee

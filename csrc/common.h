@@ -1,7 +1,5 @@
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -9,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/types.h"
+#include "tensor.h"
 
 namespace lraee {
 
@@ -38,6 +37,6 @@ class ThreadScratch {
 
 // float32, bfloat16 and float16 as the kernels know them; op and argument name the culprit
 // otherwise.
-cpu::FloatType float_type(c10::ScalarType type, const char* op, const char* argument);
+cpu::FloatType float_type(Dtype dtype, const char* op, const char* argument);
 
 }  // namespace lraee

@@ -3,12 +3,9 @@
 
 #include "cpu/float_linear/float_linear.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 
+#include "box.h"
 #include "levels.h"
 
 namespace lraee {
@@ -19,48 +16,48 @@ namespace {
 void run_blocks(const cpu::FloatLinear& whole) {
   auto* const kernel = by_level<cpu::FloatLinearKernel>(LRAEE_THREE_LEVELS(cpu::float_linear));
   const int64_t panels = whole.last_panel;
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = num_threads();
   // Rows first only where every thread gets at least eight full tiles of them.
   constexpr int64_t kRowsWorthAThread = 96;
   if (whole.rows >= threads * kRowsWorthAThread) {
-    at::parallel_for(0, whole.rows, (whole.rows + threads - 1) / threads,
-                     [&](int64_t begin, int64_t end) {
-                       cpu::FloatLinear block = whole;
-                       block.x += begin * block.x_stride;
-                       block.y += begin * block.y_stride;
-                       block.rows = end - begin;
-                       kernel(block);
-                     });
+    parallel_for(0, whole.rows, (whole.rows + threads - 1) / threads,
+                 [&](int64_t begin, int64_t end) {
+                   cpu::FloatLinear block = whole;
+                   block.x += begin * block.x_stride;
+                   block.y += begin * block.y_stride;
+                   block.rows = end - begin;
+                   kernel(block);
+                 });
   } else {
-    at::parallel_for(0, panels, std::max<int64_t>(2, (panels + threads - 1) / threads),
-                     [&](int64_t begin, int64_t end) {
-                       cpu::FloatLinear block = whole;
-                       block.first_panel = begin;
-                       block.last_panel = end;
-                       kernel(block);
-                     });
+    parallel_for(0, panels, std::max<int64_t>(2, (panels + threads - 1) / threads),
+                 [&](int64_t begin, int64_t end) {
+                   cpu::FloatLinear block = whole;
+                   block.first_panel = begin;
+                   block.last_panel = end;
+                   kernel(block);
+                 });
   }
 }
 
-at::Tensor float_linear(const at::Tensor& x, const at::Tensor& w,
-                        const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat,
+Tensor float_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  LRAEE_CHECK_VALUE(x.dim() == 2 && x.dtype() == kFloat32,
                     "float_linear: x must be float32 [M, K], got ", x.sizes());
   const int64_t M = x.size(0), K = x.size(1), N = w.size(0);
-  TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) == K && w.scalar_type() == at::kFloat,
+  LRAEE_CHECK_VALUE(w.dim() == 2 && w.size(1) == K && w.dtype() == kFloat32,
                     "float_linear: w must be float32 [N, K] with K = ", K, ", got ", w.sizes());
-  TORCH_CHECK_VALUE(!bias || (bias->numel() == N && bias->scalar_type() == at::kFloat),
+  LRAEE_CHECK_VALUE(!bias || (bias->numel() == N && bias->dtype() == kFloat32),
                     "float_linear: bias must be float32 [N] = [", N, "]");
-  const at::Tensor rows = K <= 1 || x.stride(1) == 1 ? x : x.contiguous();
-  const at::Tensor columns = N <= 1 || w.stride(0) == 1 ? w : w.t().contiguous().t();
-  const at::Tensor bias_row = bias ? bias->contiguous() : at::Tensor();
-  at::Tensor y = at::empty({M, N}, x.options());
+  const Tensor rows = K <= 1 || x.stride(1) == 1 ? x.borrowed() : x.contiguous();
+  const bool has_columns = N <= 1 || w.stride(0) == 1;
+  const Tensor columns = has_columns ? w.borrowed() : w.transposed();
+  const OptionalTensor bias_row = contiguous(bias);
+  Tensor y = Tensor::empty({M, N}, kFloat32);
   if (M == 0 || N == 0) return y;
   run_blocks({.x = rows.const_data_ptr<float>(),
               .x_stride = rows.stride(0),
               .w = columns.const_data_ptr<float>(),
-              .w_stride = columns.stride(1),
-              .bias = bias ? bias_row.const_data_ptr<float>() : nullptr,
+              .w_stride = columns.stride(has_columns ? 1 : 0),
+              .bias = const_data_ptr<float>(bias_row),
               .y = y.mutable_data_ptr<float>(),
               .y_stride = N,
               .rows = M,
@@ -71,7 +68,7 @@ at::Tensor float_linear(const at::Tensor& x, const at::Tensor& w,
   return y;
 }
 
+const CpuOperators operators{LRAEE_OPERATOR(float_linear)};
+
 }  // namespace
 }  // namespace lraee
-
-TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("float_linear", &lraee::float_linear); }

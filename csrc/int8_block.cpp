@@ -3,10 +3,6 @@
 // its operators stays near the thread, and threads meet once a block instead of seven times. Where
 // images would leave threads idle, they share each operator.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -21,6 +17,7 @@
 #include "cpu/int8_attention/scratch.h"
 #include "cpu/int8_linear/blocking.h"
 #include "cpu/pack_weight/pack_weight.h"
+#include "box.h"
 #include "int8_block.h"
 #include "int8_linear.h"
 #include "rows.h"
@@ -28,34 +25,106 @@
 namespace lraee {
 namespace {
 
-// Threads share each operator.
-at::Tensor by_operator(const at::Tensor& x, const Block& block) {
-  const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
-  const auto type = x.scalar_type();
-  const int64_t num_queries = block.num_queries(L);
-  const at::Tensor all = x.view({B * L, D}), rows = block.first_only ? x.select(1, 0) : all;
-  const auto multiply = [&](const std::tuple<at::Tensor, at::Tensor, at::Tensor>& quantized,
-                            const Linear& linear, const std::optional<at::Tensor>& residual,
-                            std::string_view then, const PackedWeight& next) {
-    const auto& [x_q, x_scale, x_zero] = quantized;
-    return int8_linear(x_q, x_scale, x_zero, linear.w, linear.w_scale, linear.w_sum, linear.bias,
-                       residual, linear.layer_scale, then, type, next);
-  };
-  const auto normed = [&](const at::Tensor& from, const Norm& norm, const Linear& linear) {
-    return layer_norm_quantize(from, norm.gamma, norm.beta, norm.eps, linear.symmetric);
-  };
-  const at::Tensor qkv = multiply(normed(all, block.norm_1, block.in_proj), block.in_proj,
-                                  std::nullopt, "none", block.out_proj.weight());
-  const at::Tensor attended =
-      int8_attention_of(qkv.view({B, L, 3 * D}), block.attention, num_queries)
-          .view({B * num_queries, D});
-  const at::Tensor middle = multiply(quantize_rows(attended, block.out_proj.symmetric),
-                                     block.out_proj, rows, "none", block.c_fc.weight());
-  const at::Tensor hidden = multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc,
-                                     std::nullopt, block.activation_name, block.c_proj.weight());
-  return multiply(quantize_rows(hidden, block.c_proj.symmetric), block.c_proj, middle, "none", {})
-      .view({B, num_queries, D});
+// Rows [M, K] to be multiplied.
+struct QuantizedRows {
+  const int8_t* x_q;
+  const float* x_scale;
+  const int32_t* x_zero;
+  int64_t M, K;
+};
+
+// y = x times the weight of `linear` and what follows; residual, where it is given, and y may be
+// the same rows.
+cpu::Int8LinearArgs product(const QuantizedRows& x, const Linear& linear, const void* residual,
+                            int64_t residual_stride, void* y, cpu::FloatType type,
+                            cpu::Activation activation) {
+  return {.M = x.M,
+          .N = linear.N,
+          .K = x.K,
+          .x_q = x.x_q,
+          .x_stride = x.K,
+          .x_scale = x.x_scale,
+          .x_zero = x.x_zero,
+          .w = linear.values.w,
+          .w_scale = linear.values.w_scale,
+          .w_sum = linear.values.w_sum,
+          .bias = linear.values.bias,
+          .layer_scale = linear.values.layer_scale,
+          .residual = residual,
+          .residual_stride = residual_stride,
+          .y = y,
+          .out_type = type,
+          .activation = activation};
 }
+
+// Threads share each operator.
+class Operators {
+ public:
+  Operators(const Tensor& x, const Block& block)
+      : block_(block),
+        dtype_(x.dtype()),
+        type_(float_type(dtype_, "int8_block", "x")),
+        B_(x.size(0)),
+        L_(x.size(1)),
+        D_(x.size(2)),
+        x_(x.const_data_ptr()) {}
+
+  void run(const Tensor& y) const {
+    const int64_t num_queries = block_.num_queries(L_), rows = B_ * num_queries;
+    const Tensor qkv = Tensor::empty({B_, L_, 3 * D_}, dtype_);
+    multiply(normed(matrix(x_, B_ * L_, D_), block_.norm_1, block_.in_proj), block_.in_proj,
+             nullptr, cpu::Activation::kNone, &block_.out_proj, qkv);
+    const Tensor attended = int8_attention_of(qkv, block_.attention, num_queries);
+    const Matrix residual{.values = x_,
+                          .stride = block_.first_only ? L_ * D_ : D_,
+                          .M = rows,
+                          .K = D_,
+                          .type = type_};
+    const Tensor middle = Tensor::empty({rows, D_}, dtype_);
+    multiply(quantize_rows_of(matrix(attended, rows, D_), block_.out_proj.symmetric),
+             block_.out_proj, &residual, cpu::Activation::kNone, &block_.c_fc, middle);
+    const Matrix middle_rows = matrix(middle, rows, D_);
+    const Tensor wide = Tensor::empty({rows, block_.c_fc.N}, dtype_);
+    multiply(normed(middle_rows, block_.norm_2, block_.c_fc), block_.c_fc, nullptr,
+             block_.activation(), &block_.c_proj, wide);
+    const Matrix wide_rows = matrix(wide, rows, block_.c_fc.N);
+    multiply(quantize_rows_of(wide_rows, block_.c_proj.symmetric), block_.c_proj, &middle_rows,
+             cpu::Activation::kNone, nullptr, y);
+  }
+
+ private:
+  Matrix matrix(const void* values, int64_t rows, int64_t width) const {
+    return {.values = values, .stride = width, .M = rows, .K = width, .type = type_};
+  }
+  Matrix matrix(const Tensor& x, int64_t rows, int64_t width) const {
+    return matrix(x.const_data_ptr(), rows, width);
+  }
+
+  static Quantized normed(const Matrix& x, const Norm& norm, const Linear& linear) {
+    return layer_norm_quantize_of(x, norm.gamma_ptr(), norm.beta_ptr(), norm.eps, linear.symmetric);
+  }
+
+  // next: the operands that are read after this product, if they are known.
+  void multiply(const Quantized& x, const Linear& linear, const Matrix* residual,
+                cpu::Activation activation, const Linear* next, const Tensor& y) const {
+    const auto& [x_q, x_scale, x_zero] = x;
+    const QuantizedRows rows{.x_q = x_q.const_data_ptr<int8_t>(),
+                             .x_scale = x_scale.const_data_ptr<float>(),
+                             .x_zero = x_zero.const_data_ptr<int32_t>(),
+                             .M = x_q.size(0),
+                             .K = x_q.size(1)};
+    int8_linear_of(product(rows, linear, residual == nullptr ? nullptr : residual->values,
+                           residual == nullptr ? 0 : residual->stride, y.mutable_data_ptr(), type_,
+                           activation),
+                   next == nullptr ? PackedWeight{} : next->weight());
+  }
+
+  const Block& block_;
+  const Dtype dtype_;
+  const cpu::FloatType type_;
+  const int64_t B_, L_, D_;
+  const void* const x_;
+};
 
 // Bytes that the largest intermediate of a chunk may take. A chunk reads all weights of the block,
 // so it should be large; its intermediates should stay in L2. ViT-B/32 on AMX, 2 MiB of L2, one
@@ -76,14 +145,14 @@ int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 // One thread's way through the block, a few images at a time.
 class Images {
  public:
-  Images(const at::Tensor& x, at::Tensor& y, const Block& block)
+  Images(const Tensor& x, const Tensor& y, const Block& block)
       : block_(block),
         L_(x.size(1)),
         num_queries_(block.num_queries(L_)),
         D_(x.size(2)),
-        hidden_(block.c_fc.N()),
+        hidden_(block.c_fc.N),
         element_(static_cast<int64_t>(x.element_size())),
-        type_(float_type(x.scalar_type(), "int8_block", "x")),
+        type_(float_type(x.dtype(), "int8_block", "x")),
         x_(static_cast<const char*>(x.const_data_ptr())),
         y_(static_cast<char*>(y.mutable_data_ptr())),
         int8_linear_(int8_linear_kernel()) {
@@ -145,7 +214,7 @@ class Images {
                                   .stride = D_,
                                   .type = type_,
                                   .D = D_,
-                                  .gamma = norm.gamma.const_data_ptr<float>(),
+                                  .gamma = norm.gamma_ptr(),
                                   .beta = norm.beta_ptr(),
                                   .eps = static_cast<float>(norm.eps),
                                   .symmetric = symmetric,
@@ -167,34 +236,16 @@ class Images {
                            0, rows);
   }
 
-  // y = the quantized rows times the weight; residual and y may be the same rows.
   void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual,
                 int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
-    const auto values = [](const std::optional<at::Tensor>& vector) {
-      return vector.has_value() ? vector->const_data_ptr<float>() : nullptr;
-    };
-    const int64_t N = linear.N();
-    const cpu::Int8LinearArgs args{.M = rows,
-                                   .N = N,
-                                   .K = K,
-                                   .x_q = x_q_,
-                                   .x_stride = K,
-                                   .x_scale = x_scale_,
-                                   .x_zero = x_zero_,
-                                   .w = linear.w.const_data_ptr<int8_t>(),
-                                   .w_scale = linear.w_scale.const_data_ptr<float>(),
-                                   .w_sum = linear.w_sum.const_data_ptr<int32_t>(),
-                                   .bias = values(linear.bias),
-                                   .layer_scale = values(linear.layer_scale),
-                                   .residual = residual,
-                                   .residual_stride = residual_stride,
-                                   .y = y,
-                                   .out_type = type_,
-                                   .activation = activation};
-    int8_linear_(
-        args,
-        {.m_begin = 0, .m_end = rows, .n_begin = 0, .n_end = N, .next = next.weight().from(0)},
-        scratch_);
+    const QuantizedRows x{.x_q = x_q_, .x_scale = x_scale_, .x_zero = x_zero_, .M = rows, .K = K};
+    int8_linear_(product(x, linear, residual, residual_stride, y, type_, activation),
+                 {.m_begin = 0,
+                  .m_end = rows,
+                  .n_begin = 0,
+                  .n_end = linear.N,
+                  .next = next.weight().from(0)},
+                 scratch_);
   }
 
   // Attention of whole images, of their first num_queries_ tokens.
@@ -257,29 +308,28 @@ class Images {
 // Whether whole images, shared out evenly, keep all threads at work, or the block is so small that
 // to wake the others costs more than they help: lraee-tiny at batch 1, 24 M multiply-adds on AMX,
 // takes 75 us on one thread and 87 on two.
-bool takes_images(const at::Tensor& x, const Block& block) {
-  const int64_t B = x.size(0), threads = at::get_num_threads();
+bool takes_images(const Tensor& x, const Block& block) {
+  const int64_t B = x.size(0), threads = num_threads();
   const int64_t most = (B + threads - 1) / threads;
   if (most * threads * 4 <= B * 5) return true;
-  const int64_t products = B * x.size(1) * x.size(2) * (4 * x.size(2) + 2 * block.c_fc.N());
+  const int64_t products = B * x.size(1) * x.size(2) * (4 * x.size(2) + 2 * block.c_fc.N);
   return products <= (active_isa() == cpu::Isa::kAmx ? 1 << 25 : 1 << 22);
 }
 
 void check_linear(const char* name, const Linear& linear, int64_t N, int64_t K) {
-  const std::vector<int64_t> layout{cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth,
-                                    cpu::kGroupDepth};
-  TORCH_CHECK_VALUE(linear.w.sizes() == at::IntArrayRef(layout) && linear.N() == N &&
+  const auto layout = packed_layout(N, K);
+  LRAEE_CHECK_VALUE(std::ranges::equal(linear.w.sizes(), layout) && linear.N == N &&
                         linear.w_sum.numel() == N && (!linear.bias || linear.bias->numel() == N) &&
                         (!linear.layer_scale || linear.layer_scale->numel() == N),
-                    "int8_block: ", name, " must have the cpu layout ", at::IntArrayRef(layout),
+                    "int8_block: ", name, " must have the cpu layout ", Sizes(layout),
                     " of [N, K] = [", N, ", ", K, "] and vectors of ", N, ", got ",
                     linear.w.sizes());
 }
 
-void check(const at::Tensor& x, const Block& block) {
+void check(const Tensor& x, const Block& block) {
   const int64_t D = x.size(2);
   const auto check_norm = [](const Norm& norm, int64_t width) {
-    TORCH_CHECK_VALUE(
+    LRAEE_CHECK_VALUE(
         norm.gamma.numel() == width && (!norm.beta.has_value() || norm.beta->numel() == width),
         "int8_block: a norm must have gamma and beta of shape [", width, "]");
   };
@@ -287,50 +337,55 @@ void check(const at::Tensor& x, const Block& block) {
   check_norm(block.norm_2, D);
   check_linear("in_proj", block.in_proj, 3 * D, D);
   check_linear("out_proj", block.out_proj, D, D);
-  check_linear("c_fc", block.c_fc, block.c_fc.N(), D);
-  check_linear("c_proj", block.c_proj, D, block.c_fc.N());
+  check_linear("c_fc", block.c_fc, block.c_fc.N, D);
+  check_linear("c_proj", block.c_proj, D, block.c_fc.N);
 }
 
-void check_shape(const at::Tensor& x, int64_t num_heads) {
-  TORCH_CHECK_VALUE(x.dim() == 3 && x.size(1) >= 1 && num_heads >= 1 && x.size(2) >= 1 &&
+void check_shape(const Tensor& x, int64_t num_heads) {
+  LRAEE_CHECK_VALUE(x.dim() == 3 && x.size(1) >= 1 && num_heads >= 1 && x.size(2) >= 1 &&
                         x.size(2) % num_heads == 0,
                     "int8_block: x must have shape [B, L >= 1, num_heads * d] with num_heads = ",
                     num_heads, ", got ", x.sizes());
 }
 
-at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const OptionalTensors& in_proj,
-                      const OptionalTensors& out_proj, at::TensorList norm_2,
-                      const OptionalTensors& c_fc, const OptionalTensors& c_proj,
-                      at::ArrayRef<double> eps, std::array<bool, 4> symmetric, int64_t num_heads,
-                      bool causal, std::string_view activation, bool first_only,
-                      const std::optional<at::Tensor>& key_mask) {
-  TORCH_CHECK_VALUE(eps.size() == 2, "int8_block: eps must have a value for each norm, got ",
-                    eps.size());
+using Parts = std::vector<OptionalTensor>;
+
+Tensor int8_block(const Tensor& x, const std::vector<Tensor>& norm_1, const Parts& in_proj,
+                  const Parts& out_proj, const std::vector<Tensor>& norm_2, const Parts& c_fc,
+                  const Parts& c_proj, const std::vector<double>& eps,
+                  const std::vector<bool>& symmetric, int64_t num_heads, bool causal,
+                  std::string_view activation, bool first_only, const OptionalTensor& key_mask) {
+  LRAEE_CHECK_VALUE(eps.size() == 2, "int8_block: eps must have a value for each norm, got ",
+                    static_cast<int64_t>(eps.size()));
+  LRAEE_CHECK_VALUE(symmetric.size() == 4, "int8_block: symmetric must have 4 values, got ",
+                    static_cast<int64_t>(symmetric.size()));
   check_shape(x, num_heads);
-  const int64_t B = x.size(0);
-  const Block block{
-      .norm_1 = Norm(norm_1, eps[0]),
-      .norm_2 = Norm(norm_2, eps[1]),
-      .in_proj = Linear(in_proj, symmetric[0]),
-      .out_proj = Linear(out_proj, symmetric[1]),
-      .c_fc = Linear(c_fc, symmetric[2]),
-      .c_proj = Linear(c_proj, symmetric[3]),
-      .attention = AttentionOperands("int8_block", B, x.size(1), x.size(2) / num_heads, num_heads,
-                                     causal, std::nullopt, key_mask),
-      .activation_name = activation,
-      .first_only = first_only};
+  const int64_t B = x.size(0), L = x.size(1), D = x.size(2);
+  const Block block{.norm_1 = Norm(norm_1, eps[0]),
+                    .norm_2 = Norm(norm_2, eps[1]),
+                    .in_proj = Linear(in_proj, symmetric[0]),
+                    .out_proj = Linear(out_proj, symmetric[1]),
+                    .c_fc = Linear(c_fc, symmetric[2]),
+                    .c_proj = Linear(c_proj, symmetric[3]),
+                    .attention = AttentionOperands("int8_block", B, L, D / num_heads, num_heads,
+                                                   causal, std::nullopt, key_mask),
+                    .activation_name = activation,
+                    .first_only = first_only};
   block.activation();  // raises on an unknown name
   check(x, block);
-  const at::Tensor rows = x.contiguous();
-  if (!takes_images(x, block)) return by_operator(rows, block);
-  at::Tensor y = at::empty({B, block.num_queries(x.size(1)), x.size(2)}, rows.options());
-  const int64_t threads = at::get_num_threads();
-  at::parallel_for(0, B, (B + threads - 1) / threads,
-                   [&](int64_t begin, int64_t end) { Images(rows, y, block).run(begin, end); });
+  const Tensor rows = x.contiguous();
+  Tensor y = Tensor::empty({B, block.num_queries(L), D}, rows.dtype());
+  if (takes_images(x, block)) {
+    const int64_t threads = num_threads();
+    parallel_for(0, B, (B + threads - 1) / threads,
+                 [&](int64_t begin, int64_t end) { Images(rows, y, block).run(begin, end); });
+  } else {
+    Operators(rows, block).run(y);
+  }
   return y;
 }
 
+const CpuOperators operators{LRAEE_OPERATOR(int8_block)};
+
 }  // namespace
 }  // namespace lraee
-
-TORCH_LIBRARY_IMPL(lraee, CPU, m) { m.impl("int8_block", &lraee::int8_block); }

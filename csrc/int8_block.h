@@ -1,9 +1,8 @@
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "cpu/pack_weight/pack_weight.h"
 #include "int8_linear.h"
@@ -11,54 +10,60 @@
 
 namespace lraee {
 
-using OptionalTensors = c10::List<std::optional<at::Tensor>>;
-
 // The operands of one block, by operator.
 struct Linear {
-  at::Tensor w, w_scale, w_sum;
-  std::optional<at::Tensor> bias, layer_scale;
+  Tensor w, w_scale, w_sum;
+  OptionalTensor bias, layer_scale;
   bool symmetric;
+  // Their values: each question to a tensor is a call of libtorch.
+  struct Values {
+    const int8_t* w;
+    const float* w_scale;
+    const int32_t* w_sum;
+    const float *bias, *layer_scale;
+  } values;
+  int64_t N;
 
-  // [w, w_scale, w_sum, bias] and, where the output is scaled, layer_scale.
-  Linear(const OptionalTensors& parts, bool is_symmetric)
+  // [w, w_scale, w_sum, bias] and, where the output is scaled, layer_scale; borrowed.
+  Linear(const std::vector<OptionalTensor>& parts, bool is_symmetric)
       : w(required(parts, 0)),
         w_scale(required(parts, 1)),
         w_sum(required(parts, 2)),
-        bias(contiguous(parts, 3)),
-        layer_scale(contiguous(parts, 4)),
-        symmetric(is_symmetric) {}
+        bias(parts.size() > 3 ? contiguous(parts[3]) : std::nullopt),
+        layer_scale(parts.size() > 4 ? contiguous(parts[4]) : std::nullopt),
+        symmetric(is_symmetric),
+        values{w.const_data_ptr<int8_t>(), w_scale.const_data_ptr<float>(),
+               w_sum.const_data_ptr<int32_t>(), const_data_ptr<float>(bias),
+               const_data_ptr<float>(layer_scale)},
+        N(w_scale.numel()) {}
 
-  int64_t N() const { return w_scale.numel(); }
-  PackedWeight weight() const {
-    return {w.const_data_ptr<int8_t>(), N(), w.size(1) * cpu::kGroupDepth};
-  }
+  PackedWeight weight() const { return {values.w, N, w.size(1) * cpu::kGroupDepth}; }
 
-  static at::Tensor required(const OptionalTensors& parts, size_t i) {
-    TORCH_CHECK_VALUE(i < parts.size() && parts.get(i).has_value(),
+  static Tensor required(const std::vector<OptionalTensor>& parts, size_t i) {
+    LRAEE_CHECK_VALUE(i < parts.size() && parts[i].has_value(),
                       "int8_block: a linear must have w, w_scale and w_sum");
-    return parts.get(i).value().contiguous();
-  }
-  static std::optional<at::Tensor> contiguous(const OptionalTensors& parts, size_t i) {
-    if (i >= parts.size() || !parts.get(i).has_value()) return std::nullopt;
-    return parts.get(i).value().contiguous();
+    return parts[i]->contiguous();
   }
 };
 
 struct Norm {
-  at::Tensor gamma;
-  std::optional<at::Tensor> beta;  // none: RMSNorm
+  Tensor gamma;
+  OptionalTensor beta;  // none: RMSNorm
   double eps;
 
-  // [gamma, beta], or [gamma] of an RMSNorm.
-  Norm(at::TensorList parts, double epsilon) : eps(epsilon) {
-    TORCH_CHECK_VALUE(parts.size() == 1 || parts.size() == 2,
-                      "int8_block: a norm must have gamma and, unless it is an RMSNorm, beta");
-    gamma = parts[0].contiguous();
+  // [gamma, beta], or [gamma] of an RMSNorm; borrowed.
+  Norm(const std::vector<Tensor>& parts, double epsilon)
+      : gamma(checked(parts)[0].contiguous()), eps(epsilon) {
     if (parts.size() == 2) beta = parts[1].contiguous();
   }
 
-  const float* beta_ptr() const {
-    return beta.has_value() ? beta->const_data_ptr<float>() : nullptr;
+  const float* gamma_ptr() const { return gamma.const_data_ptr<float>(); }
+  const float* beta_ptr() const { return const_data_ptr<float>(beta); }
+
+  static const std::vector<Tensor>& checked(const std::vector<Tensor>& parts) {
+    LRAEE_CHECK_VALUE(parts.size() == 1 || parts.size() == 2,
+                      "int8_block: a norm must have gamma and, unless it is an RMSNorm, beta");
+    return parts;
   }
 };
 

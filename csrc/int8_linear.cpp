@@ -2,13 +2,11 @@
 
 #include "int8_linear.h"
 
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 
 #include "cpu/int8_linear/blocking.h"
 #include "cpu/pack_weight/pack_weight.h"
+#include "box.h"
 #include "levels.h"
 
 namespace lraee {
@@ -17,14 +15,16 @@ namespace {
 // Contiguous float32 or int32 operand of the given length; null where it is absent. keep holds the
 // storage alive.
 template <class T>
-const T* vector_pointer(const char* name, const std::optional<at::Tensor>& operand, int64_t size,
-                        at::Tensor* keep) {
-  if (!operand.has_value()) return nullptr;
-  TORCH_CHECK_VALUE(operand->dim() == 1 && operand->size(0) == size, "int8_linear: ", name,
+const T* vector_pointer(const char* name, const Tensor* operand, int64_t size,
+                        OptionalTensor* keep) {
+  if (operand == nullptr) return nullptr;
+  LRAEE_CHECK_VALUE(operand->dim() == 1 && operand->size(0) == size, "int8_linear: ", name,
                     " must have shape [", size, "], got ", operand->sizes());
   *keep = operand->contiguous();
-  return keep->const_data_ptr<T>();
+  return (*keep)->const_data_ptr<T>();
 }
+
+const Tensor* pointer_to(const OptionalTensor& operand) { return operand ? &*operand : nullptr; }
 
 }  // namespace
 
@@ -51,8 +51,8 @@ cpu::Activation activation_from_name(std::string_view name) {
   if (name == "gelu") return cpu::Activation::kGelu;
   if (name == "gelu_tanh") return cpu::Activation::kGeluTanh;
   if (name == "quick_gelu") return cpu::Activation::kQuickGelu;
-  TORCH_CHECK_VALUE(
-      false, "int8_linear: activation must be none, gelu, gelu_tanh or quick_gelu, got ", name);
+  throw ValueError(
+      text("int8_linear: activation must be none, gelu, gelu_tanh or quick_gelu, got ", name));
 }
 
 namespace {
@@ -79,10 +79,10 @@ Grid best_grid(int64_t M, int64_t N, int64_t K) {
   Grid best{.M = M, .N = N, .m_parts = 1, .n_parts = 1};
   // A single row takes as long as its weights, which come from memory: 0.8 MB on one thread 41 us.
   if (M * N * K < kSerialProducts && N * K < kSerialBytes) return best;
-  const int64_t num_threads = at::get_num_threads();
+  const int64_t threads = num_threads();
   int64_t least = INT64_MAX;
-  for (int64_t m_parts = 1; m_parts <= num_threads; ++m_parts) {
-    const Grid grid{.M = M, .N = N, .m_parts = m_parts, .n_parts = num_threads / m_parts};
+  for (int64_t m_parts = 1; m_parts <= threads; ++m_parts) {
+    const Grid grid{.M = M, .N = N, .m_parts = m_parts, .n_parts = threads / m_parts};
     const int64_t rows = ceil_div(grid.row_step(), kRows) * kRows, columns = grid.column_step();
     const int64_t cost = rows * columns + kProductsPerByte * (rows + columns);
     if (cost < least) {
@@ -93,12 +93,14 @@ Grid best_grid(int64_t M, int64_t N, int64_t K) {
   return best;
 }
 
-void run_parallel(const cpu::Int8LinearArgs& a, const PackedWeight& next) {
+}  // namespace
+
+void int8_linear_of(const cpu::Int8LinearArgs& a, const PackedWeight& next) {
   if (a.M == 0 || a.N == 0) return;
   cpu::Int8Linear* const kernel = int8_linear_kernel();
   const Grid grid = best_grid(a.M, a.N, a.K), next_grid = best_grid(a.M, next.N, next.K);
   const int64_t row_step = grid.row_step(), column_step = grid.column_step();
-  at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
     static thread_local ThreadScratch memory;
     void* scratch = memory.at_least(cpu::int8_linear_scratch_bytes(a.K));
     for (int64_t part = begin; part < end; ++part) {
@@ -115,8 +117,6 @@ void run_parallel(const cpu::Int8LinearArgs& a, const PackedWeight& next) {
   });
 }
 
-}  // namespace
-
 cpu::NextWeight PackedWeight::from(int64_t n) const {
   // More would not come faster than the product reads it.
   constexpr int64_t kBytes = 64 * 1024;
@@ -127,30 +127,29 @@ cpu::NextWeight PackedWeight::from(int64_t n) const {
   return {w + panel * panel_bytes, std::min(kBytes, count * panel_bytes)};
 }
 
-at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
-                       const std::optional<at::Tensor>& x_zero, const at::Tensor& w,
-                       const at::Tensor& w_scale, const at::Tensor& w_sum,
-                       const std::optional<at::Tensor>& bias,
-                       const std::optional<at::Tensor>& residual,
-                       const std::optional<at::Tensor>& layer_scale, std::string_view activation,
-                       at::ScalarType out_dtype, const PackedWeight& next) {
-  TORCH_CHECK_VALUE(x_q.dim() == 2 && (x_q.size(1) <= 1 || x_q.stride(1) == 1),
+Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const OptionalTensor& x_zero,
+                   const Tensor& w, const Tensor& w_scale, const Tensor& w_sum,
+                   const OptionalTensor& bias, const OptionalTensor& residual,
+                   const OptionalTensor& layer_scale, std::string_view activation,
+                   Dtype out_dtype) {
+  LRAEE_CHECK_VALUE(x_q.dim() == 2 && (x_q.size(1) <= 1 || x_q.stride(1) == 1),
                     "int8_linear: x_q must have shape [M, K] and contiguous rows, got ",
                     x_q.sizes(), " with strides ", x_q.strides());
   const int64_t M = x_q.size(0), K = x_q.size(1), N = w_scale.numel();
-  const std::vector<int64_t> layout{cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth,
-                                    cpu::kGroupDepth};
-  TORCH_CHECK_VALUE(w.sizes() == at::IntArrayRef(layout) && w.is_contiguous(),
-                    "int8_linear: w must have the cpu layout ", at::IntArrayRef(layout),
-                    " of [N, K] = [", N, ", ", K, "], got ", w.sizes());
-  TORCH_CHECK_VALUE(
+  const auto layout = packed_layout(N, K);
+  LRAEE_CHECK_VALUE(std::ranges::equal(w.sizes(), layout) && w.is_contiguous(),
+                    "int8_linear: w must have the cpu layout ", Sizes(layout), " of [N, K] = [", N,
+                    ", ", K, "], got ", w.sizes());
+  LRAEE_CHECK_VALUE(
       !residual.has_value() || (residual->dim() == 2 && residual->size(0) == M &&
-                                residual->size(1) == N && residual->scalar_type() == out_dtype),
+                                residual->size(1) == N && residual->dtype() == out_dtype),
       "int8_linear: residual must be ", out_dtype, " [", M, ", ", N, "]");
-  at::Tensor y = at::empty({M, N}, x_q.options().dtype(out_dtype));
-  at::Tensor keep[6], residual_rows;
+  Tensor y = Tensor::empty({M, N}, out_dtype);
+  std::array<OptionalTensor, 6> keep;
+  OptionalTensor residual_rows;
   if (residual.has_value()) {
-    residual_rows = N <= 1 || residual->stride(1) == 1 ? *residual : residual->contiguous();
+    residual_rows =
+        N <= 1 || residual->stride(1) == 1 ? residual->borrowed() : residual->contiguous();
   }
   const cpu::Int8LinearArgs args{
       .M = M,
@@ -158,32 +157,25 @@ at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
       .K = K,
       .x_q = x_q.const_data_ptr<int8_t>(),
       .x_stride = x_q.stride(0),
-      .x_scale = vector_pointer<float>("x_scale", x_scale, M, &keep[0]),
-      .x_zero = vector_pointer<int32_t>("x_zero", x_zero, M, &keep[1]),
+      .x_scale = vector_pointer<float>("x_scale", &x_scale, M, &keep[0]),
+      .x_zero = vector_pointer<int32_t>("x_zero", pointer_to(x_zero), M, &keep[1]),
       .w = w.const_data_ptr<int8_t>(),
-      .w_scale = vector_pointer<float>("w_scale", w_scale, N, &keep[2]),
-      .w_sum = vector_pointer<int32_t>("w_sum", w_sum, N, &keep[3]),
-      .bias = vector_pointer<float>("bias", bias, N, &keep[4]),
-      .layer_scale = vector_pointer<float>("layer_scale", layer_scale, N, &keep[5]),
-      .residual = residual.has_value() ? residual_rows.const_data_ptr() : nullptr,
-      .residual_stride = residual.has_value() ? residual_rows.stride(0) : 0,
+      .w_scale = vector_pointer<float>("w_scale", &w_scale, N, &keep[2]),
+      .w_sum = vector_pointer<int32_t>("w_sum", &w_sum, N, &keep[3]),
+      .bias = vector_pointer<float>("bias", pointer_to(bias), N, &keep[4]),
+      .layer_scale = vector_pointer<float>("layer_scale", pointer_to(layer_scale), N, &keep[5]),
+      .residual = residual.has_value() ? residual_rows->const_data_ptr() : nullptr,
+      .residual_stride = residual.has_value() ? residual_rows->stride(0) : 0,
       .y = y.mutable_data_ptr(),
       .out_type = float_type(out_dtype, "int8_linear", "out_dtype"),
       .activation = activation_from_name(activation)};
-  run_parallel(args, next);
+  int8_linear_of(args, {});
   return y;
 }
 
-}  // namespace lraee
+namespace {
 
-TORCH_LIBRARY_IMPL(lraee, CPU, m) {
-  using lraee::int8_linear;
-  using Optional = const std::optional<at::Tensor>&;
-  m.impl("int8_linear",
-         [](const at::Tensor& x_q, const at::Tensor& x_scale, Optional x_zero, const at::Tensor& w,
-            const at::Tensor& w_scale, const at::Tensor& w_sum, Optional bias, Optional residual,
-            Optional layer_scale, std::string_view activation, at::ScalarType out_dtype) {
-           return int8_linear(x_q, x_scale, x_zero, w, w_scale, w_sum, bias, residual, layer_scale,
-                              activation, out_dtype);
-         });
-}
+const CpuOperators operators{LRAEE_OPERATOR(int8_linear)};
+
+}  // namespace
+}  // namespace lraee

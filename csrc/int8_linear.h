@@ -1,13 +1,18 @@
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
+#include <array>
 #include <string_view>
 
+#include "common.h"
 #include "cpu/int8_linear/int8_linear.h"
+#include "cpu/pack_weight/pack_weight.h"
 
 namespace lraee {
+
+// The sizes of a packed weight [N, K].
+inline std::array<int64_t, 4> packed_layout(int64_t N, int64_t K) {
+  return {cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth, cpu::kGroupDepth};
+}
 
 // Raises ValueError on an unknown name.
 cpu::Activation activation_from_name(std::string_view name);
@@ -24,13 +29,13 @@ struct PackedWeight {
 // The kernel of the active level.
 cpu::Int8Linear* int8_linear_kernel();
 
-// next: the weight of the next operator, prefetched while the last columns are at work.
-at::Tensor int8_linear(const at::Tensor& x_q, const at::Tensor& x_scale,
-                       const std::optional<at::Tensor>& x_zero, const at::Tensor& w,
-                       const at::Tensor& w_scale, const at::Tensor& w_sum,
-                       const std::optional<at::Tensor>& bias,
-                       const std::optional<at::Tensor>& residual,
-                       const std::optional<at::Tensor>& layer_scale, std::string_view activation,
-                       at::ScalarType out_dtype, const PackedWeight& next = {});
+Tensor int8_linear(const Tensor& x_q, const Tensor& x_scale, const OptionalTensor& x_zero,
+                   const Tensor& w, const Tensor& w_scale, const Tensor& w_sum,
+                   const OptionalTensor& bias, const OptionalTensor& residual,
+                   const OptionalTensor& layer_scale, std::string_view activation, Dtype out_dtype);
+
+// The product alone, of operands that were checked. next: the weight of the next operator,
+// prefetched while the last columns are at work.
+void int8_linear_of(const cpu::Int8LinearArgs& args, const PackedWeight& next);
 
 }  // namespace lraee

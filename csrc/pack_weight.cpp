@@ -3,46 +3,40 @@
 
 #include "cpu/pack_weight/pack_weight.h"
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
+#include <algorithm>
 #include <tuple>
+
+#include "box.h"
+#include "int8_linear.h"
 
 namespace lraee {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor> pack_weight(const at::Tensor& w_q) {
-  TORCH_CHECK_VALUE(w_q.dim() == 2, "pack_weight: w_q must have shape [N, K], got ", w_q.sizes());
-  TORCH_CHECK_TYPE(w_q.scalar_type() == at::kChar, "pack_weight: w_q must be int8, got ",
-                   w_q.scalar_type());
+std::tuple<Tensor, Tensor> pack_weight(const Tensor& w_q) {
+  LRAEE_CHECK_VALUE(w_q.dim() == 2, "pack_weight: w_q must have shape [N, K], got ", w_q.sizes());
+  LRAEE_CHECK_TYPE(w_q.dtype() == kInt8, "pack_weight: w_q must be int8, got ", w_q.dtype());
   const int64_t N = w_q.size(0), K = w_q.size(1);
-  const at::Tensor source = w_q.contiguous();
-  at::Tensor w =
-      at::empty({cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth, cpu::kGroupDepth},
-                w_q.options());
-  at::Tensor w_sum = at::empty({N}, w_q.options().dtype(at::kInt));
+  const Tensor source = w_q.contiguous();
+  Tensor w = Tensor::empty(
+      {cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth, cpu::kGroupDepth}, kInt8);
+  Tensor w_sum = Tensor::empty({N}, kInt32);
   cpu::pack_weight(source.const_data_ptr<int8_t>(), N, K, w.mutable_data_ptr<int8_t>(),
                    w_sum.mutable_data_ptr<int32_t>());
-  return {w, w_sum};
+  return {std::move(w), std::move(w_sum)};
 }
 
-at::Tensor unpack_weight(const at::Tensor& w, int64_t N, int64_t K) {
-  TORCH_CHECK_TYPE(w.scalar_type() == at::kChar, "unpack_weight: w must be int8, got ",
-                   w.scalar_type());
-  const std::vector<int64_t> expected{cpu::num_panels(N), cpu::num_k_groups(K), cpu::kPanelWidth,
-                                      cpu::kGroupDepth};
-  TORCH_CHECK_VALUE(w.sizes() == at::IntArrayRef(expected) && w.is_contiguous(),
-                    "unpack_weight: w must be contiguous in the CPU layout ",
-                    at::IntArrayRef(expected), " of [N, K] = [", N, ", ", K, "], got ", w.sizes());
-  at::Tensor w_q = at::empty({N, K}, w.options());
+Tensor unpack_weight(const Tensor& w, int64_t N, int64_t K) {
+  LRAEE_CHECK_TYPE(w.dtype() == kInt8, "unpack_weight: w must be int8, got ", w.dtype());
+  const auto layout = packed_layout(N, K);
+  LRAEE_CHECK_VALUE(std::ranges::equal(w.sizes(), layout) && w.is_contiguous(),
+                    "unpack_weight: w must be contiguous in the CPU layout ", Sizes(layout),
+                    " of [N, K] = [", N, ", ", K, "], got ", w.sizes());
+  Tensor w_q = Tensor::empty({N, K}, kInt8);
   cpu::unpack_weight(w.const_data_ptr<int8_t>(), N, K, w_q.mutable_data_ptr<int8_t>());
   return w_q;
 }
 
+const CpuOperators operators{LRAEE_OPERATOR(pack_weight), LRAEE_OPERATOR(unpack_weight)};
+
 }  // namespace
 }  // namespace lraee
-
-TORCH_LIBRARY_IMPL(lraee, CPU, m) {
-  m.impl("pack_weight", &lraee::pack_weight);
-  m.impl("unpack_weight", &lraee::unpack_weight);
-}

@@ -5,9 +5,6 @@
 #include "cpu/resize/resize.h"
 #include "cpu/resize/weights.h"
 
-#include <ATen/ATen.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -17,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "box.h"
 #include "levels.h"
 
 namespace lraee {
@@ -29,7 +27,7 @@ cpu::ResizeFilter filter_of(std::string_view name) {
   constexpr std::array<std::string_view, 5> kNames = {"box", "bilinear", "hamming", "bicubic",
                                                       "lanczos"};
   const auto it = std::find(kNames.begin(), kNames.end(), name);
-  TORCH_CHECK_VALUE(it != kNames.end(), kOp,
+  LRAEE_CHECK_VALUE(it != kNames.end(), kOp,
                     ": filter must be box, bilinear, hamming, bicubic or lanczos, got '", name,
                     "'");
   return static_cast<cpu::ResizeFilter>(it - kNames.begin());
@@ -47,7 +45,7 @@ class Weights {
     std::vector<double> real(stride_);
     const bool fits = cpu::resize_weights(axis, first, count, real.data(), start_.data(),
                                           taps_.data(), low_.data(), high_.data());
-    TORCH_CHECK_VALUE(fits, kOp, ": box must give weights below 32, got [", axis.begin, ", ",
+    LRAEE_CHECK_VALUE(fits, kOp, ": box must give weights below 32, got [", axis.begin, ", ",
                       axis.end, "] of ", axis.input);
   }
 
@@ -154,7 +152,7 @@ Span reach(const std::optional<Weights>& weights, Span outputs) {
   return {weights->begin(), weights->end() - weights->begin()};
 }
 
-Rows resized(const at::Tensor& image, const cpu::ResizeAxis& across, const cpu::ResizeAxis& down,
+Rows resized(const Tensor& image, const cpu::ResizeAxis& across, const cpu::ResizeAxis& down,
              Span columns, Span rows, bool vertical_first) {
   std::optional<Weights> across_weights, down_weights;
   if (is_resized(across)) across_weights.emplace(across, columns.first, columns.count);
@@ -200,42 +198,41 @@ void write_floats(const Rows& x, const float* table, float* y) {
   }
 }
 
-void check(const at::Tensor& image, at::ArrayRef<double> box, at::IntArrayRef size,
-           at::IntArrayRef crop, const std::optional<at::Tensor>& table, bool channels_first) {
-  TORCH_CHECK_VALUE(image.dim() == 3 && image.size(2) == kChannels && image.numel() > 0, kOp,
+void check(const Tensor& image, std::span<const double> box, Sizes size, Sizes crop,
+           const OptionalTensor& table, bool channels_first) {
+  LRAEE_CHECK_VALUE(image.dim() == 3 && image.size(2) == kChannels && image.numel() > 0, kOp,
                     ": image must have shape [H, W, 3] and pixels, got ", image.sizes());
-  TORCH_CHECK_TYPE(image.scalar_type() == at::kByte, kOp, ": image must be uint8, got ",
-                   image.scalar_type());
-  TORCH_CHECK_VALUE(image.is_contiguous(), kOp, ": image must be contiguous, got strides ",
+  LRAEE_CHECK_TYPE(image.dtype() == kUint8, kOp, ": image must be uint8, got ", image.dtype());
+  LRAEE_CHECK_VALUE(image.is_contiguous(), kOp, ": image must be contiguous, got strides ",
                     image.strides());
   constexpr int64_t kMost = int64_t{1} << 30;
-  TORCH_CHECK_VALUE(image.size(0) < kMost && image.size(1) < kMost, kOp,
+  LRAEE_CHECK_VALUE(image.size(0) < kMost && image.size(1) < kMost, kOp,
                     ": image must have sides below 2^30, got ", image.sizes());
-  TORCH_CHECK_VALUE(box.size() == 4 && box[0] >= 0 && box[1] >= 0 && box[2] > box[0] &&
+  LRAEE_CHECK_VALUE(box.size() == 4 && box[0] >= 0 && box[1] >= 0 && box[2] > box[0] &&
                         box[3] > box[1] && box[2] <= static_cast<double>(image.size(1)) &&
                         box[3] <= static_cast<double>(image.size(0)),
                     kOp, ": box must be [left, top, right, bottom] inside the image, got ", box);
-  TORCH_CHECK_VALUE(
+  LRAEE_CHECK_VALUE(
       size.size() == 2 && size[0] > 0 && size[1] > 0 && size[0] < kMost && size[1] < kMost, kOp,
       ": size must be [height, width], both positive, got ", size);
-  TORCH_CHECK_VALUE(crop.size() == 4 && crop[0] >= 0 && crop[1] >= 0 && crop[2] > 0 &&
+  LRAEE_CHECK_VALUE(crop.size() == 4 && crop[0] >= 0 && crop[1] >= 0 && crop[2] > 0 &&
                         crop[3] > 0 && crop[2] <= size[0] && crop[3] <= size[1] &&
                         crop[0] <= size[0] - crop[2] && crop[1] <= size[1] - crop[3],
                     kOp, ": crop must be [top, left, height, width] inside size ", size, ", got ",
                     crop);
   if (!table.has_value()) return;
-  TORCH_CHECK_VALUE(table->scalar_type() == at::kFloat && table->is_contiguous() &&
-                        table->sizes() == at::IntArrayRef({kChannels, 256}) && channels_first,
+  LRAEE_CHECK_VALUE(table->dtype() == kFloat32 && table->is_contiguous() &&
+                        equal(table->sizes(), {kChannels, 256}) && channels_first,
                     kOp, ": table must be float32 [3, 256], with channels_first, got ",
-                    table->scalar_type(), " ", table->sizes());
+                    table->dtype(), " ", table->sizes());
 }
 
 }  // namespace
 
-at::Tensor resize_crop_normalize(const at::Tensor& image, at::ArrayRef<double> box,
-                                 at::IntArrayRef size, at::IntArrayRef crop,
-                                 std::string_view filter_name, bool vertical_first,
-                                 const std::optional<at::Tensor>& table, bool channels_first) {
+Tensor resize_crop_normalize(const Tensor& image, const std::vector<double>& box,
+                             const std::vector<int64_t>& size, const std::vector<int64_t>& crop,
+                             std::string_view filter_name, bool vertical_first,
+                             const OptionalTensor& table, bool channels_first) {
   check(image, box, size, crop, table, channels_first);
   const cpu::ResizeFilter filter = filter_of(filter_name);
   const cpu::ResizeAxis across{image.size(1), static_cast<float>(box[0]),
@@ -245,24 +242,23 @@ at::Tensor resize_crop_normalize(const at::Tensor& image, at::ArrayRef<double> b
   const Rows rows =
       resized(image, across, down, {crop[1], crop[3]}, {crop[0], crop[2]}, vertical_first);
   if (table.has_value()) {
-    at::Tensor y = at::empty({kChannels, crop[2], crop[3]}, table->options());
+    Tensor y = Tensor::empty({kChannels, crop[2], crop[3]}, kFloat32);
     write_floats(rows, table->const_data_ptr<float>(), y.mutable_data_ptr<float>());
     return y;
   }
-  at::Tensor y = channels_first ? at::empty({kChannels, crop[2], crop[3]}, image.options())
-                                : at::empty({crop[2], crop[3], kChannels}, image.options());
+  Tensor y = channels_first ? Tensor::empty({kChannels, crop[2], crop[3]}, kUint8)
+                            : Tensor::empty({crop[2], crop[3], kChannels}, kUint8);
   write_bytes(rows, channels_first, y.mutable_data_ptr<uint8_t>());
   return y;
 }
 
-}  // namespace lraee
+namespace {
 
 // Its schema stands here, not with the operators of models: nothing traces or differentiates it.
-TORCH_LIBRARY_FRAGMENT(lraee, m) {
-  m.def(
-      "resize_crop_normalize(Tensor image, float[] box, int[] size, int[] crop, str filter, "
-      "bool vertical_first, Tensor? table, bool channels_first) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(lraee, CPU, m) {
-  m.impl("resize_crop_normalize", &lraee::resize_crop_normalize);
-}
+const CpuOperators operators{
+    "resize_crop_normalize(Tensor image, float[] box, int[] size, int[] crop, str filter, "
+    "bool vertical_first, Tensor? table, bool channels_first) -> Tensor",
+    LRAEE_OPERATOR(resize_crop_normalize)};
+
+}  // namespace
+}  // namespace lraee

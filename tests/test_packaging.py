@@ -1,6 +1,7 @@
 """Set-up says what is missing before it downloads; sdist and wheel hold what they must."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -32,6 +33,9 @@ with torch.inference_mode():
     one, other = (m.encode_image(images, normalize=True) for m in (model, fast))
 cosine = (one * other).sum(1).min().item()
 assert cosine > 0.99, cosine
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+pools = [path for path in libraries if "libgomp" in path or "libomp" in path]
+assert len(pools) == 1 and "/torch" in pools[0], pools
 print("smoke ok")
 """
 
@@ -130,6 +134,40 @@ def test_extension_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extension.name == "lraee._C"
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
     assert set(extension.sources) == sources
+    assert extension.py_limited_api
+
+
+def test_only_the_binding_knows_torch_and_python() -> None:
+    """Any other header of torch or of pybind11 would tie the build to one version of them."""
+    includes: dict[str, set[str]] = {}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        for header in re.findall(r"#include <([\w./]+)>", path.read_text()):
+            if header.split("/")[0] in {"torch", "ATen", "c10", "pybind11", "Python.h", "omp.h"}:
+                includes.setdefault(str(path.relative_to(ROOT / "csrc")), set()).add(header)
+    assert includes == {
+        "tensor.h": {"torch/csrc/stable/c/shim.h"},
+        "errors.h": {"Python.h"},
+        "register.cpp": {"Python.h"},
+    }
+
+
+def test_a_build_in_place_removes_what_python_would_prefer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """_C.cpython-311-x86_64-linux-gnu.so, of before the limited API, comes before _C.abi3.so."""
+    arguments = _setup_arguments(monkeypatch)
+    assert arguments["options"] == {"bdist_wheel": {"py_limited_api": "cp311"}}
+    command = arguments["cmdclass"]["build_ext"]
+    stale, kept = tmp_path / "lraee" / "_C.cpython-311-x86_64-linux-gnu.so", tmp_path / "lraee"
+    kept.mkdir()
+    stale.touch()
+    (kept / "_C.abi3.so").touch()
+    monkeypatch.setattr(command.__mro__[1], "run", lambda self: None)
+    monkeypatch.setitem(command.run.__globals__, "ROOT", tmp_path)
+    build = command(setuptools.Distribution())
+    build.inplace = True
+    build.run()
+    assert [path.name for path in kept.iterdir()] == ["_C.abi3.so"]
 
 
 def _settings() -> dict[str, Any]:
@@ -159,12 +197,11 @@ def test_every_data_file_is_matched() -> None:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and with the wheel that was built from it."""
+    """A folder with the sdist, and with the audited wheel that was built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    tools = Path(sys.prefix) / "wheel-tools"
     run = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)],
-        env=os.environ | {"PATH": path},
+        ["sh", str(ROOT / "scripts" / "build_wheels.sh"), sys.executable, str(tools), str(folder)],
         capture_output=True,
         text=True,
     )
@@ -193,6 +230,8 @@ def test_wheel_works_from_another_folder(dist: Path, tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"lraee"}
     assert {"lraee/kernels/__init__.py", "lraee/py.typed", "lraee/_C.pyi"} <= names
+    assert wheel.name.endswith("-cp311-abi3-manylinux_2_28_x86_64.whl")
+    assert [name for name in names if ".so" in name] == ["lraee/_C.abi3.so"]
     target = tmp_path / "target"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*install, "--target", str(target), str(wheel)], check=True)
