@@ -40,14 +40,14 @@ class Decoder:
     """decode(data, preprocess) off the event loop; its threads come from the CPU quota.
 
     Args:
-      settings: image_bytes.
+      settings: image_bytes, cpus.
       metrics: decode_seconds.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """See the class."""
         self._settings, self._metrics = settings, metrics
-        self.threads = max(1, math.floor(available_cpus()))
+        self.threads = max(1, math.floor(settings.cpus or available_cpus()))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lraee-decode")
         self.seconds = 0.0
 
