@@ -7,9 +7,11 @@
     python -m bench.serve_load --server infinity --python VENV/bin/python --model NAME
 
 Each client is a connection that sends one image, waits for its answer and sends the next; a round
-ends after --seconds or --requests. CPU is that of the server's whole process tree; "edge" is that
-of the thread that speaks HTTP: all that is neither decoding nor model. The soak keeps 64 clients on
-a queue of 0.2 s and counts every answer; a request without one is a failure.
+ends after --seconds or --requests. CPU is that of the server's whole process tree. Of `lraee serve`
+it is split by clocks of its threads: "decode"; "server", which is the thread that speaks HTTP and
+what the other threads spend beside their work; and "model", the rest, OpenMP's threads included.
+Times of CPU hardly depend on how busy the machine is. The soak keeps 64 clients on a queue of 0.2 s
+and counts every answer; a request without one is a failure.
 """
 
 import asyncio
@@ -40,7 +42,7 @@ _START_S = 180.0
 
 @dataclass(frozen=True)
 class Round:
-    """One number of clients: requests answered, their latencies in ms, CPU in ms a request."""
+    """One number of clients: answers, latencies in ms, CPU in ms a request, mean batch."""
 
     clients: int
     requests: int
@@ -50,7 +52,10 @@ class Round:
     p50_ms: float
     p99_ms: float
     cpu_ms: float
-    edge_ms: float | None
+    decode_ms: float | None = None
+    server_ms: float | None = None
+    model_ms: float | None = None
+    batch: float | None = None
 
 
 def main(
@@ -96,10 +101,15 @@ def main(
 
 
 def _line(row: Round) -> str:
-    edge = "" if row.edge_ms is None else f", edge {row.edge_ms:.2f} ms"
+    parts = ""
+    if row.server_ms is not None:
+        parts = (
+            f" (decode {row.decode_ms:.2f}, model {row.model_ms:.2f}, server {row.server_ms:.2f}),"
+            f" {row.batch:.1f} images a call"
+        )
     return (
         f"{row.clients:>3} clients     {row.per_s:.1f}/s, p50 {row.p50_ms:.1f} ms,"
-        f" p99 {row.p99_ms:.1f} ms, CPU {row.cpu_ms:.2f} ms a request{edge};"
+        f" p99 {row.p99_ms:.1f} ms, CPU {row.cpu_ms:.2f} ms a request{parts};"
         f" {row.requests} requests {row.statuses}, {row.lost} lost"
     )
 
@@ -143,7 +153,7 @@ def _round(
     has_metrics: bool,
 ) -> Round:  # fmt: skip
     tally = _Tally(time.monotonic() + seconds, requests, Counter(), [])
-    cpu, edge = _cpu_s(pid), _edge_s(port) if has_metrics else 0.0
+    counted, cpu = _counted(port) if has_metrics else {}, _cpu_s(pid)
     started = time.monotonic()
 
     async def run() -> None:
@@ -152,12 +162,32 @@ def _round(
     asyncio.run(run())
     elapsed, count = time.monotonic() - started, max(1, len(tally.latencies))
     p50, p99 = np.percentile(tally.latencies or [0.0], [50, 99])
+    cpu_ms = 1e3 * (_cpu_s(pid) - cpu) / count
     return Round(
         clients=clients, requests=len(tally.latencies), statuses=dict(tally.statuses),
         lost=tally.lost, per_s=tally.statuses[200] / elapsed, p50_ms=1e3 * float(p50),
-        p99_ms=1e3 * float(p99), cpu_ms=1e3 * (_cpu_s(pid) - cpu) / count,
-        edge_ms=1e3 * (_edge_s(port) - edge) / count if has_metrics else None,
+        p99_ms=1e3 * float(p99), cpu_ms=cpu_ms,
+        **(_split(counted, _counted(port), cpu_ms, count) if has_metrics else {}),
     )  # fmt: skip
+
+
+def _split(
+    before: dict[str, float], after: dict[str, float], cpu_ms: float, count: int
+) -> dict[str, float]:
+    """CPU in ms a request by part, and the mean size of a call of the model."""
+    more = {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+    def total(start: str) -> float:
+        return sum(value for name, value in more.items() if name.startswith(start))
+
+    cpu = 'lraee_cpu_seconds_total{part="'
+    decode_ms = 1e3 * total(cpu + "decode") / count
+    server_ms = 1e3 * (total(cpu + "threads") + total("lraee_event_loop_cpu_seconds")) / count
+    calls = max(1.0, total("lraee_batch_size_count"))
+    return {
+        "decode_ms": decode_ms, "server_ms": server_ms, "model_ms": cpu_ms - decode_ms - server_ms,
+        "batch": total("lraee_batch_size_sum") / calls,
+    }  # fmt: skip
 
 
 async def _client(port: int, message: bytes, tally: _Tally) -> None:
@@ -253,10 +283,11 @@ def _get(port: int, path: str) -> bytes:
     return answer
 
 
-def _edge_s(port: int) -> float:
-    rows = _get(port, "/metrics").decode().splitlines()
-    row = next(row for row in rows if row.startswith("lraee_event_loop_cpu_seconds"))
-    return float(row.split()[1])
+def _counted(port: int) -> dict[str, float]:
+    """The series of /metrics."""
+    rows = _get(port, "/metrics").decode().partition("\r\n\r\n")[2].splitlines()
+    pairs = (row.rsplit(" ", 1) for row in rows if row.startswith("lraee_"))
+    return {name: float(value) for name, value in pairs}
 
 
 def _tree(pid: int) -> list[int]:

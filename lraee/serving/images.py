@@ -49,6 +49,7 @@ class Decoder:
         self._settings, self._metrics = settings, metrics
         self.threads = max(1, math.floor(settings.cpus or available_cpus()))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lraee-decode")
+        self._cpu = metrics.cpu_split("decode")
         self.seconds = 0.0
 
     async def decode(self, data: bytes, preprocess: Preprocess) -> Picture:
@@ -58,10 +59,16 @@ class Decoder:
         if format_of(data) is None:
             known = ", ".join(MEDIA_TYPES)
             raise ServiceError(415, f"an image must be one of {known}", "no_image")
-        picture, elapsed_s = await self.run(lambda: _decode(data, preprocess))
+        picture, elapsed_s = await self.run(lambda: self._timed(data, preprocess))
         self._metrics.decode_seconds.observe(elapsed_s)
         self.seconds = 0.9 * (self.seconds or elapsed_s) + 0.1 * elapsed_s
         return picture
+
+    def _timed(self, data: bytes, preprocess: Preprocess) -> tuple[Picture, float]:
+        started = time.perf_counter()
+        with self._cpu.working():
+            picture = _decode(data, preprocess)
+        return picture, time.perf_counter() - started
 
     async def run(self, function: Callable[[], T]) -> T:
         """function() in the pool."""
@@ -79,10 +86,9 @@ def too_large(settings: Settings) -> ServiceError:
     )
 
 
-def _decode(data: bytes, preprocess: Preprocess) -> tuple[Picture, float]:
-    started = time.perf_counter()
+def _decode(data: bytes, preprocess: Preprocess) -> Picture:
     try:
         tensor, (height, width) = preprocess.with_size(data)
     except DecodeError as error:
         raise ServiceError(422, f"the image {error}", "broken_image") from None
-    return Picture(tensor, width, height), time.perf_counter() - started
+    return Picture(tensor, width, height)

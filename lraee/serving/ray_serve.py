@@ -138,6 +138,8 @@ def deployment(plan: Plan, *, token: str | None = None) -> Any:
             "max_replicas": plan.max_replicas,
             # One full batch in the model; what comes beyond is worth another replica.
             "target_ongoing_requests": settings.max_batch,
+            # A queue that is still full when its first input should have been answered.
+            "upscale_delay_s": plan.queue_s,
         },
         max_ongoing_requests=_MAX_ONGOING,
         max_queued_requests=_MAX_ONGOING,
