@@ -4,7 +4,9 @@
     python -m bench.serve_load --soak-s 600
     pip install --target SITE litserve
     python -m bench.serve_load --server litserve --site SITE
-    python -m bench.serve_load --server infinity --python VENV/bin/python --model NAME
+    python -m bench.serve_clip FOLDER    # lraee-tiny for infinity-emb
+    VENV/bin/pip install 'infinity-emb[torch,server,vision]'
+    python -m bench.serve_load --server infinity --python VENV/bin/python --model FOLDER
 
 Each client is a connection that sends one image, waits for its answer and sends the next; a round
 ends after --seconds or --requests. CPU is that of the server's whole process tree. Of `lraee serve`
@@ -242,7 +244,8 @@ def _running(
                      "--url-prefix", "/v1", "--served-model-name", model],
     }  # fmt: skip
     paths = [str(site)] if site else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()]),
+                   "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
     process = subprocess.Popen(
         [python, *commands[server]], stdout=subprocess.DEVNULL, env=environment,
         start_new_session=True,
