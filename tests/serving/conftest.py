@@ -1,7 +1,5 @@
 """One model for all tests of the server, and servers on loopback in a thread of the test."""
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -107,27 +105,6 @@ def single(encoder: ClipEncoder) -> Callable[[bytes], NDArray[np.float32]]:
         return row
 
     return embed
-
-
-@pytest.fixture
-def ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A Ray cluster and the second of its two nodes: one CPU and an object store each."""
-    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lraee[ray]'")
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), *filter(None, sys.path)]))
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
-    small = {"node_ip_address": "127.0.0.2", "object_store_memory": 100 << 20}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, **small},
-    )
-    try:
-        yield cluster, cluster.add_node(num_cpus=1, **small)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def write_photos(folder: Path, files: dict[str, bytes]) -> None:

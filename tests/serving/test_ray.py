@@ -1,7 +1,10 @@
 """Embedding on a real cluster of two nodes on this machine, one of which is killed."""
 
+import os
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,32 @@ def photos(root: Path, count: int) -> Path:
     return root
 
 
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without CPUs for actors and two nodes, each with an object store of its own."""
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lraee[ray]'")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), *filter(None, sys.path)]))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+    small = {"node_ip_address": "127.0.0.2", "object_store_memory": 100 << 20}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, **small},
+    )
+    try:
+        yield cluster, cluster.add_node(num_cpus=1, **small)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 @pytest.mark.slow
-def test_a_killed_node_changes_nothing(tmp_path: Path, ray_nodes: Any) -> None:
+def test_a_killed_node_changes_nothing(tmp_path: Path, cluster: Any) -> None:
     from lraee.serving import ray as on_ray
 
-    nodes, second = ray_nodes
+    nodes, second = cluster
     root = photos(tmp_path / "photos", 1200)
     model = PhotoModel(CHOICE)
     with Output(tmp_path / "here") as output:

@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 
 from lraee.serving.ray_serve import Plan, Replica, app, deployment
 from lraee.serving.settings import LOOPBACK_NAMES
+from tests.serving import test_ray
 from tests.serving.conftest import MODEL
 from tests.serving.test_server import data_uri
 
 DEADLINE_S = 60.0
+
+two_nodes = test_ray.cluster  # the fixture
 
 
 def test_plan_reads_words_and_values() -> None:
@@ -134,14 +137,14 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 @pytest.mark.slow
 def test_a_killed_node_loses_no_request(
-    ray_nodes: Any,
+    two_nodes: Any,
     photo_files: dict[str, bytes],
     single: Callable[[bytes], NDArray[np.float32]],
 ) -> None:
     """Load starts the second replica, on the second node; the node is killed under that load."""
     ray = pytest.importorskip("ray")
     serve = pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install 'lraee[ray]'")
-    nodes, second = ray_nodes
+    nodes, second = two_nodes
     image = photo_files["coffee.png"]
     expected = single(image)
     with socket.socket() as free:
