@@ -10,7 +10,7 @@ CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
-.PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-gpu check format docs bench bench-tower regressions
+.PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-ray test-gpu check format docs bench bench-tower regressions
 .PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
 
 help:  ## Lists the targets.
@@ -84,6 +84,16 @@ test-transformers-4: setup $(VENV)/transformers-4  ## The tests of vision models
 	PYTHONPATH=$(VENV)/transformers-4 $(PARALLEL) -m "not slow and not gpu" \
 	  tests/towers/test_hugging_face.py tests/towers/test_hugging_face_running.py \
 	  tests/towers/test_hugging_face_weights.py tests/towers/test_wrappers.py
+
+# Ray brings packages that nothing else here needs; those of .venv keep their versions
+RAY_TESTS := tests/serving/test_ray.py
+
+$(VENV)/ray: | setup
+	@$(PY) -m pip freeze --exclude-editable >$(VENV)/versions.txt
+	@$(PIP) --target $@ --constraint $(VENV)/versions.txt "ray[data]>=2.40"
+
+test-ray: setup $(VENV)/ray  ## The tests that start a Ray cluster on this machine.
+	PYTHONPATH=$(abspath $(VENV)/ray) OMP_NUM_THREADS=1 $(PY) -m pytest $(RAY_TESTS)
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU.
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu
