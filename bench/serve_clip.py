@@ -34,7 +34,10 @@ _NAMES = {
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
-_TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
+_TRANSPOSED = {
+    "text_projection": "text_projection.weight",
+    "visual.proj": "visual_projection.weight",
+}
 
 
 def convert(name: str = "lraee-tiny") -> tuple[CLIPModel, Tokenizer]:
@@ -42,19 +45,19 @@ def convert(name: str = "lraee-tiny") -> tuple[CLIPModel, Tokenizer]:
     model, _, tokenizer = zoo.load(name)
     visual: Any = model.visual
     tower = {"hidden_act": "gelu", "layer_norm_eps": 1e-5}
-    text_width = model.token_embedding.weight.shape[1]
+    text_width, width = model.token_embedding.weight.shape[1], model.text_projection.shape[1]
     config = CLIPConfig(
-        projection_dim=model.text_projection.shape[1],
+        projection_dim=width,
         text_config={
             **tower, **_sizes(model.transformer), "hidden_size": text_width,
             "max_position_embeddings": model.context_length, "vocab_size": model.vocab_size,
             "bos_token_id": tokenizer.sot_token_id, "eos_token_id": tokenizer.eot_token_id,
-            "pad_token_id": tokenizer.eot_token_id, "projection_dim": model.text_projection.shape[1],
+            "pad_token_id": tokenizer.eot_token_id, "projection_dim": width,
         },
         vision_config={
             **tower, **_sizes(visual.transformer), "hidden_size": visual.conv1.out_channels,
             "image_size": visual.image_size[0], "patch_size": visual.patch_size[0],
-            "projection_dim": model.text_projection.shape[1],
+            "projection_dim": width,
         },
     )  # fmt: skip
     converted = CLIPModel(config).eval()
