@@ -5,7 +5,7 @@
     pip install --target SITE litserve
     python -m bench.serve_load --server litserve --site SITE
     python -m bench.serve_clip FOLDER    # lraee-tiny for infinity-emb
-    VENV/bin/pip install 'infinity-emb[torch,server,vision]'
+    VENV/bin/pip install 'infinity-emb[torch,server,vision]' aiohttp
     python -m bench.serve_load --server infinity --python VENV/bin/python --model FOLDER
 
 Each client is a connection that sends one image, waits for its answer and sends the next; a round
@@ -82,7 +82,9 @@ def main(
     options = ("--queue-s", "0.2") if soak_s else ()
     with _running(server, model, python, site, options) as (port, pid):
         typer.echo(f"image           {len(data)} bytes; {machine.describe()['machine']}")
-        _round(port, pid, message, 4, min(2.0, seconds), requests, has_metrics=False)
+        warm = _round(port, pid, message, 4, min(2.0, seconds), requests, has_metrics=False)
+        if 200 not in warm.statuses:
+            raise OSError(f"serve_load: the server must embed an image, got {warm.statuses}")
         before = _rss_bytes(pid)
         rounds = []
         for count in [64] if soak_s else clients or [1, 16, 64]:
