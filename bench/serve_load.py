@@ -2,6 +2,7 @@
 
     python -m bench.serve_load --seconds 10
     python -m bench.serve_load --soak-s 600
+    python -m bench.serve_load --quota 1.5    # in a cgroup of 1.5 cores, as root
     pip install --target SITE litserve
     python -m bench.serve_load --server litserve --site SITE
     python -m bench.serve_clip FOLDER    # lraee-tiny for infinity-emb
@@ -27,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +36,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
+from bench import cpu_quota
+from bench.cpu_quota import throttled
 from lraee.measurement import machine
 
 Server = Literal["lraee", "litserve", "infinity"]
@@ -71,6 +74,7 @@ def main(
     ] = None,
     python: Annotated[str, typer.Option(help="Interpreter of the server.")] = sys.executable,
     site: Annotated[Path | None, typer.Option(help="Folder with the rival's packages.")] = None,
+    quota: Annotated[float, typer.Option(min=0, help="CPU quota of the server in cores.")] = 0.0,
     soak_s: Annotated[float, typer.Option(max=3600, help="Instead: overload for so long.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
@@ -80,7 +84,10 @@ def main(
     data = _jpeg() if photo is None else photo.read_bytes()
     message = _message(model, data)
     options = ("--queue-s", "0.2") if soak_s else ()
-    with _running(server, model, python, site, options) as (port, pid):
+    with ExitStack() as stack:
+        group = stack.enter_context(cpu_quota.quota(quota)) if quota else None
+        context = _running(server, model, python, site, options, group)
+        port, pid = stack.enter_context(context)
         typer.echo(f"image           {len(data)} bytes; {machine.describe()['machine']}")
         warm = _round(port, pid, message, 4, min(2.0, seconds), requests, has_metrics=False)
         if 200 not in warm.statuses:
@@ -93,6 +100,8 @@ def main(
             row = _round(port, pid, message, count, soak_s or seconds, most, has_metrics=is_lraee)
             rounds.append(row)
             typer.echo(_line(row))
+            if group is not None:
+                typer.echo("quota           periods {}, throttled {}".format(*throttled(group)))
         after = _rss_bytes(pid)
         typer.echo(f"memory          {before >> 20} MB before, {after >> 20} MB after")
     if out is not None:
@@ -233,7 +242,12 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
 
 @contextmanager
 def _running(
-    server: str, model: str, python: str, site: Path | None, options: tuple[str, ...]
+    server: str,
+    model: str,
+    python: str,
+    site: Path | None,
+    options: tuple[str, ...],
+    group: Path | None,
 ) -> Iterator[tuple[int, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -248,8 +262,9 @@ def _running(
     paths = [str(site)] if site else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()]),
                    "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    joining = ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh"] if group else []
     process = subprocess.Popen(
-        [python, *commands[server]], stdout=subprocess.DEVNULL, env=environment,
+        [*joining, python, *commands[server]], stdout=subprocess.DEVNULL, env=environment,
         start_new_session=True,
     )  # fmt: skip
     try:
