@@ -117,6 +117,7 @@ def _require_extra() -> None:
     try:
         import orjson  # noqa: F401
         import prometheus_client  # noqa: F401
+        import pybase64  # noqa: F401
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
