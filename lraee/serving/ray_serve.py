@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 _HEALTH_PERIOD_S = 5.0
+_UPSCALE_S = 10.0
+"""About what a replica takes to start: a peak that is shorter is over before it helps."""
 _MAX_ONGOING = 1024
 """Requests of one replica, as of one `lraee serve`: below it the application's 429 decides."""
 
@@ -138,8 +140,7 @@ def deployment(plan: Plan, *, token: str | None = None) -> Any:
             "max_replicas": plan.max_replicas,
             # One full batch in the model; what comes beyond is worth another replica.
             "target_ongoing_requests": settings.max_batch,
-            # A queue that is still full when its first input should have been answered.
-            "upscale_delay_s": plan.queue_s,
+            "upscale_delay_s": _UPSCALE_S,
         },
         max_ongoing_requests=_MAX_ONGOING,
         max_queued_requests=_MAX_ONGOING,

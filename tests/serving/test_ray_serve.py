@@ -153,7 +153,7 @@ def test_a_killed_node_loses_no_request(
     ray.init(nodes.address, _node_ip_address="127.0.0.2", log_to_driver=False)
     http = {"host": "127.0.0.1", "port": port, "request_timeout_s": DEADLINE_S}
     serve.start(proxy_location="HeadOnly", http_options=http)
-    plan = Plan((MODEL,), max_replicas=2, queue_s=10.0, deadline_s=DEADLINE_S)
+    plan = Plan((MODEL,), max_replicas=2, queue_s=1000.0, deadline_s=DEADLINE_S)
     try:
         serve.run(deployment(plan), name="lraee")
         url = f"http://127.0.0.1:{port}"
