@@ -13,7 +13,7 @@ from torch import Tensor
 from lraee.data.decoding import DecodeError
 from lraee.data.headers import Format, format_of
 from lraee.data.preprocess import Preprocess
-from lraee.measurement.machine import available_cpus
+from lraee.measurement.machine import threads_here
 from lraee.serving.errors import ServiceError
 from lraee.serving.metrics import Metrics
 from lraee.serving.settings import Settings
@@ -47,7 +47,8 @@ class Decoder:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """See the class."""
         self._settings, self._metrics = settings, metrics
-        self.threads = max(1, math.floor(settings.cpus or available_cpus()))
+        cpus = settings.cpus
+        self.threads = threads_here() if cpus is None else max(1, math.floor(cpus))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lraee-decode")
         self._cpu = metrics.cpu_split("decode")
         self.seconds = 0.0

@@ -10,6 +10,7 @@ import pybase64
 import torch
 from numpy.typing import NDArray
 
+from lraee.measurement.machine import limit_threads
 from lraee.serving.admission import Admission
 from lraee.serving.batching import Batcher, Kind, Result
 from lraee.serving.encoder import ClipEncoder
@@ -60,8 +61,10 @@ class Service:
 
     def start(self) -> None:
         """Start every worker; the model's threads are bounded by the CPU quota."""
-        threads = self.decoder.threads
-        torch.set_num_threads(min(threads, torch.get_num_threads()))
+        if self.settings.cpus is None:
+            limit_threads()
+        else:
+            torch.set_num_threads(min(self.decoder.threads, torch.get_num_threads()))
         for model in self.models.values():
             model.batcher.start()
 

@@ -10,12 +10,12 @@ from lraee.serving.settings import Settings
 
 @pytest.mark.parametrize(
     ("available", "cpus", "threads"),
-    [(0.4, None, 1), (1.5, None, 1), (3.9, None, 3), (8.0, 2.0, 2), (8.0, 0.5, 1)],
+    [(1, None, 1), (3, None, 3), (8, 2.0, 2), (8, 0.5, 1)],
 )
 def test_threads_follow_the_quota_or_the_setting(
-    monkeypatch: pytest.MonkeyPatch, available: float, cpus: float | None, threads: int
+    monkeypatch: pytest.MonkeyPatch, available: int, cpus: float | None, threads: int
 ) -> None:
-    monkeypatch.setattr(images, "available_cpus", lambda: available)
+    monkeypatch.setattr(images, "threads_here", lambda: available)
     decoder = Decoder(Settings(cpus=cpus), Metrics())
     assert decoder.threads == threads
     decoder.close()
