@@ -62,8 +62,7 @@ serve: setup  ## A page to search photos, and their embeddings over HTTP (DATA=,
 	@mkdir -p $(RESULTS)
 	@$(if $(DATA),$(BIN)/lraee embed "$(DATA)",$(PY) -c '$(SAMPLES)' | $(BIN)/lraee embed -) \
 	  --out $(RESULTS)/photos.parquet $(MODEL_ARGS)
-	@$(BIN)/lraee serve --photos $(RESULTS)/photos.parquet $(if $(DATA),--photos-from "$(DATA)") \
-	  $(MODEL_ARGS)
+	@$(BIN)/lraee serve --photos $(RESULTS)/photos.parquet $(MODEL_ARGS)
 
 doctor: setup  ## Says which implementation of each operator runs here, and why the others do not.
 	@$(BIN)/lraee doctor
@@ -92,11 +91,11 @@ test-transformers-4: setup $(VENV)/transformers-4  ## The tests of models of tra
 	  tests/towers/test_hugging_face_text.py tests/towers/test_open_clip_hf_text.py
 
 # Ray brings packages that nothing else here needs; those of .venv keep their versions
-RAY_TESTS := tests/serving/test_ray.py
+RAY_TESTS := tests/serving/test_ray.py tests/serving/test_ray_serve.py
 
 $(VENV)/ray: | setup
 	@$(PY) -m pip freeze --exclude-editable >$(VENV)/versions.txt
-	@$(PIP) --target $@ --constraint $(VENV)/versions.txt "ray[data]>=2.40"
+	@$(PIP) --target $@ --constraint $(VENV)/versions.txt "ray[data,serve]>=2.40,<3"
 
 test-ray: setup $(VENV)/ray  ## The tests that start a Ray cluster on this machine.
 	PYTHONPATH=$(abspath $(VENV)/ray) OMP_NUM_THREADS=1 $(PY) -m pytest $(RAY_TESTS)

@@ -2,14 +2,19 @@
 
     python -m bench.serve_load --seconds 10
     python -m bench.serve_load --soak-s 600
+    python -m bench.serve_load --quota 1.5    # in a cgroup of 1.5 cores, as root
     pip install --target SITE litserve
     python -m bench.serve_load --server litserve --site SITE
-    python -m bench.serve_load --server infinity --python VENV/bin/python --model NAME
+    python -m bench.serve_clip FOLDER    # lraee-tiny for infinity-emb
+    VENV/bin/pip install 'infinity-emb[torch,server,vision]' aiohttp
+    python -m bench.serve_load --server infinity --python VENV/bin/python --model FOLDER
 
 Each client is a connection that sends one image, waits for its answer and sends the next; a round
-ends after --seconds or --requests. CPU is that of the server's whole process tree; "edge" is that
-of the thread that speaks HTTP: all that is neither decoding nor model. The soak keeps 64 clients on
-a queue of 0.2 s and counts every answer; a request without one is a failure.
+ends after --seconds or --requests. CPU is that of the server's whole process tree. Of `lraee serve`
+it is split by clocks of its threads: "decode"; "server", which is the thread that speaks HTTP and
+what the other threads spend beside their work; and "model", the rest, OpenMP's threads included.
+Times of CPU hardly depend on how busy the machine is. The soak keeps 64 clients on a queue of 0.2 s
+and counts every answer; a request without one is a failure.
 """
 
 import asyncio
@@ -23,7 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +36,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
+from bench import cpu_quota
+from bench.cpu_quota import throttled
 from lraee.measurement import machine
 
 Server = Literal["lraee", "litserve", "infinity"]
@@ -40,7 +47,7 @@ _START_S = 180.0
 
 @dataclass(frozen=True)
 class Round:
-    """One number of clients: requests answered, their latencies in ms, CPU in ms a request."""
+    """One number of clients: answers, latencies in ms, CPU in ms a request, mean batch."""
 
     clients: int
     requests: int
@@ -50,7 +57,10 @@ class Round:
     p50_ms: float
     p99_ms: float
     cpu_ms: float
-    edge_ms: float | None
+    decode_ms: float | None = None
+    server_ms: float | None = None
+    model_ms: float | None = None
+    batch: float | None = None
 
 
 def main(
@@ -64,6 +74,7 @@ def main(
     ] = None,
     python: Annotated[str, typer.Option(help="Interpreter of the server.")] = sys.executable,
     site: Annotated[Path | None, typer.Option(help="Folder with the rival's packages.")] = None,
+    quota: Annotated[float, typer.Option(min=0, help="CPU quota of the server in cores.")] = 0.0,
     soak_s: Annotated[float, typer.Option(max=3600, help="Instead: overload for so long.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Where the JSON goes.")] = None,
 ) -> None:
@@ -73,9 +84,14 @@ def main(
     data = _jpeg() if photo is None else photo.read_bytes()
     message = _message(model, data)
     options = ("--queue-s", "0.2") if soak_s else ()
-    with _running(server, model, python, site, options) as (port, pid):
+    with ExitStack() as stack:
+        group = stack.enter_context(cpu_quota.quota(quota)) if quota else None
+        context = _running(server, model, python, site, options, group)
+        port, pid = stack.enter_context(context)
         typer.echo(f"image           {len(data)} bytes; {machine.describe()['machine']}")
-        _round(port, pid, message, 4, min(2.0, seconds), requests, has_metrics=False)
+        warm = _round(port, pid, message, 4, min(2.0, seconds), requests, has_metrics=False)
+        if 200 not in warm.statuses:
+            raise OSError(f"serve_load: the server must embed an image, got {warm.statuses}")
         before = _rss_bytes(pid)
         rounds = []
         for count in [64] if soak_s else clients or [1, 16, 64]:
@@ -84,6 +100,8 @@ def main(
             row = _round(port, pid, message, count, soak_s or seconds, most, has_metrics=is_lraee)
             rounds.append(row)
             typer.echo(_line(row))
+            if group is not None:
+                typer.echo("quota           periods {}, throttled {}".format(*throttled(group)))
         after = _rss_bytes(pid)
         typer.echo(f"memory          {before >> 20} MB before, {after >> 20} MB after")
     if out is not None:
@@ -96,10 +114,15 @@ def main(
 
 
 def _line(row: Round) -> str:
-    edge = "" if row.edge_ms is None else f", edge {row.edge_ms:.2f} ms"
+    parts = ""
+    if row.server_ms is not None:
+        parts = (
+            f" (decode {row.decode_ms:.2f}, model {row.model_ms:.2f}, server {row.server_ms:.2f}),"
+            f" {row.batch:.1f} images a call"
+        )
     return (
         f"{row.clients:>3} clients     {row.per_s:.1f}/s, p50 {row.p50_ms:.1f} ms,"
-        f" p99 {row.p99_ms:.1f} ms, CPU {row.cpu_ms:.2f} ms a request{edge};"
+        f" p99 {row.p99_ms:.1f} ms, CPU {row.cpu_ms:.2f} ms a request{parts};"
         f" {row.requests} requests {row.statuses}, {row.lost} lost"
     )
 
@@ -143,7 +166,7 @@ def _round(
     has_metrics: bool,
 ) -> Round:  # fmt: skip
     tally = _Tally(time.monotonic() + seconds, requests, Counter(), [])
-    cpu, edge = _cpu_s(pid), _edge_s(port) if has_metrics else 0.0
+    counted, cpu = _counted(port) if has_metrics else {}, _cpu_s(pid)
     started = time.monotonic()
 
     async def run() -> None:
@@ -152,12 +175,32 @@ def _round(
     asyncio.run(run())
     elapsed, count = time.monotonic() - started, max(1, len(tally.latencies))
     p50, p99 = np.percentile(tally.latencies or [0.0], [50, 99])
+    cpu_ms = 1e3 * (_cpu_s(pid) - cpu) / count
     return Round(
         clients=clients, requests=len(tally.latencies), statuses=dict(tally.statuses),
         lost=tally.lost, per_s=tally.statuses[200] / elapsed, p50_ms=1e3 * float(p50),
-        p99_ms=1e3 * float(p99), cpu_ms=1e3 * (_cpu_s(pid) - cpu) / count,
-        edge_ms=1e3 * (_edge_s(port) - edge) / count if has_metrics else None,
+        p99_ms=1e3 * float(p99), cpu_ms=cpu_ms,
+        **(_split(counted, _counted(port), cpu_ms, count) if has_metrics else {}),
     )  # fmt: skip
+
+
+def _split(
+    before: dict[str, float], after: dict[str, float], cpu_ms: float, count: int
+) -> dict[str, float]:
+    """CPU in ms a request by part, and the mean size of a call of the model."""
+    more = {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+    def total(start: str) -> float:
+        return sum(value for name, value in more.items() if name.startswith(start))
+
+    cpu = 'lraee_cpu_seconds_total{part="'
+    decode_ms = 1e3 * total(cpu + "decode") / count
+    server_ms = 1e3 * (total(cpu + "threads") + total("lraee_event_loop_cpu_seconds")) / count
+    calls = max(1.0, total("lraee_batch_size_count"))
+    return {
+        "decode_ms": decode_ms, "server_ms": server_ms, "model_ms": cpu_ms - decode_ms - server_ms,
+        "batch": total("lraee_batch_size_sum") / calls,
+    }  # fmt: skip
 
 
 async def _client(port: int, message: bytes, tally: _Tally) -> None:
@@ -199,7 +242,12 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
 
 @contextmanager
 def _running(
-    server: str, model: str, python: str, site: Path | None, options: tuple[str, ...]
+    server: str,
+    model: str,
+    python: str,
+    site: Path | None,
+    options: tuple[str, ...],
+    group: Path | None,
 ) -> Iterator[tuple[int, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -212,9 +260,11 @@ def _running(
                      "--url-prefix", "/v1", "--served-model-name", model],
     }  # fmt: skip
     paths = [str(site)] if site else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.getcwd()]),
+                   "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    joining = ["sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh"] if group else []
     process = subprocess.Popen(
-        [python, *commands[server]], stdout=subprocess.DEVNULL, env=environment,
+        [*joining, python, *commands[server]], stdout=subprocess.DEVNULL, env=environment,
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -253,10 +303,11 @@ def _get(port: int, path: str) -> bytes:
     return answer
 
 
-def _edge_s(port: int) -> float:
-    rows = _get(port, "/metrics").decode().splitlines()
-    row = next(row for row in rows if row.startswith("lraee_event_loop_cpu_seconds"))
-    return float(row.split()[1])
+def _counted(port: int) -> dict[str, float]:
+    """The series of /metrics."""
+    rows = _get(port, "/metrics").decode().partition("\r\n\r\n")[2].splitlines()
+    pairs = (row.rsplit(" ", 1) for row in rows if row.startswith("lraee_"))
+    return {name: float(value) for name, value in pairs}
 
 
 def _tree(pid: int) -> list[int]:

@@ -44,8 +44,23 @@ EXTRA = {
     "data": {"simplejpeg", "pillow_heif"},
     "calibration": {"sklearn", "scipy"},
     "study": {"sklearn", "scipy", "jinja2", "matplotlib"},
-    "serving": {"starlette", "orjson", "prometheus_client", "pyarrow", "faiss", "ray"},
-    "cli": {"starlette", "orjson", "prometheus_client", "python_multipart", "uvicorn"},
+    "serving": {
+        "starlette",
+        "orjson",
+        "prometheus_client",
+        "pybase64",
+        "pyarrow",
+        "faiss",
+        "ray",
+    },
+    "cli": {
+        "starlette",
+        "orjson",
+        "prometheus_client",
+        "pybase64",
+        "python_multipart",
+        "uvicorn",
+    },
 }
 """Imports inside functions that an extra of the package installs, by room."""
 

@@ -16,8 +16,6 @@ from lraee.cli.common import command, line
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
 
 @command
 def serve(
@@ -119,6 +117,7 @@ def _require_extra() -> None:
     try:
         import orjson  # noqa: F401
         import prometheus_client  # noqa: F401
+        import pybase64  # noqa: F401
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -139,17 +138,19 @@ def _check_scheme(name: str | None) -> None:
 
 
 def _token(path: Path | None) -> str | None:
-    """The token of the file, or of the environment; raises ValueError on an empty one."""
-    token = os.environ.get("LRAEE_TOKEN") if path is None else path.read_text().strip()
-    if token is not None and len(token) < 8:
-        where = "LRAEE_TOKEN" if path is None else str(path)
-        raise typer.BadParameter(f"the token of {where} must have at least 8 characters")
-    return token
+    from lraee.serving.settings import read_token
+
+    try:
+        return read_token(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _allowed_hosts(host: str, more: list[str]) -> tuple[str, ...]:
     """Host headers: on loopback its names, so that no web page reaches it by a name of its own."""
-    return (*_LOOPBACK_NAMES, host, *more) if _is_loopback(host) else tuple(more)
+    from lraee.serving.settings import LOOPBACK_NAMES
+
+    return (*LOOPBACK_NAMES, host, *more) if _is_loopback(host) else tuple(more)
 
 
 def _is_loopback(host: str) -> bool:

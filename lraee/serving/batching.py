@@ -212,7 +212,8 @@ class Batcher:
 
     def _encode(self, jobs: list[_Job]) -> Sequence[Result | ServiceError]:
         try:
-            results = self._encoder.encode(jobs[0].kind, [job.payload for job in jobs])
+            with self._metrics.cpu.working():
+                results = self._encoder.encode(jobs[0].kind, [job.payload for job in jobs])
             return [_checked(result) for result in results]
         except Exception:
             _log.exception("%s failed on %d inputs", self._name, len(jobs))

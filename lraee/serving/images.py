@@ -1,6 +1,7 @@
 """Bytes of one image to the tensor that a model takes, in a small pool of threads."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,15 +40,17 @@ class Decoder:
     """decode(data, preprocess) off the event loop; its threads come from the CPU quota.
 
     Args:
-      settings: image_bytes.
+      settings: image_bytes, cpus.
       metrics: decode_seconds.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """See the class."""
         self._settings, self._metrics = settings, metrics
-        self.threads = threads_here()
+        cpus = settings.cpus
+        self.threads = threads_here() if cpus is None else max(1, math.floor(cpus))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lraee-decode")
+        self._cpu = metrics.cpu_split("decode")
         self.seconds = 0.0
 
     async def decode(self, data: bytes, preprocess: Preprocess) -> Picture:
@@ -57,10 +60,16 @@ class Decoder:
         if format_of(data) is None:
             known = ", ".join(MEDIA_TYPES)
             raise ServiceError(415, f"an image must be one of {known}", "no_image")
-        picture, elapsed_s = await self.run(lambda: _decode(data, preprocess))
+        picture, elapsed_s = await self.run(lambda: self._timed(data, preprocess))
         self._metrics.decode_seconds.observe(elapsed_s)
         self.seconds = 0.9 * (self.seconds or elapsed_s) + 0.1 * elapsed_s
         return picture
+
+    def _timed(self, data: bytes, preprocess: Preprocess) -> tuple[Picture, float]:
+        started = time.perf_counter()
+        with self._cpu.working():
+            picture = _decode(data, preprocess)
+        return picture, time.perf_counter() - started
 
     async def run(self, function: Callable[[], T]) -> T:
         """function() in the pool."""
@@ -78,10 +87,9 @@ def too_large(settings: Settings) -> ServiceError:
     )
 
 
-def _decode(data: bytes, preprocess: Preprocess) -> tuple[Picture, float]:
-    started = time.perf_counter()
+def _decode(data: bytes, preprocess: Preprocess) -> Picture:
     try:
         tensor, (height, width) = preprocess.with_size(data)
     except DecodeError as error:
         raise ServiceError(422, f"the image {error}", "broken_image") from None
-    return Picture(tensor, width, height), time.perf_counter() - started
+    return Picture(tensor, width, height)

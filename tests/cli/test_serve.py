@@ -84,6 +84,16 @@ def test_photos_that_are_elsewhere_are_one_line(tmp_path: Path) -> None:
     assert line.endswith("give --photos-from FOLDER")
 
 
+def test_a_missing_place_of_photos_is_one_line(tmp_path: Path) -> None:
+    rows, place = np.eye(1, 256, dtype=np.float32), tmp_path / "moved"
+    path = embeddings.write(
+        tmp_path / "e.parquet", ["a.jpg"], rows, photos_from=str(place).encode(), model="lraee-tiny"
+    )
+    line = one_line(run("serve", "--port", 0, "--photos", path))
+    assert f"{place}, which the embeddings name as the place of their photos, must exist" in line
+    assert line.endswith("give --photos-from FOLDER")
+
+
 def test_index_prints_recall(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
     path = embeddings.write(tmp_path / "e.parquet", [f"{i}.jpg" for i in range(300)], rows)

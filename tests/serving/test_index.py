@@ -1,5 +1,7 @@
 """Search: exact against a sort, faiss against exact, hostile rows."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,45 @@ def test_thumbnails_are_made_once_and_kept(tmp_path: Path, photo_files: dict[str
     assert len(list((tmp_path / "kept").rglob("*.jpg"))) == 1
     with pytest.raises(DataError):
         thumbnails.jpeg(1)
+
+
+def test_photos_lie_where_the_embeddings_say(tmp_path: Path) -> None:
+    """The key that `lraee embed` writes; a folder that is given counts more."""
+    for folder in (b"one", b"two", b"caf\xe9"):
+        place = os.path.join(os.fsencode(tmp_path), folder)
+        os.mkdir(place)
+        with open(os.path.join(place, b"a.jpg"), "wb") as file:
+            file.write(folder)
+    rows, out = np.eye(1, 4, dtype=np.float32), tmp_path / "out"
+    out.mkdir()
+
+    def library(origin: str, source: Path | None = None) -> Library:
+        stored = f"{tmp_path}/{origin}".encode()
+        path = embeddings.write(out / "e.parquet", ["a.jpg"], rows, photos_from=stored)
+        return Library(read_embeddings(path), source)
+
+    assert library("one").read(0) == b"one"
+    assert library("one", tmp_path / "two").read(0) == b"two"
+    assert library("caf\0e9").read(0) == b"caf\xe9"
+    with pytest.raises(DataError, match=f"{tmp_path}/three, which .* must exist; give --photos"):
+        library("three")
+    assert library("three", tmp_path / "two").read(0) == b"two"
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(DataError, match="must exist"):
+        library("one")
+
+
+@pytest.mark.parametrize("place", [b"photos", b"", b"/a\0b", b"\xff"])
+def test_a_place_that_is_no_absolute_path_is_refused(tmp_path: Path, place: bytes) -> None:
+    rows = np.eye(1, 4, dtype=np.float32)
+    path = embeddings.write(tmp_path / "e.parquet", ["a.jpg"], rows, photos_from=place)
+    with pytest.raises(DataError, match="must be what `lraee embed` wrote"):
+        read_embeddings(path)
+
+
+def test_parts_of_several_places_name_none(tmp_path: Path) -> None:
+    rows = np.eye(1, 4, dtype=np.float32)
+    for i, place in enumerate((b"/one", b"/two")):
+        name = tmp_path / f"part-0000{i}.parquet"
+        embeddings.write(name, [f"{i}.jpg"], rows, photos_from=place)
+    assert read_embeddings(tmp_path).photos_from is None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lraee.data.names import from_stored, printable
+from lraee.data.names import from_stored, printable, to_bytes
 from lraee.data.sources import DataError, Limits, first_line
 from lraee.serving.search.index import Exact, Hits, Quantized, make_index
 from lraee.serving.search.reader import open_reader
@@ -29,6 +29,7 @@ class Embeddings:
       model: title of the model that made the rows.
       weights: hash of its image tower, or "".
       folder: where the file lies.
+      photos_from: folder or archive that the names begin in, as `lraee embed` noted it, or None.
     """
 
     names: Sequence[str]
@@ -37,6 +38,7 @@ class Embeddings:
     model: str
     weights: str
     folder: Path
+    photos_from: Path | None = None
 
 
 def read_embeddings(path: Path) -> Embeddings:
@@ -59,6 +61,7 @@ def read_embeddings(path: Path) -> Embeddings:
         sizes = np.stack([table[name].to_numpy() for name in ("width", "height")], axis=1)
         names = [from_stored(name) for name in table["path"].to_pylist()]
         about = _about(tables[0].schema.metadata or {})
+        origins = {_photos_from(each.schema.metadata or {}) for each in tables}
     except (
         OSError,
         pyarrow.ArrowException,
@@ -74,7 +77,10 @@ def read_embeddings(path: Path) -> Embeddings:
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     model, weights = (str(about.get(key, "")) for key in ("model", "weights"))
     folder = path.parent.absolute()
-    return Embeddings(names, rows, np.nan_to_num(sizes).astype(np.int32), model, weights, folder)
+    return Embeddings(
+        names, rows, np.nan_to_num(sizes).astype(np.int32), model, weights, folder,
+        origins.pop() if len(origins) == 1 else None,
+    )  # fmt: skip
 
 
 def _matrix(column: Any) -> NDArray[np.float32]:
@@ -106,15 +112,25 @@ def _about(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     return about
 
 
+def _photos_from(metadata: dict[bytes, bytes]) -> Path | None:
+    path = metadata.get(b"lraee.photos_from")
+    if path is None:
+        return None
+    decoded = to_bytes(from_stored(path.decode()))
+    if not os.path.isabs(decoded) or b"\0" in decoded:
+        raise ValueError("lraee.photos_from must be an absolute path")
+    return Path(os.fsdecode(decoded))
+
+
 class Library:
     """Embedded photos that can be searched and read by row; nothing else of the disk can be.
 
     Args:
       embeddings: names and rows.
-      source: folder or archive that the names begin in; None: the names are absolute paths, or
-        begin in the folder of the embeddings.
+      source: folder or archive that the names begin in; None: that of the embeddings. Where they
+        have none, names are absolute paths, or begin in the folder of the embeddings.
       limits: on the size of a photo.
-    Raises: DataError where the photos are not there.
+    Raises: DataError where there is no such folder or archive.
     """
 
     def __init__(
@@ -124,7 +140,13 @@ class Library:
         self.embeddings = embeddings
         self.index: Exact | Quantized = make_index(embeddings.rows)
         self._hidden = _common_folder(embeddings.names)
-        self._read = open_reader(source, embeddings.folder, limits or Limits())
+        place = source or embeddings.photos_from
+        if source is None and place is not None and not place.exists():
+            raise DataError(
+                f"search: {printable(str(place))}, which the embeddings name as the place of their"
+                " photos, must exist; give --photos-from FOLDER"
+            )
+        self._read = open_reader(place, embeddings.folder, limits or Limits())
 
     def __len__(self) -> int:
         """How many rows there are."""
