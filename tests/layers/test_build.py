@@ -146,15 +146,13 @@ def test_it_is_near_in_int8_and_the_same_in_any_batch(order: str) -> None:
 
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_operators_one_by_one_are_near_the_children_that_a_hook_sees(order: str) -> None:
-    """By child fc2 reads a gated row in one term of int8, whose error is up to 254 times that of
-    two; the rest differs by where float32 rounds.
-    """
+    """float32 rounds the same sums at other places; a step of int8 may then fall elsewhere."""
     fast, x, rope = build(RotaryBlock(order).eval(), spec(order)), torch.randn(B, L, D), tables()
     y = fast(x, rope=rope)
     handle = fast.norm2.register_forward_hook(lambda *args: None)
     by_child = fast(x, rope=rope)
     handle.remove()
-    assert (y - by_child).norm() < 1e-2 * y.norm()
+    assert (y - by_child).norm() < 2e-3 * y.norm()
     assert_same(fast(x, rope=rope), y)
 
 
