@@ -19,7 +19,7 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,8 +37,6 @@ from lraee.model.fidelity import compare
 from lraee.storage.json import write_json
 
 SCHEMA = "lraee.peers/1"
-SAMPLES = 32
-"""Images that calibrate and that agreement is measured on."""
 Encode = Callable[[Tensor], Tensor]
 """Images float32 [B, 3, H, W] -> embeddings [B, E]."""
 Build = Callable[[nn.Module, Tensor], Encode]
@@ -271,13 +269,11 @@ def measure(
     return rows
 
 
-def _require_whole_requests(mode: Throughput, batches: Sequence[int]) -> None:
-    if mode.request < 1 or SAMPLES % mode.request:
-        raise typer.BadParameter(f"--request must divide {SAMPLES}, got {mode.request}")
-    for batch in batches:
-        if batch % mode.request:
+def _require_whole_requests(mode: Throughput, counts: Iterable[tuple[str, int]]) -> None:
+    for option, count in counts:
+        if mode.request < 1 or count % mode.request:
             raise typer.BadParameter(
-                f"--batch must be a multiple of --request {mode.request}, got {batch}"
+                f"{option} must be a multiple of --request {mode.request}, got {count}"
             )
 
 
@@ -295,6 +291,9 @@ def main(
     ] = 0,
     request: Annotated[int, typer.Option(help="images per request, with --streams")] = 16,
     budget_s: Annotated[float, typer.Option(help="seconds per tower and batch size")] = 60.0,
+    samples: Annotated[
+        int, typer.Option(help="images that calibrate, and that agreement is measured on")
+    ] = 32,
     threads: Annotated[int, typer.Option(help="threads of every peer")] = 2,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
@@ -304,14 +303,15 @@ def main(
     torch.set_num_threads(threads)
     mode = Throughput(streams, request) if streams else None
     if mode is not None:
-        _require_whole_requests(mode, batch)
+        counts = [("--batch", size) for size in batch]
+        _require_whole_requests(mode, [*counts, ("--samples", samples)])
     names = list(dict.fromkeys(["lraee int8", "torch float32", *(peer or [*PEERS, *OPENVINO])]))
     header = describe()
     rows, failures = [], {}
     with torch.inference_mode(False), torch.no_grad():
         for name in tower:
             floats = load_tower(name)
-            images = photo_like_images(SAMPLES, image_size(floats))
+            images = photo_like_images(samples, image_size(floats))
             built = build_all(names, floats, images, mode)
             failures[name] = {n: b for n, b in built.items() if isinstance(b, str)}
             runs = {n: b for n, b in built.items() if not isinstance(b, str)}
