@@ -254,7 +254,7 @@ def measure(
     rows = []
     for name, each in seconds.items():
         timing = Timing.of(each)
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(each, ours, strict=True))
+        ratio = statistics.median(theirs / own for theirs, own in zip(each, ours, strict=True))
         agreement = vars(compare(expected_of.get(name, expected), runs[name](images)))
         rows.append(
             {

@@ -53,7 +53,7 @@ class Int8Linear(nn.Module):
           w_scale: float32 [N], real value of one step of w_q.
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
-          rounding: how the input is quantized, see lraee.quantize.quantize_activation.
+          rounding: how the input is quantized, see lraee.layers.scheme.quantize_activation.
           in_scale: float32 [K] that the input is divided by, w_q being of the weight times it, see
             lraee.layers.scheme.folded_scale; None for ones.
           has_two_terms: `forward` takes its input in two terms of int8, as gated_quantize has them.
