@@ -47,7 +47,7 @@ def load_tower(name: str) -> nn.Module:
         return Embeddings(_hugging_face(rest)).eval().requires_grad_(False)
     if library == "timm":
         model, _, size = rest.partition("@")
-        options = {"img_size": int(size)} if size else {}
+        options: Any = {"img_size": int(size)} if size else {}
         tower: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, **options)
     else:
         # open_clip names the size of its SigLIP models where it is not 224
