@@ -87,11 +87,16 @@ class Int8Attention(nn.Module):
         """softmax(Q K^T / sqrt(d)) V, queries and keys normed and rotated where the spec says so:
         [B, L, 3 H d] -> [B, L, H d].
         """
-        table = self._table(rope)
-        if not self.is_int8 or table is None:
+        table, is_on_gpu = self._table(rope), qkv.device.type == "cuda"
+        if table is None or not (self.is_int8 or is_on_gpu):
             qkv = self._placed(qkv, rope)
-        if self.is_int8:
+        # On a GPU rotary positions are float_attention's: beside int8 scores they spill registers
+        if self.is_int8 and not (is_on_gpu and table is not None):
             return operators(self.backend).int8_attention(  # type: ignore[no-any-return]
+                qkv, num_heads=self.num_heads, causal=is_causal, rope=table
+            )
+        if is_on_gpu:  # a library chooses its kernel by the batch, and so its bits
+            return operators(self.backend).float_attention(  # type: ignore[no-any-return]
                 qkv, num_heads=self.num_heads, causal=is_causal, rope=table
             )
         B, L, width = qkv.shape
