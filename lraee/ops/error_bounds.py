@@ -94,7 +94,7 @@ def of_float_attention(
     logit = (2 * (d + 2) * EPS32 + product + (0.0 if rope is None else 4 * step)) * size
     underflow = L * 2.0**-25 if qkv.dtype is torch.float16 else 0.0
     relative = 2 * logit + step + product + 4 * (L + 16) * EPS32 + underflow
-    error = relative[:, :, None] * v.abs().amax(1)
+    error: Tensor = relative[:, :, None] * v.abs().amax(1)
     return error.reshape(B, 1, D3 // 3) + 2 * step * expected.double().abs()
 
 

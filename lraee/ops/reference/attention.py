@@ -91,7 +91,8 @@ def float_attention(
     logit = q.double() @ k.double().mT / math.sqrt(d)
     p = torch.softmax(logit.masked_fill(hidden, -math.inf), dim=-1)
     p = torch.where(hidden.all(-1, keepdim=True), 0.0, p)
-    return (p @ v.double()).transpose(1, 2).reshape(B, L, D).to(qkv.dtype)
+    y: Tensor = (p @ v.double()).transpose(1, 2).reshape(B, L, D)
+    return y.to(qkv.dtype)
 
 
 def _attend(
