@@ -150,6 +150,17 @@ of its own class, an image has the same bits alone and in the batch, a NaN stays
 | library | family | models | state | error |
 |---|---|---|---|---|
 {rows}
+
+## Limits
+
+- Models of transformers compute every token of the last block; open_clip's towers that embed a
+  class token compute that one alone, 6 % of a ViT-B/32. `last_hidden_state` is part of what
+  CLIPVisionModel, CLIPVisionModelWithProjection and `get_image_features` (transformers 5) return.
+  To compute it when it is read is not sound: code unpacks, indexes, copies and pickles outputs, an
+  output would hold the tokens of the block before, and weights may have changed by then.
+- A key mask together with rotary positions is refused: no model here needs both (SigLIP 2 NaFlex,
+  which has masks, has learned positions).
+- Towers with gated MLPs err more at full depth than others: [numerics](notes/numerics.md).
 """
 
 

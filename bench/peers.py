@@ -1,12 +1,16 @@
 """Image towers side by side with the INT8 of others: same weights and images, one process.
 
     python -m bench.peers --tower ViT-B-32 --batch 1 --batch 8 --batch 32 --out results/peers.json
-    python -m bench.peers --tower ViT-B-16-SigLIP-224 --tower ViT-SO400M-14-SigLIP-384
+    python -m bench.peers --tower ViT-B-16-SigLIP-224 --tower timm:vit_base_patch14_dinov2@224
+    python -m bench.peers --tower hf:clip-vit-base-patch32 --beside ViT-B-32 --batch 1
+    python -m bench.peers --tower ViT-B-32 --streams 2 --request 16 --batch 64
 
 Each peer is set up as its own documentation advises (the builders below say how). Variants take
 turns round by round; a time is the median with its 20th and 80th percentile, a ratio the median of
 the ratios of each round. Beside each time stands agreement with float32 over smooth random images:
-a fast wrong answer does not count. A peer that cannot be set up is named with its reason. Needs the
+a fast wrong answer does not count. A peer that cannot be set up is named with its reason. With
+`--streams` a round is a batch of images in asynchronous requests to OpenVINO, in its throughput
+mode; the others, which have no such mode, take the same requests one after the other. Needs the
 extra `peers`.
 """
 
@@ -15,30 +19,41 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import open_clip
 import torch
 import typer
 from torch import Tensor, nn
 
-import lraee
 from bench.environment import describe
-from lraee import zoo
+from bench.peer_towers import accelerated, image_size, load_tower, photo_like_images
 from lraee.data.sources import first_line
 from lraee.measurement.timing import Timing, interleaved
 from lraee.model.fidelity import compare
 from lraee.storage.json import write_json
-from lraee.towers.families import tower_spec
 
 SCHEMA = "lraee.peers/1"
 Encode = Callable[[Tensor], Tensor]
 """Images float32 [B, 3, H, W] -> embeddings [B, E]."""
 Build = Callable[[nn.Module, Tensor], Encode]
 """The float tower and calibration images -> what a user of this peer would call."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How a round is cut into requests.
+
+    Args:
+      streams: requests that run at a time, of a peer that can.
+      request: images of each.
+    """
+
+    streams: int
+    request: int
 
 
 def torch_float32(tower: nn.Module, images: Tensor) -> Encode:
@@ -104,18 +119,44 @@ def _openvino(model: Any, precision: str) -> Encode:
     return lambda x: torch.from_numpy(np.array(compiled(x.numpy())[0]))
 
 
+def _openvino_async(model: Any, precision: str, mode: Throughput) -> Encode:
+    """Throughput mode: requests of a fixed size, so many at a time, without waiting for each."""
+    import openvino
+
+    model.reshape([mode.request, *model.input(0).partial_shape[1:]])
+    options = {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "NUM_STREAMS": str(mode.streams),
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = openvino.Core().compile_model(model, "CPU", options)
+    queue = openvino.AsyncInferQueue(compiled, mode.streams)
+    results: dict[int, Tensor] = {}
+
+    def keep(request: Any, place: int) -> None:
+        results[place] = torch.from_numpy(request.get_output_tensor(0).data.copy())
+
+    queue.set_callback(keep)
+
+    def encode(x: Tensor) -> Tensor:
+        parts = x.split(mode.request)
+        for place, part in enumerate(parts):
+            queue.start_async({0: part.numpy()}, place)
+        queue.wait_all()
+        return torch.cat([results.pop(place) for place in range(len(parts))])
+
+    return encode
+
+
 def _converted(tower: nn.Module, images: Tensor) -> Any:
     import openvino
 
     return openvino.convert_model(tower, example_input=images[:1], input=[-1, *images.shape[1:]])
 
 
-def openvino_bfloat16(tower: nn.Module, images: Tensor) -> Encode:
-    """OpenVINO with bfloat16 as inference precision."""
-    return _openvino(_converted(tower, images), "bf16")
-
-
 def _nncf_int8(tower: nn.Module, images: Tensor) -> Any:
+    """INT8 by NNCF post-training quantization with ModelType.TRANSFORMER."""
     import nncf
 
     dataset = nncf.Dataset([image[None].numpy() for image in images])
@@ -125,25 +166,23 @@ def _nncf_int8(tower: nn.Module, images: Tensor) -> Any:
     )  # fmt: skip
 
 
-def openvino_int8(tower: nn.Module, images: Tensor) -> Encode:
-    """OpenVINO, INT8 by NNCF post-training quantization with ModelType.TRANSFORMER."""
-    # bfloat16 for what stays float is the plugin's own default where the CPU has it
-    return _openvino(_nncf_int8(tower, images), "bf16")
-
-
-def openvino_int8_float32(tower: nn.Module, images: Tensor) -> Encode:
-    """The same, what stays float in float32, as ours does."""
-    return _openvino(_nncf_int8(tower, images), "f32")
+OPENVINO: dict[str, tuple[Callable[[nn.Module, Tensor], Any], str]] = {
+    "openvino bfloat16": (_converted, "bf16"),
+    "openvino int8 (nncf)": (_nncf_int8, "bf16"),
+    "openvino int8 (nncf), f32 rest": (_nncf_int8, "f32"),
+}
+"""The model, and the type of what stays float: bfloat16 is the plugin's own default where the CPU
+has it, float32 is ours."""
 
 
 def lraee_int8(tower: nn.Module, images: Tensor) -> Encode:
     """lraee.accelerate with nothing set."""
-    return lraee.accelerate(tower)
+    return accelerated(tower)
 
 
 def lraee_int8_patches(tower: nn.Module, images: Tensor) -> Encode:
     """The patch embedding in int8 as well, as NNCF has it."""
-    return lraee.accelerate(tower, scheme="int8-patches")
+    return accelerated(tower, "int8-patches")
 
 
 PEERS: dict[str, Build] = {
@@ -154,39 +193,32 @@ PEERS: dict[str, Build] = {
     "torch quantize_dynamic": torch_quantize_dynamic,
     "torchao int8 + compile": torchao_int8,
     "onnxruntime int8": onnxruntime_int8,
-    "openvino bfloat16": openvino_bfloat16,
-    "openvino int8 (nncf)": openvino_int8,
-    "openvino int8 (nncf), f32 rest": openvino_int8_float32,
 }
 
 
-def load_tower(name: str) -> nn.Module:
-    """The image tower of a zoo model, or of an open_clip architecture with random weights."""
-    if name in zoo.names():
-        return zoo.load(name)[0].visual  # type: ignore[return-value]
-    torch.manual_seed(0)
-    # open_clip names the size of its SigLIP models where it is not 224
-    tower: nn.Module = open_clip.create_model(name.removesuffix("-224")).visual
-    return tower.eval().requires_grad_(False)
+def build(name: str, tower: nn.Module, images: Tensor, mode: Throughput | None) -> Encode:
+    """One peer: what to call with images."""
+    if name in OPENVINO:
+        convert, precision = OPENVINO[name]
+        model = convert(tower, images)
+        return (
+            _openvino(model, precision) if mode is None else _openvino_async(model, precision, mode)
+        )
+    encode = PEERS[name](tower, images)
+    if mode is None:
+        return encode
+    return lambda x: torch.cat([encode(part) for part in x.split(mode.request)])
 
 
-def photo_like_images(count: int, image_px: int) -> Tensor:
-    """Smooth random images: noise at several scales, so that neighbouring patches agree."""
-    source = torch.Generator().manual_seed(0)
-    images = torch.zeros(count, 3, image_px, image_px)
-    for cells in (2, 4, 8, 16, 32):
-        noise = torch.randn(count, 3, cells, cells, generator=source)
-        images += nn.functional.interpolate(noise, size=image_px, mode="bicubic") / cells**0.5
-    return images
-
-
-def build_all(names: Sequence[str], tower: nn.Module, images: Tensor) -> dict[str, Encode | str]:
+def build_all(
+    names: Sequence[str], tower: nn.Module, images: Tensor, mode: Throughput | None = None
+) -> dict[str, Encode | str]:
     """Each peer by name: what to call, or the reason why it cannot be set up here."""
     built: dict[str, Encode | str] = {}
     for name in names:
         try:
-            built[name] = PEERS[name](tower, images)
-            built[name](images[:2])  # type: ignore[operator]  # compiles
+            encode = built[name] = build(name, tower, images, mode)
+            encode(images[: 2 if mode is None else mode.request])  # compiles
         except Exception as error:  # any failure of a peer is its reason, printed and in the JSON
             built[name] = f"{type(error).__name__}: {first_line(error)}"
         typer.echo(
@@ -195,8 +227,22 @@ def build_all(names: Sequence[str], tower: nn.Module, images: Tensor) -> dict[st
     return built
 
 
-def measure(runs: dict[str, Encode], images: Tensor, batch: int, budget_s: float) -> list[Any]:
-    """Rows of one batch size: time, images per second, times the first variant, agreement."""
+def measure(
+    runs: dict[str, Encode],
+    images: Tensor,
+    batch: int,
+    budget_s: float,
+    expected_of: Mapping[str, Tensor],
+) -> list[Any]:
+    """Rows of one batch size: time, images per second, times the first variant, agreement.
+
+    Args:
+      runs: by name.
+      images: to measure agreement on.
+      batch: images of a round.
+      budget_s: of all rounds.
+      expected_of: float embeddings of runs that are not of the tower of "torch float32".
+    """
     photos = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
     expected = runs["torch float32"](images)
 
@@ -209,7 +255,7 @@ def measure(runs: dict[str, Encode], images: Tensor, batch: int, budget_s: float
     for name, each in seconds.items():
         timing = Timing.of(each)
         ratio = statistics.median(theirs / own for theirs, own in zip(each, ours, strict=True))
-        agreement = vars(compare(expected, runs[name](images)))
+        agreement = vars(compare(expected_of.get(name, expected), runs[name](images)))
         rows.append(
             {
                 "peer": name,
@@ -223,11 +269,31 @@ def measure(runs: dict[str, Encode], images: Tensor, batch: int, budget_s: float
     return rows
 
 
+def _require_whole_requests(mode: Throughput, counts: Iterable[tuple[str, int]]) -> None:
+    for option, count in counts:
+        if mode.request < 1 or count % mode.request:
+            raise typer.BadParameter(
+                f"{option} must be a multiple of --request {mode.request}, got {count}"
+            )
+
+
 def main(
-    tower: Annotated[list[str], typer.Option(help="open_clip or zoo names")] = ["ViT-B-32"],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(help="images per call")] = [1, 8, 32],  # noqa: B006
+    tower: Annotated[
+        list[str], typer.Option(help="open_clip or zoo names, timm:NAME[@SIZE], hf:NAME")
+    ] = ["ViT-B-32"],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="images per call, or per round")] = [1, 8, 32],  # noqa: B006
     peer: Annotated[list[str] | None, typer.Option(help="names; all by default")] = None,
+    beside: Annotated[
+        list[str], typer.Option(help="more towers, whose int8 runs in the same rounds")
+    ] = [],  # noqa: B006
+    streams: Annotated[
+        int, typer.Option(help="OpenVINO's throughput mode with so many streams; 0: latency mode")
+    ] = 0,
+    request: Annotated[int, typer.Option(help="images per request, with --streams")] = 16,
     budget_s: Annotated[float, typer.Option(help="seconds per tower and batch size")] = 60.0,
+    samples: Annotated[
+        int, typer.Option(help="images that calibrate, and that agreement is measured on")
+    ] = 32,
     threads: Annotated[int, typer.Option(help="threads of every peer")] = 2,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
@@ -235,19 +301,29 @@ def main(
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
-    names = ["lraee int8", "torch float32"] + (peer or list(PEERS))
+    mode = Throughput(streams, request) if streams else None
+    if mode is not None:
+        counts = [("--batch", size) for size in batch]
+        _require_whole_requests(mode, [*counts, ("--samples", samples)])
+    names = list(dict.fromkeys(["lraee int8", "torch float32", *(peer or [*PEERS, *OPENVINO])]))
     header = describe()
     rows, failures = [], {}
     with torch.inference_mode(False), torch.no_grad():
         for name in tower:
             floats = load_tower(name)
-            images = photo_like_images(32, tower_spec(floats).image_size[0])
-            built = build_all(list(dict.fromkeys(names)), floats, images)
+            images = photo_like_images(samples, image_size(floats))
+            built = build_all(names, floats, images, mode)
             failures[name] = {n: b for n, b in built.items() if isinstance(b, str)}
             runs = {n: b for n, b in built.items() if not isinstance(b, str)}
+            expected = {}
+            for other in beside:
+                each = load_tower(other)
+                label = f"lraee int8 of {other}"
+                runs[label] = build("lraee int8", each, images, mode)
+                expected[label] = each(images)
             for size in batch:
-                for row in measure(runs, images, size, budget_s):
-                    rows.append({"tower": name, **row})
+                for row in measure(runs, images, size, budget_s, expected):
+                    rows.append({"tower": name, **(asdict(mode) if mode else {}), **row})
                     typer.echo(_line(rows[-1]))
     if out is not None:
         write_json({"schema": SCHEMA, **header, "rows": rows, "not_set_up": failures}, out)

@@ -14,7 +14,7 @@ from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.int8_patch_embedding import Int8PatchEmbedding, require_by_patch
 from lraee.layers.modules import Take, carry_hooks, shell, subclass
 from lraee.layers.rope import interleaved_to_half
-from lraee.layers.scheme import Scheme, quantize_weight
+from lraee.layers.scheme import Scheme, folded_scale, quantize_weight
 from lraee.layers.spec import Attention, BlockSpec, Linear
 from lraee.ops.backend import Backend
 
@@ -134,14 +134,38 @@ class _Builder:
         if name in self._scheme.keep_float:
             b = None if bias is None else self._take(_parameter(bias))
             return RowwiseLinear.of(self._take(_parameter(weight)), b, self._backend)
-        if self._quantize is None:
-            w_q, w_scale = quantize_weight(weight, self._scheme, self._backend)
-        else:
+        in_scale = self._in_scale(linear)
+        if self._quantize is not None:
             w_q, w_scale = self._quantize(name, weight)
-        rounding = self._scheme.rounding(linear.site)
+        else:
+            folded = weight if in_scale is None else weight.detach().float() * in_scale
+            w_q, w_scale = quantize_weight(folded, self._scheme, self._backend)
         return Int8Linear(
-            w_q, w_scale, bias, dtype=weight.dtype, rounding=rounding, backend=self._backend
-        )
+            w_q, w_scale, bias, dtype=weight.dtype, rounding=self._scheme.rounding(linear.site),
+            in_scale=in_scale, has_two_terms=self._has_two_terms(linear), backend=self._backend,
+        )  # fmt: skip
+
+    def _in_scale(self, linear: Linear) -> Tensor | None:
+        """Of a linear behind a norm, in a block with a gated MLP: see folded_scale."""
+        mlp, is_by_row = self._spec.mlp, self._scheme.activations == "token"
+        if not (mlp.has_gate and is_by_row and self._scheme.weights == "channel"):
+            return None
+        is_pre = self._spec.order == "pre"
+        path = None
+        if linear is self._spec.attention.in_proj:
+            path = self._spec.norm_1.path if is_pre else None
+        elif linear is mlp.fc1 or linear is mlp.gate:
+            path = mlp.input_norm or (self._spec.norm_2.path if is_pre else None)
+        norm = None if path is None else self._float.get_submodule(path)
+        gamma = getattr(norm, "weight", None)
+        return None if gamma is None else folded_scale(gamma, getattr(norm, "bias", None))
+
+    def _has_two_terms(self, linear: Linear) -> bool:
+        """Whether Composed gives this linear its input in two terms."""
+        spec = self._spec
+        is_behind_norm = linear is spec.attention.out_proj and spec.attention.inner_norm is not None
+        is_gated = linear is spec.mlp.fc2 and spec.mlp.has_gate
+        return (is_behind_norm or is_gated) and self._scheme.activations == "token"
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

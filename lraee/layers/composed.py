@@ -98,7 +98,7 @@ class Composed(Watch):
         if mlp.input_norm is not None and norm is not None:
             x, norm = self._norms[norm](rows), mlp.input_norm
         quantized = self._quantize(x, norm or mlp.input_norm, fc1)
-        if not mlp.is_gated and mlp.gate is None:
+        if not mlp.has_gate:
             activation = cast(Activation, mlp.activation)
             y = fc1.multiply(quantized, activation=activation, out_dtype=rows.dtype)
             quantized = self._quantize(y, mlp.inner_norm, fc2)
@@ -134,6 +134,8 @@ class Composed(Watch):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return linear.quantize(norm(x))
         gamma, beta = norm.weight.float(), norm.bias.float()
+        if linear.in_scale is not None:
+            gamma, beta = gamma / linear.in_scale, beta / linear.in_scale
         symmetric = linear.rounding == "row_symmetric"
         return operators(self._backend).layer_norm_quantize(  # type: ignore[no-any-return]
             x, gamma, beta, norm.eps, symmetric

@@ -31,6 +31,7 @@ class Int8Linear(nn.Module):
     w_scale: Tensor
     w_sum: Tensor
     bias: Tensor | None
+    in_scale: Tensor | None
     like: Tensor
 
     def __init__(
@@ -41,6 +42,8 @@ class Int8Linear(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         rounding: Rounding = "row",
+        in_scale: Tensor | None = None,
+        has_two_terms: bool = False,
         backend: Backend = "auto",
     ) -> None:
         """Packs a quantized weight.
@@ -51,11 +54,15 @@ class Int8Linear(nn.Module):
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
           rounding: how the input is quantized, see lraee.layers.scheme.quantize_activation.
+          in_scale: float32 [K] that the input is divided by, w_q being of the weight times it, see
+            lraee.layers.scheme.folded_scale; None for ones.
+          has_two_terms: `forward` takes its input in two terms of int8, as gated_quantize has them.
           backend: which implementation to run on.
         """
         super().__init__()
         self.out_features, self.in_features = w_q.shape
         self.rounding: Rounding = rounding
+        self.has_two_terms = has_two_terms
         self.backend: Backend = backend
         w, w_sum = operators(backend).pack_weight(w_q)
         self.register_buffer("w", w, persistent=False)
@@ -63,18 +70,31 @@ class Int8Linear(nn.Module):
         self.register_buffer("w_scale", w_scale.detach().float())
         # clone: the bias of the float layer must stay its own
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.register_buffer("in_scale", in_scale)
         # No elements: it follows .to() and .half(), and so remembers the type computed for
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=w.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any float type [..., K] -> the same type [..., N]."""
         rows = x.reshape(-1, self.in_features)
-        y = self.multiply(self.quantize(rows), out_dtype=x.dtype)
+        if self.has_two_terms:
+            y = self._multiply_two_terms(rows)
+        else:
+            y = self.multiply(self.quantize(rows), out_dtype=x.dtype)
         return without_gradient(y.view(*x.shape[:-1], self.out_features), (x,))
 
     def quantize(self, x: Tensor) -> Quantized:
         """Rows [M, K] of this layer's input, in int8."""
+        x = x if self.in_scale is None else x.float() / self.in_scale
         return quantize_activation(x, self.rounding, self.backend)
+
+    def _multiply_two_terms(self, x: Tensor) -> Tensor:
+        """X @ w.T + bias of rows [M, K] in two terms."""
+        both = torch.cat([torch.ones_like(x), x], 1)
+        *first, r_q, r_scale = operators(self.backend).gated_quantize(both, "none")
+        rest, multiply = self.packed._replace(bias=None), operators(self.backend).int8_linear
+        y = multiply(r_q, r_scale, None, rest, out_dtype=x.dtype)
+        return cast(Tensor, multiply(*first, self.packed, residual=y, out_dtype=x.dtype))
 
     def multiply(
         self,
@@ -113,7 +133,8 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight as numbers [N, K], of type `dtype`; made anew at each call."""
-        return (self.w_q * self.w_scale[:, None]).to(self.dtype)
+        weight = self.w_q * self.w_scale[:, None]
+        return (weight if self.in_scale is None else weight / self.in_scale).to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,6 +160,7 @@ class Int8Linear(nn.Module):
             self.w_sum = uncast(fn, self.w_sum)
         self.w_scale = uncast(fn, self.w_scale)
         self.bias = None if self.bias is None else uncast(fn, self.bias)
+        self.in_scale = None if self.in_scale is None else uncast(fn, self.in_scale)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

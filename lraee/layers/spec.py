@@ -259,6 +259,11 @@ class Mlp:
     input_norm: str | None = None
 
     @property
+    def has_gate(self) -> bool:
+        """Whether it is gated, by rows of fc1 or by a linear of its own."""
+        return self.is_gated or self.gate is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether the operator int8_block computes it."""
         parts = (self.gate, self.inner_norm, self.input_norm)

@@ -1,6 +1,7 @@
 """Blocks of other structures than open_clip's, built from a BlockSpec alone."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from lraee.layers.build import build_block
 from lraee.layers.int8_attention import rotated
 from lraee.layers.int8_block import Int8Block
-from lraee.layers.scheme import INT8, Scheme
+from lraee.layers.int8_linear import Int8Linear
+from lraee.layers.scheme import INT8, Scheme, find_scheme, folded_scale
 from lraee.layers.spec import Attention, BlockSpec, Call, Linear, Mlp, Norm, Rope, Rows
 from tests.support import assert_same
 
 B, L, D, H = 3, 11, 64, 4
 PREFIX = 2
+MASKED = Call(("x", "mask", "rope"), mask="mask", rope="rope")
 
 
 @pytest.fixture(autouse=True)
@@ -146,15 +149,13 @@ def test_it_is_near_in_int8_and_the_same_in_any_batch(order: str) -> None:
 
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_operators_one_by_one_are_near_the_children_that_a_hook_sees(order: str) -> None:
-    """By child fc2 reads a gated row in one term of int8, whose error is up to 254 times that of
-    two; the rest differs by where float32 rounds.
-    """
+    """float32 rounds the same sums at other places; a step of int8 may then fall elsewhere."""
     fast, x, rope = build(RotaryBlock(order).eval(), spec(order)), torch.randn(B, L, D), tables()
     y = fast(x, rope=rope)
     handle = fast.norm2.register_forward_hook(lambda *args: None)
     by_child = fast(x, rope=rope)
     handle.remove()
-    assert (y - by_child).norm() < 1e-2 * y.norm()
+    assert (y - by_child).norm() < 2e-3 * y.norm()
     assert_same(fast(x, rope=rope), y)
 
 
@@ -183,3 +184,55 @@ def test_both_layouts_of_rotary_pairs_turn_alike() -> None:
 def test_missing_tensors_are_named() -> None:
     with pytest.raises(AttributeError, match=r"RotaryBlock has no tensor attn.k_bias"):
         Linear("a", "c_fc", (Rows("attn.k_bias"),)).weight(RotaryBlock("pre"))
+
+
+def loud(gated: bool) -> tuple[RotaryBlock, BlockSpec]:
+    """A block and its spec; both norms have a channel 32 times the others."""
+    block, block_spec = RotaryBlock("pre").eval(), spec("pre")
+    for norm in (block.norm1, block.norm2):
+        norm.weight[3] = 32
+    if not gated:
+        mlp = replace(block_spec.mlp, activation="gelu", is_gated=False, gate=None, inner_norm=None)
+        block_spec = replace(block_spec, mlp=mlp)
+    return block, block_spec
+
+
+@pytest.mark.parametrize("scheme", ["int8", "paper"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_norms_scale_is_folded_where_the_mlp_is_gated(gated: bool, scheme: str) -> None:
+    block, block_spec = loud(gated)
+    fast = build(block, block_spec, find_scheme(scheme))
+    linears = {path: m for path, m in fast.named_modules() if isinstance(m, Int8Linear)}
+    folded = {path: m.in_scale for path, m in linears.items() if m.in_scale is not None}
+    is_on = gated and scheme == "int8"
+    assert set(folded) == ({"attn.qkv", "mlp.gate", "mlp.up"} if is_on else set())
+    for scale in folded.values():
+        expected = folded_scale(block.norm1.weight, None)
+        assert_same(scale[3:4], expected[3:4])
+    two = {path for path, m in linears.items() if m.has_two_terms}
+    assert two == (
+        {"attn.proj"} | ({"mlp.down"} if gated else set()) if scheme == "int8" else set()
+    )
+
+
+def test_folding_lowers_the_error_of_a_loud_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, block_spec = loud(True)
+    x, rope = torch.randn(B, L, D), tables()
+    expected = block(x, rope=rope)
+    error = (build(block, block_spec)(x, rope=rope) - expected).norm()
+    monkeypatch.setattr("lraee.layers.build.folded_scale", lambda gamma, beta: None)
+    unfolded = build(block, block_spec)
+    assert unfolded.get_submodule("mlp.up").in_scale is None
+    assert error < 0.8 * (unfolded(x, rope=rope) - expected).norm()
+
+
+def test_a_key_mask_with_rotary_positions_is_refused_in_one_line() -> None:
+    fast = build(RotaryBlock("pre").eval(), replace(spec("pre"), call=MASKED))
+    mask = torch.ones(B, L, dtype=torch.bool)
+    mask[0, L - 2 :] = False
+    line = (
+        r"^Int8Block: attention_mask must be None with rotary positions, got one; use the float"
+        r" model \(lraee.restore\)$"
+    )
+    with pytest.raises(NotImplementedError, match=line):
+        fast(torch.randn(B, L, D), mask=mask[:, None, None], rope=tables())

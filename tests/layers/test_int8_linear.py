@@ -138,3 +138,39 @@ def test_the_bias_is_a_copy():
     linear = Int8Linear(torch.ones(2, 3, dtype=torch.int8), torch.ones(2), bias)
     linear.bias.zero_()
     assert bias.sum() == 2
+
+
+def test_in_scale_leaves_the_product_and_evens_out_a_loud_channel():
+    """One channel 64 times the others: folding lowers the error; `weight` is still the weight."""
+    source = generator(3)
+    weight, x = torch.randn(24, 33, generator=source), torch.randn(50, 33, generator=source)
+    x[:, 4] *= 64
+    in_scale = torch.ones(33)
+    in_scale[4] = 8
+    plain = Int8Linear(*quantize_weight(weight, INT8), None)
+    folded = Int8Linear(*quantize_weight(weight * in_scale, INT8), None, in_scale=in_scale)
+    expected = x @ weight.T
+    assert (folded(x) - expected).norm() < 0.3 * (plain(x) - expected).norm()
+    # half a step of a row, back in units of the weight
+    assert (folded.weight - weight).abs().le(0.5001 * folded.w_scale[:, None] / in_scale).all()
+    bits = folded(x)
+    for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        assert_same(other(x), bits)
+    other = Int8Linear(*quantize_weight(weight, INT8), None, in_scale=torch.ones(33))
+    other.load_state_dict(folded.state_dict())
+    assert_same(other.half().float()(x), bits)
+    assert "in_scale" not in plain.state_dict()
+
+
+def test_two_terms_are_254_times_as_fine():
+    """The error of x is bound by x_scale / 508 for each of K products with |w| <= 1."""
+    source = generator(4)
+    w_q = torch.randint(-127, 128, (24, 33), generator=source, dtype=torch.int8)
+    w_scale, x = torch.full((24,), 1 / 127), torch.randn(50, 33, generator=source)
+    one, two = (Int8Linear(w_q, w_scale, None, has_two_terms=has) for has in (False, True))
+    expected = x.double() @ one.weight.double().T
+    _, x_scale, _ = reference.quantize_rows(x, False)
+    # and sums of two float32 of up to K max|x|, rounded once each
+    bound = 33 * (x_scale[:, None].double() / 508 + 3 * 2.0**-24 * x.abs().amax(1, keepdim=True))
+    assert ((two(x).double() - expected).abs() <= bound).all()
+    assert ((one(x).double() - expected).abs() > bound).any()

@@ -10,6 +10,7 @@ from lraee.layers.scheme import (
     PAPER,
     Scheme,
     find_scheme,
+    folded_scale,
     quantize_activation,
     quantize_batch,
     quantize_weight,
@@ -195,3 +196,11 @@ def test_torch_leaves_the_attention_of_open_clip_float():
 
 def _torch_dynamic(linear):
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear})[0]
+
+
+def test_folded_scale_by_hand():
+    """max(|gamma|, |beta|) ** (3 / 8): 256 -> 8, 1 / 256 -> 1 / 8."""
+    gamma, beta = torch.tensor([256.0, -1.0, 0.0, 1 / 256]), torch.tensor([0.0, 0.5, -256.0, 0.0])
+    assert_same(folded_scale(gamma, beta), torch.tensor([8.0, 1.0, 8.0, 1 / 8]))
+    assert_same(folded_scale(gamma[:2].half(), None), torch.tensor([8.0, 1.0]))
+    assert_same(folded_scale(torch.zeros(1), None), torch.tensor([2.0**-5 * 0.5**2.5]))
