@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("measurement", "layers"),
     ("exits",),
     ("towers",),
+    ("quantization",),
     ("zoo", "model"),
     ("calibration",),
     ("evaluation", "serving"),

@@ -92,7 +92,7 @@ class PhotoModel:
             self._opened,
             kind="photos",
             weights=about.base_hash,
-            scheme=asdict(about.scheme),
+            scheme=about.scheme.fields,
             exits=_exits_hash(self._choice.exits),
             preprocess=_rules(self._preprocess),
             dimensions=self.encode([black])[0].shape[1],
