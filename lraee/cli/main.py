@@ -14,6 +14,7 @@ from lraee.diagnostics import interpreter
 COMMANDS = (
     "doctor",
     "demo",
+    "quantize",
     "calibrate",
     "evaluate",
     "bench",

@@ -7,7 +7,6 @@ by family, and takes no scale without changing the float function.
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lraee.layers.build import build_block
@@ -50,7 +49,6 @@ class AnyBlock:
         self._is_last = i == len(blocks_of(fast)) - 1
         self._weights = _weights(block, spec, name, scheme)
 
-    @torch.no_grad()
     def calibrate(self) -> Tensors:
         """The block's int8 linears, by their names in a checkpoint."""
         tensors: Tensors = {}
@@ -61,7 +59,6 @@ class AnyBlock:
         self._to_end()
         return tensors
 
-    @torch.no_grad()
     def advance(self, tensors: Tensors) -> None:
         """Brings the stream behind the block, for which tensors were calibrated before."""
         for linear in self._spec.linears:

@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from lraee.quantization.plain_block import PlainBlock, is_folded
 from lraee.quantization.streams import Streams
 from lraee.storage.stages import Stages
 from lraee.towers.families import block_specs, blocks_of, linear_shapes, tower_spec
+from lraee.towers.runner import RowwiseTower
 from lraee.towers.state import tower_hash
 
 RECIPE = 1
@@ -37,6 +39,7 @@ def require_scheme(scheme: Scheme) -> None:
             )
 
 
+@torch.no_grad()
 def calibrate_tower(
     tower: nn.Module, fast: nn.Module, scheme: Scheme, calibration: Calibration
 ) -> Tensors:
@@ -51,7 +54,7 @@ def calibrate_tower(
     Raises: ValueError, TypeError on images and options, in one line.
     """
     require_scheme(scheme)
-    tokens, digest = read_tokens(fast, calibration.images)
+    tokens, digest = read_tokens(cast(RowwiseTower, fast), calibration.images)
     chunk = _chunk(tower, tokens, calibration.memory_mb)
     settings = {
         "recipe": RECIPE, "images": digest, "scheme": scheme.fields, "chunk": chunk,

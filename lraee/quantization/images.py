@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lraee.towers.families import as_input, embed_tokens, tower_spec
+from lraee.towers.families import as_input, tower_spec
+from lraee.towers.runner import RowwiseTower
 
 Images = Tensor | Iterable[Tensor]
 
@@ -41,12 +42,12 @@ class Calibration:
         return given if isinstance(given, Calibration) else Calibration(given)
 
 
-def read_tokens(tower: nn.Module, images: Images) -> tuple[Tensor, str]:
+def read_tokens(fast: RowwiseTower, images: Images) -> tuple[Tensor, str]:
     """Tokens float32 [n, L, D] of the images before the first block, on the CPU, and their hash.
 
     Raises: TypeError, ValueError on images that cannot be used, in one line.
     """
-    size = tower_spec(tower).image_size
+    size = tower_spec(fast).image_size
     digest = hashlib.sha256()
     parts: list[Tensor] = []
     count = 0
@@ -57,7 +58,7 @@ def read_tokens(tower: nn.Module, images: Images) -> tuple[Tensor, str]:
         _require_count(count, at_end=False)
         digest.update(batch.detach().float().contiguous().cpu().numpy().tobytes())
         for part in torch.split(batch, _EMBED):
-            parts.append(embed_tokens(tower, as_input(tower, part)).float().cpu())
+            parts.append(fast.embed(as_input(fast, part)).float().cpu())
     _require_count(count, at_end=True)
     return torch.cat(parts), digest.hexdigest()
 

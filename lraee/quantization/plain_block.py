@@ -122,12 +122,10 @@ class PlainBlock:
         )
         self._ops = operators("auto")
 
-    @torch.no_grad()
     def calibrate(self) -> Tensors:
         """The block's int8 linears and folded norms, by their names in a checkpoint."""
         return self._calibrate_attention() | self._calibrate_mlp()
 
-    @torch.no_grad()
     def advance(self, tensors: Tensors) -> None:
         """Brings the streams behind the block, for which tensors were calibrated before."""
         for where in self._streams.chunks():
