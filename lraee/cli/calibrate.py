@@ -108,10 +108,8 @@ def calibrate(
         seed=seed, is_timed=timed, folder=out / "unfinished", progress=progress,
     )  # fmt: skip
     exits.save(out)
-    line(
-        "model",
-        f"{opened.title}, {_form(scheme, checkpoint)}, {'no' if texts is None else len(texts)} classes",
-    )
+    form, count = _form(scheme, checkpoint), "no" if texts is None else len(texts)
+    line("model", f"{opened.title}, {form}, {count} classes")
     line("photos", f"{len(images.names)}; {photos.report()}")
     for key, text in tables.card_lines(exits.card):
         line(key, text)

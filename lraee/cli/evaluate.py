@@ -120,9 +120,8 @@ def evaluate(
             "lraee: no folder is named by a wnid of the classes: top-1 and top-5 are left out"
         )
     rows = evaluate.compare(embedded, models, class_rows, by_text)
-    settings = {
-        "batch": batch, "limit": limit, "calibration": calibration and calibration.name, "classes": len(names), "templates": len(TEMPLATES),
-    }  # fmt: skip
+    settings = {"batch": batch, "limit": limit, "classes": len(names), "templates": len(TEMPLATES)}
+    settings |= {} if calibration is None else {"calibration": calibration.name}
     title = opened.title
     result = evaluate.report(rows, photos, embedded, model=title, data=data.name, **settings)
     if learned is not None:

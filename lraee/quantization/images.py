@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lraee.quantization.streams import SAMPLE_ROWS
 from lraee.towers.families import as_input, tower_spec
 from lraee.towers.runner import RowwiseTower
 
@@ -17,6 +18,8 @@ Images = Tensor | Iterable[Tensor]
 MIN_IMAGES, MAX_IMAGES = 64, 256
 _KINDS = "float [n, 3, H, W], or an iterable of such batches"
 _EMBED = 8
+_CHUNKS = 8
+"""Least chunks that the images are cut into: odd and even ones judge each other."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def read_tokens(fast: RowwiseTower, images: Images) -> tuple[Tensor, str]:
         count += len(batch)
         _require_count(count, at_end=False)
         digest.update(batch.detach().float().contiguous().cpu().numpy().tobytes())
-        for part in torch.split(batch, _EMBED):
+        for part in torch.split(batch, _EMBED) if len(batch) else ():
             parts.append(fast.embed(as_input(fast, part)).float().cpu())
     _require_count(count, at_end=True)
     return torch.cat(parts), digest.hexdigest()
@@ -109,9 +112,7 @@ def _require_count(count: int, *, at_end: bool) -> None:
         )
 
 
-def chunk_of(  # noqa: PLR0913
-    n: int, L: int, *, width: int, widest: int, products: int, memory_mb: int
-) -> int:
+def chunk_of(n: int, L: int, *, width: int, widest: int, products: int, memory_mb: int) -> int:
     """How many images a layer runs on at once, so that all stays within the limit.
 
     Args:
@@ -120,15 +121,16 @@ def chunk_of(  # noqa: PLR0913
       widest: most inputs or outputs of a linear.
       products: bytes that the sums and factors of the largest linear take.
       memory_mb: the limit.
-    Raises: ValueError where one image at a time would not fit.
+    Raises: ValueError where the images that scales are searched on would not fit.
     """
     streams = 4 * n * L * width * 4
     one = L * 4 * (4 * widest + 8 * width)
+    sample = min(n, -(-SAMPLE_ROWS // L))
     left = memory_mb * (1 << 20) - streams - products
-    if left < one:
-        least = -(-(streams + products + one) >> 20)
+    if left < sample * one:
+        least = -(-(streams + products + sample * one) >> 20)
         raise ValueError(
             f"accelerate: calibration memory_mb must be at least {least} for {n} images of this"
             f" tower, got {memory_mb}; raise it or give fewer images"
         )
-    return min(_EMBED, left // one)
+    return max(1, min(max(_EMBED, sample), n // _CHUNKS, left // one))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lraee.quantization.rounding import round_weight, search_scale
+from lraee.quantization.rounding import round_weight
 
-RIDGES = (0.03, 0.3, 3.0)
+RIDGES = (0.003, 0.03, 0.3)
 """Of the mean of the gram's diagonal: how far a fitted weight is held to the float one."""
 
 
@@ -60,8 +60,7 @@ class Moments:
                 start = start + whole.centred(is_centred).step(start, ridge)
         gram = whole.centred(is_centred).gram
         fitted = start.float()
-        w_scale = search_scale(fitted, gram.diagonal() / whole.count)
-        w_q = round_weight(fitted, gram, w_scale)
+        w_q, w_scale = round_weight(fitted, gram)
         if bias is None:
             return Rounded(w_q, w_scale, None)
         exact = w_q.double() * w_scale.double()[:, None]

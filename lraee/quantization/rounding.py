@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
+DAMPING = 0.001
 """Of the mean of the gram's diagonal, added to it."""
 
 _BLOCK = 128
-_RATIOS = tuple(1.0 - 0.025 * i for i in range(17))
+RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+"""Ranges that are tried, of the largest weight of a row."""
 
 
 def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
@@ -32,8 +33,33 @@ def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     return identity if info else upper
 
 
-def round_weight(weight: Tensor, gram: Tensor, w_scale: Tensor, damping: float = DAMPING) -> Tensor:
-    """GPTQ: weight ~ w_q * w_scale[:, None], so that x @ weight^T changes little over rows x.
+def round_weight(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """The int8 weight, w_q * w_scale[:, None], for whose inputs' gram x @ weight^T changes least.
+
+    Per output row, the range among RATIOS of max|row| whose rounding by GPTQ loses least.
+
+    Args:
+      weight: float32 [N, K].
+      gram: float64 [K, K], sum of x^T x over the quantized inputs.
+      damping: see upper_factor.
+    Returns: w_q int8 [N, K], w_scale float32 [N].
+    """
+    U = upper_factor(gram, damping).float()
+    full = weight.abs().amax(1) / 127
+    full = torch.where(full < torch.finfo(torch.float32).tiny, 1.0, full)
+    best_scale = full
+    best_q, least = gptq(weight, U, full)
+    for ratio in RATIOS[1:]:
+        w_q, loss = gptq(weight, U, full * ratio)
+        is_better = loss < least
+        best_q[is_better] = w_q[is_better]
+        best_scale = torch.where(is_better, full * ratio, best_scale)
+        least = torch.where(is_better, loss, least)
+    return best_q, best_scale
+
+
+def gptq(weight: Tensor, U: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight ~ w_q * w_scale[:, None], rounded column by column.
 
     Column k = 0, 1, … in order: w_q[:, k] = clamp(round(weight[:, k] / w_scale), -127, 127); its
     error, times U[k, j] / U[k, k], is taken from every later column j, so that they make up for it.
@@ -41,16 +67,15 @@ def round_weight(weight: Tensor, gram: Tensor, w_scale: Tensor, damping: float =
 
     Args:
       weight: float32 [N, K].
-      gram: float64 [K, K], sum of x^T x over the quantized inputs.
+      U: float32 [K, K], from upper_factor.
       w_scale: float32 [N].
-      damping: see upper_factor.
-    Returns: int8 [N, K].
+    Returns: w_q int8 [N, K]; the loss, d (gram + damping) d^T per row d of the difference, [N].
     Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1.
     """
-    U = upper_factor(gram, damping).float()
     weight = weight.float().clone()
     N, K = weight.shape
     w_q = torch.empty(N, K, dtype=torch.int8)
+    loss = torch.zeros(N)
     for start in range(0, K, _BLOCK):
         end = min(start + _BLOCK, K)
         columns = weight[:, start:end].T.contiguous()  # rows of a column lie together
@@ -62,26 +87,5 @@ def round_weight(weight: Tensor, gram: Tensor, w_scale: Tensor, damping: float =
             errors[k] = (columns[k] - steps * w_scale) / inner[k, k]
             columns[k + 1 :] -= inner[k, k + 1 :, None] * errors[k]
         weight[:, end:] -= errors.T @ U[start:end, end:]
-    return w_q
-
-
-def search_scale(weight: Tensor, energy: Tensor) -> Tensor:
-    """Per output, the range among 60 % .. 100 % of max|row| with the least error, w_scale [N].
-
-    The error is that of rounding to nearest, each column weighed by its input's energy.
-
-    Args:
-      weight: float32 [N, K].
-      energy: float [K], mean square of each input.
-    """
-    full = weight.abs().amax(1) / 127
-    full = torch.where(full < torch.finfo(torch.float32).tiny, 1.0, full)
-    energy = energy.float()
-    best, least = full, torch.full_like(full, torch.inf)
-    for ratio in _RATIOS:
-        scale = full * ratio
-        steps = torch.round(weight / scale[:, None]).clamp_(-127, 127)
-        error = (steps.mul_(scale[:, None]).sub_(weight)).square_() @ energy
-        is_better = error < least
-        best, least = torch.where(is_better, scale, best), torch.where(is_better, error, least)
-    return best
+        loss += errors.square().sum(0)
+    return w_q, loss
