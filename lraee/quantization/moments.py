@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lraee.quantization.rounding import round_weight
 
-RIDGES = (0.003, 0.03, 0.3)
+RIDGES = (0.01, 0.1)
 """Of the mean of the gram's diagonal: how far a fitted weight is held to the float one."""
 
 

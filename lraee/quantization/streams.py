@@ -9,8 +9,9 @@ from lraee.ops.reference import Quantized
 
 SAMPLE_ROWS = 2048
 """Tokens that channel scales are searched on, in whole images."""
-MAX_ROWS = 16384
-"""Rows that the sums of a linear are made of, or four times its inputs where that is more."""
+ROWS, ROWS_OF_NARROW, NARROW = 16384, 65536, 768
+"""About so many rows make the sums of a linear, four times its inputs at least; in towers of width
+768 and below, where they cost little, more."""
 
 
 class Streams:
@@ -41,7 +42,8 @@ class Streams:
         """Which tokens of these images the sums of a linear take, bool [B, L]: the first token of
         each image and every so manieth of the others.
         """
-        stride = -(-self.n * self.L // max(MAX_ROWS, 4 * K))
+        rows = ROWS_OF_NARROW if self.D <= NARROW else ROWS
+        stride = max(1, self.n * self.L // max(rows, 4 * K))
         images = torch.arange(where.start, where.stop)[:, None]
         tokens = torch.arange(self.L)[None]
         return ((images + tokens) % stride == 0) | (tokens == 0)
