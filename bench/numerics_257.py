@@ -237,8 +237,8 @@ def main(
 ) -> None:
     """Print one line per scheme over a folder or ZIP of photos."""
     measured, calibrating = split(photos, calibration, limit)
-    names = {"schemes": scheme or list(SCHEMES), "peers": peer or []}
-    rows = measure(measured, calibrating, batch, **names)
+    schemes = scheme or list(SCHEMES)
+    rows = measure(measured, calibrating, batch, schemes=schemes, peers=peer or [])
     for row in rows:
         typer.echo(_line(row))
     if out is not None:

@@ -120,6 +120,7 @@ def evaluate(
             "lraee: no folder is named by a wnid of the classes: top-1 and top-5 are left out"
         )
     rows = evaluate.compare(embedded, models, class_rows, by_text)
+    settings: dict[str, object]
     settings = {"batch": batch, "limit": limit, "classes": len(names), "templates": len(TEMPLATES)}
     settings |= {} if calibration is None else {"calibration": calibration.name}
     title = opened.title

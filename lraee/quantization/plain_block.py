@@ -6,6 +6,7 @@ up for what the stream has lost so far as well.
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from lraee.layers.int8_linear import Int8Linear
 from lraee.layers.scheme import Scheme
 from lraee.layers.spec import BlockSpec, Linear, Norm, tensor_at
 from lraee.ops.backend import operators
+from lraee.ops.checked import Activation
 from lraee.ops.reference import Quantized
 from lraee.ops.reference.linear import activate
 from lraee.quantization.folding import Fold, search
@@ -242,11 +244,9 @@ class PlainBlock:
         spec = self._spec.mlp
         norm = self._stored(self._norm_2, self._spec.norm_2, tensors)
         x = self._normed(rows, norm, spec.fc1)
-        hidden = self._linear(spec.fc1, tensors).multiply(
-            x,
-            activation=spec.activation,
-            out_dtype=torch.float32,  # type: ignore[arg-type]
-        )
+        activation = cast(Activation, spec.activation)
+        fc1 = self._linear(spec.fc1, tensors)
+        hidden = fc1.multiply(x, activation=activation, out_dtype=torch.float32)
         return self._requantized(hidden, spec.fc2)
 
     def _int8_to_end(self, tensors: Tensors) -> None:
