@@ -99,7 +99,7 @@ def main(
     rows: dict[str, Any] = {}
     for name, times in seconds.items():
         pairs = zip(seconds["pillow loop"], times, strict=True)
-        ratio = statistics.median(base / mine for base, mine in pairs)
+        ratio = statistics.median(base / own for base, own in pairs)
         rows[name] = {"photos_per_s": count / statistics.median(times), "ratio": ratio}
         typer.echo(f"{name:<12} {rows[name]['photos_per_s']:8.1f} photos/s  {ratio:5.2f} x")
     if out is not None:

@@ -57,15 +57,15 @@ def measure(photos: Path, out: Path, options: list[str]) -> dict[str, float]:
         [*command, "--no-progress", "--json", *options], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    told = json.loads(process.stdout.read())
+    figures = json.loads(process.stdout.read())
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"embed_memory: the command must end with 0, got status {status}")
     return {
         "seconds": time.perf_counter() - start,
         "peak_mb": usage.ru_maxrss / 1024,
-        "embedded": told["embedded"],
-        "resumed": told["resumed"],
+        "embedded": figures["embedded"],
+        "resumed": figures["resumed"],
     }
 
 

@@ -133,19 +133,19 @@ def collect(photos: Path, wnids: Path, blocks: Blocks, views: int, limit: int | 
     model, _, tokenizer = zoo.load(MODEL)
     fast = lraee.accelerate(model)
     source = torch.Generator().manual_seed(0)
-    looks: list[View] = []
+    view_list: list[View] = []
     for view in range(views + 1):
         parts = tqdm(torch.split(images, 64), desc=f"view {view}", leave=False)
         crops = (
             augmented(part, size=SIZE, generator=source) if view else centred(part, SIZE)
             for part in map(torch.Tensor.float, parts)
         )
-        looks.append(look(model, fast, blocks, crops))
+        view_list.append(look(model, fast, blocks, crops))
     classes = class_features(model, tokenizer, read_classes(wnids).names, progress=False)
     tenth = len(images) // 10
     order = torch.randperm(len(images), generator=source)
     splits = torch.split(order, [len(images) - 2 * tenth, tenth, tenth])
-    return Data(blocks, looks, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
+    return Data(blocks, view_list, labels, classes, float(model.logit_scale.detach().exp()), splits)  # type: ignore[union-attr,operator]
 
 
 def train(data: Data, block: int, options: HeadOptions) -> HeadWeights:
@@ -174,7 +174,7 @@ def compare_heads(data: Data, block: int) -> None:
         print(f"| {name} | {head.macs:,} | {gains} | {seconds:.0f} s |", flush=True)
 
 
-class Seen(NamedTuple):
+class Observed(NamedTuple):
     """What heads say of some photos: features [n, m, 3], answers [n, m]; full depth's answers."""
 
     features: Tensor
@@ -184,7 +184,7 @@ class Seen(NamedTuple):
     labels: Tensor
 
 
-def ask(data: Data, heads: dict[int, HeadWeights], rows: Tensor, view: int) -> Seen:
+def ask(data: Data, heads: dict[int, HeadWeights], rows: Tensor, view: int) -> Observed:
     features, answers = [], []
     for place, (block, head) in enumerate(heads.items()):
         y = F.normalize(head(data.inputs(view, block, rows, BEST_HEAD).float()), dim=1)
@@ -194,14 +194,16 @@ def ask(data: Data, heads: dict[int, HeadWeights], rows: Tensor, view: int) -> S
         answers.append(index[:, 0])
     recorded = data.views[view]
     full, teacher = data.best_class(recorded.full[rows]), data.best_class(recorded.teacher[rows])
-    return Seen(torch.stack(features, 1), torch.stack(answers, 1), full, teacher, data.labels[rows])
+    return Observed(
+        torch.stack(features, 1), torch.stack(answers, 1), full, teacher, data.labels[rows]
+    )
 
 
 def compare_gates(data: Data, exits: Blocks) -> None:
     """Frontier of each gate: top-1 / agreement at each share of FLOPs saved, on the last split."""
     heads = {block: train(data, block, BEST_HEAD) for block in exits}
     views = [ask(data, heads, data.splits[1], view) for view in range(len(data.views))]
-    fitted = Seen(*(torch.cat(parts) for parts in zip(*views, strict=True)))
+    fitted = Observed(*(torch.cat(parts) for parts in zip(*views, strict=True)))
     recorded = ask(data, heads, data.splits[2], 0)
     labels, teacher = recorded.labels, recorded.teacher
     agreeing = f"{_percent(recorded.full == labels)} / {_percent(recorded.full == teacher)}"
@@ -232,8 +234,8 @@ def compare_gates(data: Data, exits: Blocks) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def _gains(seen: Seen, truth: Tensor) -> NDArray[np.float64]:
-    every = torch.cat([seen.answers, seen.full[:, None]], 1)
+def _gains(observed: Observed, truth: Tensor) -> NDArray[np.float64]:
+    every = torch.cat([observed.answers, observed.full[:, None]], 1)
     return (every == truth[:, None]).double().numpy()
 
 

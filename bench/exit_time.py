@@ -90,11 +90,11 @@ def spread(
     fast = lraee.accelerate(model, scheme=exits.scheme, exits=exits)
     with lraee.trace(fast) as t:
         run(fast, images, 32)
-    thresholds, stays = [], torch.ones(len(images), dtype=torch.bool)
+    thresholds, is_inside = [], torch.ones(len(images), dtype=torch.bool)
     for column, share in zip(t.scores.T, shares.values(), strict=True):
-        ranked = column[stays].sort(descending=True).values
+        ranked = column[is_inside].sort(descending=True).values
         thresholds.append(float(ranked[min(round(share * len(images)), len(ranked) - 1)]))
-        stays &= column < thresholds[-1]
+        is_inside &= column < thresholds[-1]
     return with_thresholds(exits, tuple(thresholds))
 
 

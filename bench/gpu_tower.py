@@ -4,8 +4,9 @@
 
 Weights are random: time does not depend on them. torch is timed as it is called and as a CUDA
 graph, INT8 as it is called, which replays graphs of its own. Rounds are interleaved, in one process
-(lraee.selftest_time.cuda_interleaved). Beside the times stands what they must not cost: the centred
-cosine of the INT8 embeddings with those of float32, and whether an image has the same bits alone.
+(lraee.diagnostics.selftest_timing.cuda_interleaved). Beside the times stands what they must not
+cost: the centred cosine of the INT8 embeddings with those of float32, and whether an image has the
+same bits alone.
 """
 
 import copy
@@ -60,7 +61,7 @@ def time_tower(name: str, dtype: torch.dtype, batches: list[int], budget_s: floa
         ms = {call: f"{1e3 * median(each):.3f} ms" for call, each in seconds.items()}
         ours = seconds["lraee"]
         ratio = {
-            call: median(theirs / mine for theirs, mine in zip(seconds[call], ours, strict=True))
+            call: median(theirs / own for theirs, own in zip(seconds[call], ours, strict=True))
             for call in ("torch", "graph")
         }
         print(

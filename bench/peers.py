@@ -208,7 +208,7 @@ def measure(runs: dict[str, Encode], images: Tensor, batch: int, budget_s: float
     rows = []
     for name, each in seconds.items():
         timing = Timing.of(each)
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(each, ours, strict=True))
+        ratio = statistics.median(theirs / own for theirs, own in zip(each, ours, strict=True))
         agreement = vars(compare(expected, runs[name](images)))
         rows.append(
             {

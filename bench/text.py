@@ -132,7 +132,7 @@ def rows_of(runs: dict[str, Encode], texts: Tensor, batch: int, budget_s: float)
     expected, ours = runs["torch float32"](texts), seconds["lraee int8"]
     rows = []
     for name, each in seconds.items():
-        ratio = statistics.median(theirs / mine for theirs, mine in zip(each, ours, strict=True))
+        ratio = statistics.median(theirs / own for theirs, own in zip(each, ours, strict=True))
         cosine = nn.functional.cosine_similarity(runs[name](texts), expected).min().item()
         timing = Timing.of([s / batch for s in each])
         rows.append(

@@ -51,21 +51,8 @@ at::Tensor by_operator(const at::Tensor& x, const Block& block) {
           .view({B * num_queries, D});
   const at::Tensor middle = multiply(quantize_rows(attended, block.out_proj.symmetric),
                                      block.out_proj, rows, "none", block.c_fc.weight());
-  const at::Tensor hidden =
-      multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc, std::nullopt,
-               block.gated ? "none" : block.activation_name, block.c_proj.weight());
-  if (block.gated) {
-    const std::optional<Norm>& norm = block.mlp_norm;
-    const GatedRows v = gated_quantize_of(
-        hidden, block.activation_name,
-        norm.has_value() ? std::optional<at::Tensor>(norm->gamma) : std::nullopt,
-        norm.has_value() ? norm->beta : std::nullopt, norm.has_value() ? norm->eps : 0.0);
-    const Linear& fc2 = block.c_proj;
-    const at::Tensor rest =
-        int8_linear(v.r_q, v.r_scale, std::nullopt, fc2.w, fc2.w_scale, fc2.w_sum, std::nullopt,
-                    middle, fc2.layer_scale, "none", type, fc2.weight());
-    return multiply({v.x_q, v.x_scale, v.x_zero}, fc2, rest, "none", {}).view({B, num_queries, D});
-  }
+  const at::Tensor hidden = multiply(normed(middle, block.norm_2, block.c_fc), block.c_fc,
+                                     std::nullopt, block.activation_name, block.c_proj.weight());
   return multiply(quantize_rows(hidden, block.c_proj.symmetric), block.c_proj, middle, "none", {})
       .view({B, num_queries, D});
 }
@@ -94,14 +81,13 @@ class Images {
         L_(x.size(1)),
         num_queries_(block.num_queries(L_)),
         D_(x.size(2)),
-        wide_width_(block.c_fc.N()),
-        hidden_(block.hidden()),
+        hidden_(block.c_fc.N()),
         element_(static_cast<int64_t>(x.element_size())),
         type_(float_type(x.scalar_type(), "int8_block", "x")),
         x_(static_cast<const char*>(x.const_data_ptr())),
         y_(static_cast<char*>(y.mutable_data_ptr())),
         int8_linear_(int8_linear_kernel()) {
-    const int64_t fitting = chunk_bytes() / (std::max(3 * D_, wide_width_) * element_);
+    const int64_t fitting = chunk_bytes() / (std::max(3 * D_, hidden_) * element_);
     images_ = std::max<int64_t>(1, fitting / L_);
     rows_ = std::clamp<int64_t>(fitting / 32 * 32, 32, std::max<int64_t>(32, images_ * L_));
   }
@@ -134,7 +120,7 @@ class Images {
   // Where each array lies, `kept` rows between attention and its projection; returns the bytes.
   int64_t place(char* base, int64_t kept) {
     const int64_t rows = std::max(images_ * L_, rows_);
-    const int64_t wide = std::max(images_ * L_ * 3 * D_, rows_ * wide_width_);
+    const int64_t wide = std::max(images_ * L_ * 3 * D_, rows_ * hidden_);
     const int64_t linear =
         std::max({cpu::int8_linear_scratch_bytes(D_), cpu::int8_linear_scratch_bytes(hidden_),
                   cpu::int8_attention_scratch_bytes(L_, D_ / block_.attention.num_heads,
@@ -149,9 +135,7 @@ class Images {
     take(x_q_, std::max(rows * D_, rows_ * hidden_));
     take(x_scale_, rows * 4);
     take(x_zero_, rows * 4);
-    take(norm_, std::max(D_, hidden_) * 4);
-    take(r_q_, block_.gated ? rows_ * hidden_ : 0);
-    take(r_scale_, block_.gated ? rows_ * 4 : 0);
+    take(norm_, D_ * 4);
     take(scratch_, linear);
     return size;
   }
@@ -186,18 +170,6 @@ class Images {
   // y = the quantized rows times the weight; residual and y may be the same rows.
   void multiply(const Linear& linear, int64_t rows, int64_t K, const char* residual,
                 int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
-    multiply(linear, {.x_q = x_q_, .x_scale = x_scale_, .x_zero = x_zero_}, rows, K, residual,
-             residual_stride, y, activation, next);
-  }
-
-  // Rows without a zero point are the second term of a gated product: bias belongs to the first.
-  struct Rows {
-    const int8_t* x_q;
-    const float* x_scale;
-    const int32_t* x_zero;
-  };
-  void multiply(const Linear& linear, const Rows& x, int64_t rows, int64_t K, const char* residual,
-                int64_t residual_stride, char* y, cpu::Activation activation, const Linear& next) {
     const auto values = [](const std::optional<at::Tensor>& vector) {
       return vector.has_value() ? vector->const_data_ptr<float>() : nullptr;
     };
@@ -205,14 +177,14 @@ class Images {
     const cpu::Int8LinearArgs args{.M = rows,
                                    .N = N,
                                    .K = K,
-                                   .x_q = x.x_q,
+                                   .x_q = x_q_,
                                    .x_stride = K,
-                                   .x_scale = x.x_scale,
-                                   .x_zero = x.x_zero,
+                                   .x_scale = x_scale_,
+                                   .x_zero = x_zero_,
                                    .w = linear.w.const_data_ptr<int8_t>(),
                                    .w_scale = linear.w_scale.const_data_ptr<float>(),
                                    .w_sum = linear.w_sum.const_data_ptr<int32_t>(),
-                                   .bias = x.x_zero == nullptr ? nullptr : values(linear.bias),
+                                   .bias = values(linear.bias),
                                    .layer_scale = values(linear.layer_scale),
                                    .residual = residual,
                                    .residual_stride = residual_stride,
@@ -265,44 +237,20 @@ class Images {
     char* const y = y_ + row * D_ * element_;
     norm(y, rows, block_.norm_2, block_.c_fc.symmetric);
     multiply(block_.c_fc, rows, D_, nullptr, 0, wide_, block_.activation(), block_.c_proj);
-    if (block_.gated) return gated_tail(y, rows);
     quantize(wide_, rows, hidden_, block_.c_proj.symmetric);
     multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone, block_.in_proj);
   }
 
-  // From gate and up part to the rows of y: both terms of the product times c_proj.
-  void gated_tail(char* y, int64_t rows) {
-    const std::optional<Norm>& norm = block_.mlp_norm;
-    gated_quantize_kernel()(
-        {.x = wide_,
-         .stride = wide_width_,
-         .type = type_,
-         .H = hidden_,
-         .activation = block_.gate(),
-         .gamma = norm.has_value() ? norm->gamma.const_data_ptr<float>() : nullptr,
-         .beta = norm.has_value() ? norm->beta_ptr() : nullptr,
-         .eps = norm.has_value() ? static_cast<float>(norm->eps) : 0.0f,
-         .x_q = x_q_,
-         .x_scale = x_scale_,
-         .x_zero = x_zero_,
-         .r_q = r_q_,
-         .r_scale = r_scale_},
-        0, rows, norm_);
-    multiply(block_.c_proj, {.x_q = r_q_, .x_scale = r_scale_, .x_zero = nullptr}, rows, hidden_, y,
-             D_, y, cpu::Activation::kNone, block_.c_proj);
-    multiply(block_.c_proj, rows, hidden_, y, D_, y, cpu::Activation::kNone, block_.in_proj);
-  }
-
   const Block& block_;
-  const int64_t L_, num_queries_, D_, wide_width_, hidden_, element_;
+  const int64_t L_, num_queries_, D_, hidden_, element_;
   const cpu::FloatType type_;
   const char* const x_;
   char* const y_;
   cpu::Int8Linear* const int8_linear_;
   int64_t images_, rows_;
   char *wide_ = nullptr, *attended_ = nullptr, *scratch_ = nullptr;
-  int8_t *x_q_ = nullptr, *r_q_ = nullptr;
-  float *x_scale_ = nullptr, *norm_ = nullptr, *r_scale_ = nullptr;
+  int8_t* x_q_ = nullptr;
+  float *x_scale_ = nullptr, *norm_ = nullptr;
   int32_t* x_zero_ = nullptr;
 };
 
@@ -337,14 +285,10 @@ void check(const at::Tensor& x, const Block& block) {
   };
   check_norm(block.norm_1, D);
   check_norm(block.norm_2, D);
-  if (block.mlp_norm.has_value()) check_norm(*block.mlp_norm, block.hidden());
-  TORCH_CHECK_VALUE(
-      block.gated ? block.c_fc.N() % 2 == 0 : !block.mlp_norm.has_value(),
-      "int8_block: a gated c_fc must have an even N, and only a gated MLP has a norm");
   check_linear("in_proj", block.in_proj, 3 * D, D);
   check_linear("out_proj", block.out_proj, D, D);
   check_linear("c_fc", block.c_fc, block.c_fc.N(), D);
-  check_linear("c_proj", block.c_proj, D, block.hidden());
+  check_linear("c_proj", block.c_proj, D, block.c_fc.N());
 }
 
 void check_shape(const at::Tensor& x, int64_t num_heads) {
@@ -358,13 +302,10 @@ at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const Optional
                       const OptionalTensors& out_proj, at::TensorList norm_2,
                       const OptionalTensors& c_fc, const OptionalTensors& c_proj,
                       at::ArrayRef<double> eps, std::array<bool, 4> symmetric, int64_t num_heads,
-                      bool causal, std::string_view activation, bool first_only, bool gated,
-                      const std::optional<std::vector<at::Tensor>>& mlp_norm,
-                      const std::optional<at::Tensor>& rope,
+                      bool causal, std::string_view activation, bool first_only,
                       const std::optional<at::Tensor>& key_mask) {
-  const bool has_norm = mlp_norm.has_value() && !mlp_norm->empty();
-  TORCH_CHECK_VALUE(eps.size() == (has_norm ? 3 : 2),
-                    "int8_block: eps must have a value for each norm, got ", eps.size());
+  TORCH_CHECK_VALUE(eps.size() == 2, "int8_block: eps must have a value for each norm, got ",
+                    eps.size());
   check_shape(x, num_heads);
   const int64_t B = x.size(0);
   const Block block{
@@ -375,12 +316,10 @@ at::Tensor int8_block(const at::Tensor& x, at::TensorList norm_1, const Optional
       .c_fc = Linear(c_fc, symmetric[2]),
       .c_proj = Linear(c_proj, symmetric[3]),
       .attention = AttentionOperands("int8_block", B, x.size(1), x.size(2) / num_heads, num_heads,
-                                     causal, rope, key_mask),
+                                     causal, std::nullopt, key_mask),
       .activation_name = activation,
-      .first_only = first_only,
-      .gated = gated,
-      .mlp_norm = has_norm ? std::optional<Norm>(Norm(*mlp_norm, eps[2])) : std::nullopt};
-  block.activation(), block.gate();  // both raise on an unknown name
+      .first_only = first_only};
+  block.activation();  // raises on an unknown name
   check(x, block);
   const at::Tensor rows = x.contiguous();
   if (!takes_images(x, block)) return by_operator(rows, block);

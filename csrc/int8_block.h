@@ -68,17 +68,8 @@ struct Block {
   AttentionOperands attention;
   std::string_view activation_name;
   bool first_only;
-  bool gated;  // c_fc gives gate and up part, c_proj is given two terms, see gated_quantize
-  std::optional<Norm> mlp_norm;  // of the gated product
 
-  int64_t hidden() const { return gated ? c_fc.N() / 2 : c_fc.N(); }
-  cpu::Activation activation() const {
-    return gated ? cpu::Activation::kNone : activation_from_name(activation_name);
-  }
-  cpu::GateActivation gate() const {
-    return gated ? gate_activation_from_name("int8_block", activation_name)
-                 : cpu::GateActivation::kNone;
-  }
+  cpu::Activation activation() const { return activation_from_name(activation_name); }
 
   // Tokens of an image that are computed.
   int64_t num_queries(int64_t L) const { return first_only ? 1 : L; }

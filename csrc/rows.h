@@ -8,7 +8,6 @@
 #include <tuple>
 
 #include "common.h"
-#include "cpu/gated_quantize/gated_quantize.h"
 #include "cpu/int8_attention/int8_attention.h"
 #include "cpu/layer_norm_quantize/layer_norm_quantize.h"
 #include "cpu/quantize_rows/quantize_rows.h"
@@ -34,14 +33,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_rows(const at::Tensor& x
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_quantize(
     const at::Tensor& x, const at::Tensor& gamma, const std::optional<at::Tensor>& beta, double eps,
     bool symmetric);
-struct GatedRows {
-  at::Tensor x_q, x_scale, x_zero, r_q, r_scale;
-};
-cpu::GatedQuantize* gated_quantize_kernel();
-cpu::GateActivation gate_activation_from_name(std::string_view op, std::string_view name);
-GatedRows gated_quantize_of(const at::Tensor& x, std::string_view activation,
-                            const std::optional<at::Tensor>& gamma,
-                            const std::optional<at::Tensor>& beta, double eps);
 
 // What attention is given beside qkv. rope: float32 [2, R, d], cos and sin of the last R tokens;
 // key_mask: bool [B, L].

@@ -84,19 +84,11 @@ class BlockOperands(NamedTuple):
       in_proj: [D] -> [3 D], queries, keys, values.
       out_proj, c_proj: back to [D]; their layer_scale is ls_1 and ls_2.
       c_fc: [D] -> [hidden], or where gated [D] -> [2 hidden], the gate's rows first.
-      symmetric: per linear, in this order, whether its input has no zero point; a gated product
-        always has one.
+      symmetric: per linear, in this order, whether its input has no zero point.
       num_heads: H, a divisor of D.
       causal: token i sees tokens 0..i only.
-      activation: between c_fc and c_proj, see int8_linear; where gated see gated_quantize.
-      gated: mlp(x) = c_proj(norm(act(gate(x)) * up(x))).
-      mlp_norm: of the gated product [hidden] (EVA-02, ViTamin), or None.
-      rope: float32 [2, R, d] or None, see int8_attention.
+      activation: between c_fc and c_proj, see int8_linear.
       key_mask: bool [B, L] or None, see int8_attention.
-      qk_norms: of queries and keys [d], head by head and before they are rotated, or None.
-      attention_norm: between attention and out_proj [D] (EVA-02), or None.
-      has_post_norm: x + norm_1(attention(x)), then that + norm_2(mlp(that)) (EVA-02-E), the layer
-        scales after the norms.
     """
 
     norm_1: Norm
@@ -109,18 +101,7 @@ class BlockOperands(NamedTuple):
     num_heads: int = 1
     causal: bool = False
     activation: str = "gelu"
-    gated: bool = False
-    mlp_norm: Norm | None = None
-    rope: Tensor | None = None
     key_mask: Tensor | None = None
-    qk_norms: tuple[Norm, Norm] | None = None
-    attention_norm: Norm | None = None
-    has_post_norm: bool = False
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the operator int8_block runs it: all but the last three, which are rare."""
-        return self.qk_norms is None and self.attention_norm is None and not self.has_post_norm
 
 
 def _linear_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,14 +137,12 @@ def _block_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
     def int8_block(
         x: Any, norm_1: Any, in_proj: Any, out_proj: Any, norm_2: Any, c_fc: Any, c_proj: Any,
         eps: Any, symmetric: Any, num_heads: Any, causal: Any, activation: Any,
-        first_only: bool = False, gated: bool = False, mlp_norm: Any = None, rope: Any = None,
-        key_mask: Any = None, **options: Any,
+        first_only: bool = False, key_mask: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
         block = BlockOperands(
             _norm(norm_1, eps[0]), PackedLinear(*in_proj), PackedLinear(*out_proj),
             _norm(norm_2, eps[1]), PackedLinear(*c_fc), PackedLinear(*c_proj),
-            symmetric, num_heads, causal, activation, gated,
-            None if not mlp_norm else _norm(mlp_norm, eps[2]), rope, key_mask,
+            symmetric, num_heads, causal, activation, key_mask,
         )  # fmt: skip
         return function(x, block, first_only, **options)
 
@@ -173,13 +152,9 @@ def _block_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
 def _block_to_schema(operator: Callable[..., Any]) -> Callable[..., Any]:
     def int8_block(x: Any, block: BlockOperands, first_only: bool = False) -> Any:
         norm_1, in_proj, out_proj, norm_2, c_fc, c_proj, *settings = block[:10]
-        eps, mlp_norm = [norm_1.eps, norm_2.eps], block.mlp_norm
-        if mlp_norm is not None:
-            eps.append(mlp_norm.eps)
         return operator(
-            x, _vectors(norm_1), in_proj, out_proj, _vectors(norm_2), c_fc, c_proj, eps, *settings,
-            first_only, block.gated, None if mlp_norm is None else _vectors(mlp_norm), block.rope,
-            block.key_mask,
+            x, _vectors(norm_1), in_proj, out_proj, _vectors(norm_2), c_fc, c_proj,
+            [norm_1.eps, norm_2.eps], *settings, first_only, block.key_mask,
         )  # fmt: skip
 
     return int8_block

@@ -7,6 +7,8 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,8 @@ FORMATS = ("checkpoint", "exits")
 
 @dataclass(frozen=True)
 class Store:
-    """One format: two saved files, another save of it, and its loader.
-
-    Args:
-      field: before the fields of the exits in the config.
-      tensor: before the names of the exits' tensors.
+    """One format: two saved files, another save of it, its loader, and what stands before the
+    fields and the tensors of the exits.
     """
 
     form: Format
@@ -42,8 +41,13 @@ class Store:
     save: Callable[[Path], None]
     save_other: Callable[[Path], None]
     load: Callable[[Path], object]
-    field: str
-    tensor: str
+    prefix: str
+
+    def name(self, own: str) -> str:
+        """Of a tensor: `classes`, a tensor of the head, or a full name."""
+        if "." in own:
+            return own
+        return self.prefix + (own if own == "classes" else f"heads.1.{own}")
 
     def put(self, folder: Path, config: bytes | None = None, weights: bytes | None = None) -> Path:
         """Writes both files, the tensors under the name that the intact config gives them."""
@@ -77,19 +81,16 @@ def make_store(name: str, folder: Path) -> Store:
     others = make_exits(model, blocks=(1,), num_classes=5)
     if name == "checkpoint":
         fast, other = (lraee.accelerate(model, exits=each) for each in (exits, others))
-        form, field, tensor = checkpoint.FORMAT, "exits.", "exits."
-        save, save_other = (
-            lambda path: lraee.save(fast, path),
-            lambda path: lraee.save(other, path),
-        )
-        load = lambda path: lraee.load(path, model)  # noqa: E731
+        form, prefix = checkpoint.FORMAT, "exits."
+        save, save_other = partial(lraee.save, fast), partial(lraee.save, other)
+        load: Callable[[Path], object] = partial(lraee.load, model=model)
     else:
-        form, field, tensor = serialization.FORMAT, "", ""
-        save, save_other, load = exits.save, others.save, Exits.load
+        form, prefix = serialization.FORMAT, ""
+        save, save_other, load = exits.save, others.save, Exits.load  # type: ignore[assignment]
     save(folder)
     (weights,) = folder.glob("*.safetensors")
     config = (folder / form.config_name).read_bytes()
-    return Store(form, config, weights.read_bytes(), save, save_other, load, field, tensor)
+    return Store(form, config, weights.read_bytes(), save, save_other, load, prefix)
 
 
 def resealed(config: dict[str, Any]) -> bytes:
@@ -100,8 +101,6 @@ def resealed(config: dict[str, Any]) -> bytes:
 
 
 # Hostile tensors
-
-Rewrite = Callable[[dict[str, Any], bytes], bytes]
 
 
 def packed(header: Any, content: bytes) -> bytes:
@@ -128,33 +127,26 @@ class Cut(Exception):
     """The power went out."""
 
 
+def _call(function: Callable[..., Any], calls: Iterator[int], last: int, *arguments: Any) -> Any:
+    if next(calls) == last:
+        raise Cut
+    return function(*arguments)
+
+
 def cuts(monkeypatch: pytest.MonkeyPatch, save: Callable[[], None]) -> Iterator[None]:
     """Runs save again and again, cut off one call later each time, until it comes through.
 
     Yields after each that was cut off; the reader puts the old files back.
     """
-    left = 0
-
-    def cutting(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Cut
-            return function(*arguments)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("fsync", "replace", "unlink"):
-            patch.setattr(os, name, cutting(getattr(os, name)))
-        for calls in range(1, 30):
-            left = calls
+    for last in range(1, 30):
+        calls = count(1)
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace", "unlink"):
+                patch.setattr(os, name, partial(_call, getattr(os, name), calls, last))
             try:
                 save()
             except Cut:
-                left = 0
                 yield
             else:
                 return
-        raise AssertionError("never finished")
+    raise AssertionError("never finished")

@@ -16,11 +16,10 @@ from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool, probe_token
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.towers.families import (
-    as_input,
     block_specs,
     blocks_of,
     device_of,
-    encode_image,
+    encode,
     find_tower,
     tower_spec,
 )
@@ -311,8 +310,3 @@ def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
         parts["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
         parts["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
     return {name: torch.cat(each) for name, each in parts.items()}
-
-
-def encode(model: nn.Module, images: Tensor) -> Tensor:
-    """Embeddings float32 [B, E] on the CPU."""
-    return encode_image(model, as_input(model, images)).float().cpu()

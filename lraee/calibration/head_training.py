@@ -187,8 +187,8 @@ class _Loss:
             total = total + self.options.distribution_weight * divergence
         if self.options.training != "distill" and labels is not None:
             known = int((labels >= 0).sum())
-            missed = F.nll_loss(log_p, labels, ignore_index=-1, reduction="sum")
-            total = total + missed / max(known, 1)
+            nll = F.nll_loss(log_p, labels, ignore_index=-1, reduction="sum")
+            total = total + nll / max(known, 1)
         return total
 
 

@@ -37,6 +37,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    if interpreter.is_wanted(sys.argv[1:]):
+    if interpreter.is_requested(sys.argv[1:]):
         interpreter.restart()
     app()

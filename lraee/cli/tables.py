@@ -113,13 +113,13 @@ def card_lines(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "a probe takes", f"{shares} of the tower's time at batch 1, 32{doubt}"
 
 
-def of_selftest(found: Mapping[str, Any]) -> Iterator[Table]:
+def of_selftest(report: Mapping[str, Any]) -> Iterator[Table]:
     """Kernels and their cases, each case that differs, then times or why there are none."""
-    rows = found["rows"]
+    rows = report["rows"]
     table = Table("kernel", "cases", "differ")
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        mine = [row["difference"] is not None for row in rows if row["kernel"] == kernel]
-        table.add_row(kernel, str(len(mine)), str(sum(mine)))
+        differs = [row["difference"] is not None for row in rows if row["kernel"] == kernel]
+        table.add_row(kernel, str(len(differs)), str(sum(differs)))
     yield table
     wrong = [row for row in rows if row["difference"] is not None]
     if wrong:
@@ -128,11 +128,11 @@ def of_selftest(found: Mapping[str, Any]) -> Iterator[Table]:
             cells = (row["kernel"], row["config"], row["shape"], row["difference"])
             table.add_row(*map(Text, cells))
         yield table
-    if not found["times"]:
+    if not report["times"]:
         yield Table("no timings: they need the GPU itself", box=None)
         return
     table = Table("kernel", "shape", "variant", "ms", "p20-p80", "lraee x faster")
-    for row in found["times"]:
+    for row in report["times"]:
         t = row["timing"]
         span = (f"{t['median_ms']:.4f}", f"{t['p20_ms']:.4f}-{t['p80_ms']:.4f}") if t else ("", "")
         what = row["error"] or row["variant"]

@@ -213,10 +213,10 @@ class _Zip:
         return data
 
 
-def _unreadable(info: zipfile.ZipInfo, seen: dict[str, zipfile.ZipInfo]) -> str | None:
+def _unreadable(info: zipfile.ZipInfo, earlier: dict[str, zipfile.ZipInfo]) -> str | None:
     if info.flag_bits & 0x1:
         return "is encrypted"
-    return "is there twice" if info.filename in seen else None
+    return "is there twice" if info.filename in earlier else None
 
 
 def check_size(size_bytes: int, limits: Limits) -> None:

@@ -18,7 +18,7 @@ VARIABLE = "TRITON_INTERPRET"
 DEVICE: Device = "interpreter"
 
 
-def is_wanted(arguments: Sequence[str]) -> bool:
+def is_requested(arguments: Sequence[str]) -> bool:
     """Whether these command-line arguments ask for `--device interpreter`."""
     pairs = zip(arguments, arguments[1:], strict=False)
     return f"--device={DEVICE}" in arguments or ("--device", DEVICE) in pairs

@@ -135,12 +135,9 @@ def float_linear(M: int, N: int, K: int, seed: int) -> tuple[Tensor, Tensor, Ten
 
 
 def block(
-    B: int, L: int, H: int, d: int, seed: int, device: torch.device, *, gated: bool = False
+    B: int, L: int, H: int, d: int, seed: int, device: torch.device
 ) -> tuple[Tensor, BlockOperands]:
-    """Arguments of int8_block on the device; weights in the CUDA layout.
-
-    gated: with an RMSNorm, rotated tokens, a key mask and a gated MLP that has a norm.
-    """
+    """Arguments of int8_block on the device; weights in the CUDA layout."""
     source, D = generator(seed), H * d
 
     def linear(N: int, K: int, scale: Tensor | None = None) -> PackedLinear:
@@ -155,15 +152,6 @@ def block(
         Norm(*torch.randn(2, D, generator=source).to(device).unbind(), eps) for eps in (1e-5, 1e-6)
     ]
     scale = torch.rand(D, generator=source) if seed % 2 else None
-    if gated:
-        rope, key_mask = (t.to(device) for t in rope_and_mask(B, L, H, d, seed))
-        mlp_norm = Norm(torch.rand(2 * D, generator=source).to(device), None, 1e-6)
-        return x, BlockOperands(
-            norms[0]._replace(beta=None), linear(3 * D, D), linear(D, D, scale), norms[1],
-            linear(4 * D, D), linear(D, 2 * D), (False, True, False, False), H,
-            activation="silu", gated=True, mlp_norm=mlp_norm if seed % 2 else None, rope=rope,
-            key_mask=key_mask,
-        )  # fmt: skip
     return x, BlockOperands(
         norms[0], linear(3 * D, D), linear(D, D, scale), norms[1], linear(2 * D, D),
         linear(D, 2 * D), (False, seed % 3 == 0, False, seed % 3 == 1), H,

@@ -1,10 +1,11 @@
 """Times on a GPU: kernels and whole towers beside what a torch user would run there instead.
 
-Protocol of lraee.timing, read from CUDA events: variants warm up in turn, then rounds in rotating
-order; a time is a median with its 20th and 80th percentile, a ratio the median of the ratios of
-each round. Kernels are captured into CUDA graphs, so that their rows hold no time of the host;
-each call of a graph has weights of its own, as many as fill the tower's, so that nothing is found
-in a cache where the tower would not find it. Towers are timed as they are called, and as graphs.
+Protocol of lraee.measurement.timing, read from CUDA events: variants warm up in turn, then rounds
+in rotating order; a time is a median with its 20th and 80th percentile, a ratio the median of the
+ratios of each round. Kernels are captured into CUDA graphs, so that their rows hold no time of the
+host; each call of a graph has weights of its own, as many as fill the tower's, so that nothing is
+found in a cache where the tower would not find it. Towers are timed as they are called, and as
+graphs.
 """
 
 import math
@@ -129,7 +130,7 @@ def hold(contest: Contest, rounds: Rounds) -> list[TimeRow]:
     ours = seconds[next(iter(variants))]
     rows = []
     for name, each in seconds.items():
-        speedup = median(rival / mine for rival, mine in zip(each, ours, strict=True))
+        speedup = median(rival / own for rival, own in zip(each, ours, strict=True))
         timing = Timing.of([s / contest.calls for s in each])
         rows.append(TimeRow(kernel, shape, name, timing, speedup))
     return rows

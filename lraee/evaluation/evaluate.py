@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -18,9 +19,8 @@ from lraee.evaluation.peers import Peer
 from lraee.measurement import intervals, machine
 from lraee.measurement.intervals import Interval
 from lraee.measurement.neighbours import other_neighbours
-from lraee.measurement.timing import ImageEncoder
 from lraee.model.trace import ExitStats, Trace, has_exits, trace
-from lraee.towers.families import as_input
+from lraee.towers.families import encode
 
 SCHEMA = "lraee.evaluate/3"
 FLOAT = "float"
@@ -107,11 +107,11 @@ def embed(
     for each in photos.batches(preprocess, size=batch, progress=progress, description="embed"):
         if not result.names:
             for name in order:  # Warm up: the first call allocates and packs
-                _encode(models[name], each.images)
+                encode(models[name], each.images)
         for name in order:
             with trace(models[name]) if name in with_exits else nullcontext() as t:
                 start = time.perf_counter()
-                part = _encode(models[name], each.images)
+                part = F.normalize(encode(models[name], each.images), dim=-1)
                 seconds = time.perf_counter() - start
             if t is not None:
                 result.note_exits(name, t)
@@ -229,11 +229,6 @@ def report(
         "rows": [asdict(row) for row in rows],
         "exits": {name: asdict(stats) for name, stats in embedded.exits.items()},
     }
-
-
-def _encode(model: nn.Module, images: Tensor) -> Tensor:
-    encoder = cast(ImageEncoder, model)
-    return encoder.encode_image(as_input(model, images), normalize=True).float().cpu()
 
 
 def _percent(hits: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The format of saved exits, and the way from Exits to its files and back: see lraee.sealed."""
+"""The format of saved exits, and the way from Exits to its files and back: see storage.sealed."""
 
 import math
 import os
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from lraee.exits.gate import Gate, GateKind
@@ -15,25 +16,16 @@ from lraee.exits.router import Compaction
 from lraee.layers.scheme import SINCE, Scheme
 from lraee.storage import schema, sealed
 from lraee.storage.files import require
-from lraee.storage.schema import Items, Nullable, Record, Spec, Specs, integer, real, sized
+from lraee.storage.schema import Spec, Specs, integer, items, nullable, real, record, sized
 
 _MAX_HEADS = 64
 _MAX_TENSOR_BYTES = 1 << 30
 _INFINITE = ("inf", "-inf")  # thresholds that JSON has no number for
 
 
-def _plan(
-    blocks: tuple[int, ...],
-    kind: GateKind,
-    weights: tuple[tuple[float, float, float, float], ...],
-    thresholds: tuple[float, ...],
-) -> Plan:
-    return Plan(blocks, Gate(kind, weights, thresholds))
-
-
 _WIDTH = integer(1, 1 << 16)
 _BLOCK = integer(1, 512)
-_THRESHOLD = schema.Scalar(
+_THRESHOLD = schema.scalar(
     "a finite float32 number, 'inf' or '-inf'",
     lambda v: (
         v in _INFINITE if type(v) is str else type(v) is float and abs(v) <= schema.MAX_FLOAT32
@@ -41,21 +33,21 @@ _THRESHOLD = schema.Scalar(
     build=float,
 )
 SCHEME = schema.options(Scheme(), SINCE)
-_HEAD = Record({"block": _BLOCK, "inputs": _WIDTH, "hidden": Nullable(_WIDTH)})
-_PLAN = Record(
+_HEAD = record({"block": _BLOCK, "inputs": _WIDTH, "hidden": nullable(_WIDTH)})
+_PLAN = record(
     {
-        "blocks": Items(_BLOCK, 0, _MAX_HEADS),
+        "blocks": items(_BLOCK, 0, _MAX_HEADS),
         "kind": schema.choice(*get_args(GateKind)),
-        "weights": Items(Items(real(), 4, 4), 0, _MAX_HEADS),
-        "thresholds": Items(_THRESHOLD, 0, _MAX_HEADS),
+        "weights": items(items(real(), 4, 4), 0, _MAX_HEADS),
+        "thresholds": items(_THRESHOLD, 0, _MAX_HEADS),
     },
-    build=_plan,
+    build=lambda blocks, kind, weights, thresholds: Plan(blocks, Gate(kind, weights, thresholds)),
 )
 FIELDS: dict[str, schema.Kind] = {
-    "heads": Items(_HEAD, 1, _MAX_HEADS),
+    "heads": items(_HEAD, 1, _MAX_HEADS),
     "embedding": _WIDTH,
-    "classes": Nullable(integer(1, 1 << 24)),
-    "plans": schema.Table(_PLAN, 1, 256),
+    "classes": nullable(integer(1, 1 << 24)),
+    "plans": schema.table(_PLAN, 1, 256),
     "chosen": schema.NAME,
     "logit_scale": real(above=0.0),
     "copy_share": real(0.0),
@@ -65,10 +57,10 @@ FIELDS: dict[str, schema.Kind] = {
 }
 FORMAT = sealed.Format("lraee exits", 1, "exits.json", "exits", "Exits.save", FIELDS)
 
-_LAYER = {name: Spec("F32", sizes) for name, sizes in
+_LAYER = {name: Spec(torch.float32, sizes) for name, sizes in
           (("gamma", "P"), ("beta", "P"), ("w1", "NP"), ("b1", "N"))}  # fmt: skip
-_LAST = {"w2": Spec("F32", "EN"), "b2": Spec("F32", "E")}
-_CLASSES = {"classes": Spec("F32", "KE", "rows of length 1")}
+_LAST = {"w2": Spec(torch.float32, "EN"), "b2": Spec(torch.float32, "E")}
+_CLASSES = {"classes": Spec(torch.float32, "KE", "rows of length 1")}
 
 
 Kind = TypeVar("Kind", bound=ExitsData)

@@ -6,56 +6,60 @@ is fixed, on the CPU and where its CUDA kernel runs. On other devices they are t
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lraee.layers.gradients import is_traced, without_gradient
+from lraee.layers.modules import Adapter
 from lraee.ops.backend import Backend, implementation, operators
 
 
-class RowwiseConv2d(nn.Conv2d):
-    """The patch embedding: a Conv2d whose stride is its kernel, so one linear of each patch.
+class Rowwise(Adapter):
+    """A float part of a tower, its sums in one order."""
 
-    An nn.Conv2d becomes one by `RowwiseConv2d.adopt`: same parameters, names and numbers.
-    """
+    adapter_prefix: ClassVar[str] = "Rowwise"
+    own_attributes: ClassVar[tuple[str, ...]] = ("rowwise_backend",)
+    rowwise_backend: Backend
 
-    backend: Backend
+
+class OneLinear(Rowwise):
+    """A part that is one product with its weight."""
+
+    own_attributes: ClassVar[tuple[str, ...]] = ("rowwise_backend", "by_step")
     by_step: "ByStep"
 
     @classmethod
-    def adopt(cls, conv: nn.Module, backend: Backend) -> None:
-        """Turns a Conv2d into this class where it can be one; leaves any other module alone."""
-        if not is_by_patch(conv):
-            return
-        conv.__class__ = cls
-        adopted = cast(RowwiseConv2d, conv)
-        adopted.backend = backend
-        adopted.by_step = ByStep()
+    def adopt(cls, module: nn.Module, **attributes: object) -> None:
+        """See Adapter."""
+        super().adopt(module, by_step=ByStep(), **attributes)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        own = cast(nn.Linear, self)
+        return rowwise_linear(x, self.by_step(own.weight), own.bias, self.rowwise_backend)
+
+
+class RowwiseConv2d(OneLinear):
+    """The patch embedding: a Conv2d whose stride is its kernel, so one linear of each patch."""
 
     @classmethod
-    def release(cls, conv: nn.Module) -> None:
-        """The way back."""
-        if isinstance(conv, cls):
-            conv.__class__ = nn.Conv2d  # type: ignore[assignment]
-            del conv.backend, conv.by_step
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether it is a plain Conv2d of whole patches."""
+        return is_by_patch(module)
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, D, H / kernel, W / kernel], remainders cut off as a Conv2d does."""
-        weight = self.weight
-        is_own = is_fixed(input.device, self.backend)
-        if not is_own or input.dim() != 4 or input.dtype != weight.dtype:
-            return super().forward(input)
+        conv = cast(nn.Conv2d, self)
+        is_fixed_here = is_fixed(input.device, self.rowwise_backend)
+        if not is_fixed_here or input.dim() != 4 or input.dtype != conv.weight.dtype:
+            return cast(Tensor, super().forward(input))
         _, C, H, W = input.shape
-        height, width = cast(tuple[int, int], self.kernel_size)
-        if C != self.in_channels or height > H or width > W:
-            return super().forward(input)  # which says what is wrong
-        return by_patch(
-            input,
-            (height, width),
-            lambda x: rowwise_linear(x, self.by_step(weight), self.bias, self.backend),
-        )
+        height, width = cast(tuple[int, int], conv.kernel_size)
+        if C != conv.in_channels or height > H or width > W:
+            return cast(Tensor, super().forward(input))  # which says what is wrong
+        return by_patch(input, (height, width), self._multiply)
 
 
 def is_by_patch(conv: nn.Module) -> bool:
@@ -89,47 +93,27 @@ def by_patch(images: Tensor, kernel: tuple[int, int], linear: Callable[[Tensor],
     return y.view(B, rows * columns, D).transpose(1, 2).view(B, D, rows, columns)
 
 
-class RowwiseLinear(nn.Linear):
-    """A linear that stays float: in a block by the scheme, or after the blocks.
-
-    `of` makes one from the parameters of another module; a plain nn.Linear becomes one by `adopt`.
-    """
-
-    backend: Backend
-    by_step: "ByStep"
+class RowwiseLinear(OneLinear):
+    """A linear that stays float: in a block by the scheme, or after the blocks."""
 
     @classmethod
-    def adopt(cls, linear: nn.Module, backend: Backend) -> None:
-        """Turns a plain nn.Linear into this class; leaves any other module alone."""
-        if type(linear) is nn.Linear:
-            linear.__class__ = cls
-            adopted = cast(RowwiseLinear, linear)
-            adopted.backend = backend
-            adopted.by_step = ByStep()
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether it is a plain nn.Linear."""
+        return type(module) is nn.Linear
 
     @classmethod
-    def release(cls, linear: nn.Module) -> None:
-        """The way back."""
-        if isinstance(linear, cls):
-            linear.__class__ = nn.Linear  # type: ignore[assignment]
-            del linear.backend, linear.by_step
-
-    @classmethod
-    def of(
-        cls, weight: nn.Parameter, bias: nn.Parameter | None, backend: Backend
-    ) -> "RowwiseLinear":
+    def of(cls, weight: nn.Parameter, bias: nn.Parameter | None, backend: Backend) -> nn.Linear:
         """The linear of these parameters themselves: no copy is made."""
         N, K = weight.shape
-        linear = cls(K, N, bias=bias is not None, device="meta")
+        linear = nn.Linear(K, N, bias=bias is not None, device="meta")
         linear.weight = weight
         linear.bias = bias  # type: ignore[assignment]
-        linear.backend = backend
-        linear.by_step = ByStep()
+        cls.adopt(linear, rowwise_backend=backend)
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
         """Any float type [..., K] -> [..., N]."""
-        return rowwise_linear(input, self.by_step(self.weight), self.bias, self.backend)
+        return self._multiply(input)
 
 
 class ByStep:

@@ -13,7 +13,7 @@ from lraee.layers.composed import Composed
 from lraee.layers.gradients import without_gradient
 from lraee.layers.int8_attention import Int8Attention, is_causal, require_no_rope
 from lraee.layers.int8_linear import Int8Linear, packed_linear
-from lraee.layers.modules import Adapter, is_hooked
+from lraee.layers.modules import Adapter, is_hooked, library_class
 from lraee.layers.padding import by_valid_tokens, split_mask
 from lraee.layers.spec import BlockSpec
 from lraee.layers.watch import Place, Watch, place_of
@@ -138,7 +138,7 @@ class Int8Block(Adapter):
 
     def _missing(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, None]:
         """Arguments that the float class requires and the call leaves out."""
-        parameters = inspect.signature(type(self)._classes[1].forward).parameters
+        parameters = inspect.signature(library_class(self).forward).parameters
         names = self.block_spec.call.parameters[max(1, len(args)) :]
         required = (n for n in names if n in parameters and parameters[n].default is inspect._empty)
         return {name: None for name in required if name not in named}

@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
           w_scale: float32 [N], real value of one step of w_q.
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
-          rounding: how the input is quantized, see lraee.quantize.quantize_activation.
+          rounding: how the input is quantized, see lraee.layers.scheme.quantize_activation.
           backend: which implementation to run on.
         """
         super().__init__()

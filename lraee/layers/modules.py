@@ -28,15 +28,40 @@ class Adapter(nn.Module):
     """What a class of a library becomes in an accelerated model: `subclass(adapter, base)`.
 
     An instance is one of the library's class, which code and hooks of that library look for.
-    pickle and deepcopy name both classes, since the one made of them is in no module.
+    pickle and deepcopy name these classes, since the one made of them is in no module.
     """
 
     adapter_prefix: ClassVar[str] = "Int8"
+    own_attributes: ClassVar[tuple[str, ...]] = ()
+    """What release removes."""
     _classes: ClassVar[tuple[type["Adapter"], type[nn.Module]]]
 
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether adopt turns this module into one of this class."""
+        return True
+
+    @classmethod
+    def adopt(cls, module: nn.Module, **attributes: object) -> None:
+        """Turns a module of a library that fits into this class; its numbers stay where they are.
+
+        attributes: set on it, as own_attributes names them.
+        """
+        if cls.fits(module):
+            module.__class__ = subclass(cls, type(module))
+            module.__dict__.update(attributes)
+
+    @classmethod
+    def release(cls, module: nn.Module) -> None:
+        """The way back from adopt; leaves any other module alone."""
+        if isinstance(module, cls):
+            for name in cls.own_attributes:
+                module.__dict__.pop(name, None)
+            module.__class__ = type(module)._classes[1]  # type: ignore[assignment]
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """The two classes, and the state."""
-        return _blank, self._classes, self.__getstate__()
+        """The classes, and the state."""
+        return _blank, tuple(_chain(type(self))), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything."""
@@ -56,20 +81,23 @@ def subclass(adapter: type[Adapter], base: type[nn.Module]) -> type[Adapter]:
     return _subclasses[adapter, base]
 
 
-def adopt(module: nn.Module, adapter: type[Adapter]) -> Adapter:
-    """Turns a module of a library into the adapter's subclass of its class; numbers stay."""
-    module.__class__ = subclass(adapter, type(module))
-    return cast(Adapter, module)
+def library_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, less the adapters."""
+    return _chain(type(module))[-1]
 
 
-def release(module: nn.Module) -> None:
-    """The way back from adopt; leaves any other module alone."""
-    if isinstance(module, Adapter):
-        module.__class__ = type(module)._classes[1]  # type: ignore[assignment]
+def _chain(kind: type[nn.Module]) -> list[type[nn.Module]]:
+    """The adapters that a class was made of, the last one first, and the library's class."""
+    if not issubclass(kind, Adapter):
+        return [kind]
+    adapter, base = kind._classes
+    return [adapter, *_chain(base)]
 
 
-def _blank(adapter: type[Adapter], base: type[nn.Module]) -> Adapter:
-    kind = subclass(adapter, base)
+def _blank(*chain: type[nn.Module]) -> nn.Module:
+    *adapters, kind = chain
+    for adapter in reversed(adapters):
+        kind = subclass(cast(type[Adapter], adapter), kind)
     return kind.__new__(kind)
 
 

@@ -1,13 +1,13 @@
 """Pooling of an image's tokens, computed row by row: means, and attention of learned queries."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lraee.layers.batch_invariant import is_fixed, rowwise_linear
-from lraee.layers.modules import Adapter, is_hooked
+from lraee.layers.batch_invariant import Rowwise, is_fixed, rowwise_linear
+from lraee.layers.modules import is_hooked
 from lraee.ops.backend import Backend
 
 
@@ -87,15 +87,12 @@ def attend_latents(x: Tensor, latents: Latents, backend: Backend) -> Tensor:
     return torch.cat(values, -1)
 
 
-class RowwiseMap(Adapter):
+class RowwiseMap(Rowwise):
     """Pooling by attention of learned queries (MAP), the same bits in any batch.
 
     A family's adapter reads its library's module in `_latents` and `_finish`. Where a hook sees a
     child, or the call is more than tokens, it runs the library's own forward.
     """
-
-    adapter_prefix: ClassVar[str] = "Rowwise"
-    rowwise_backend: Backend
 
     def _latents(self) -> Latents:
         """Queries and weights, as they are now."""
@@ -112,8 +109,8 @@ class RowwiseMap(Adapter):
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
         """Tokens [B, N, D] -> what the library's module returns."""
         is_bare = not any(value is not None for value in (*args, *options.values()))
-        is_seen = any(is_hooked(m) for m in self.modules() if m is not self)
-        if not is_bare or is_seen or not is_fixed(x.device, self.rowwise_backend):
+        is_observed = any(is_hooked(m) for m in self.modules() if m is not self)
+        if not is_bare or is_observed or not is_fixed(x.device, self.rowwise_backend):
             return super().forward(x, *args, **options)
         y = attend_latents(self._tokens(x), self._latents(), self.rowwise_backend)
         return self._finish(y.to(x.dtype))
@@ -128,53 +125,34 @@ class RowwiseMap(Adapter):
         return self._linear(rowwise_activation(activation, self._linear(x, fc1)), fc2)
 
 
-class RowwiseAttention(nn.MultiheadAttention):
-    """The attention of a pooler: learned queries over the tokens of an image.
-
-    An nn.MultiheadAttention with tokens [B, L, D] becomes one by `RowwiseAttention.adopt`.
-    """
-
-    backend: Backend
+class RowwiseAttention(Rowwise):
+    """The attention of a pooler: learned queries over the tokens [B, L, D] of an image."""
 
     @classmethod
-    def adopt(cls, attention: nn.Module, backend: Backend) -> None:
-        """Turns an nn.MultiheadAttention into this class; leaves any other module alone."""
-        if type(attention) is nn.MultiheadAttention and attention.bias_k is None:
-            attention.__class__ = cls
-            cast(RowwiseAttention, attention).backend = backend
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether it is an nn.MultiheadAttention without a row of its own among the keys."""
+        return type(module) is nn.MultiheadAttention and module.bias_k is None
 
-    @classmethod
-    def release(cls, attention: nn.Module) -> None:
-        """The way back."""
-        if isinstance(attention, cls):
-            attention.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
-            del attention.backend
-
-    def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        need_weights: bool = True,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = True, **options: Any
+    ) -> Any:
         """As nn.MultiheadAttention; without weights and masks, row by row."""
-        is_own = is_fixed(query.device, self.backend)
-        if not is_own or need_weights or options:
+        module, backend = cast(nn.MultiheadAttention, self), self.rowwise_backend
+        if not is_fixed(query.device, backend) or need_weights or options:
             return super().forward(query, key, value, need_weights=need_weights, **options)
-        if self._qkv_same_embed_dim:
-            weights = self.in_proj_weight.chunk(3)
+        if module._qkv_same_embed_dim:
+            weights = module.in_proj_weight.chunk(3)
         else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
         q, k, v = (
-            rowwise_linear(x, w, b, self.backend)
+            rowwise_linear(x, w, b, backend)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
-        heads = (t.chunk(self.num_heads, dim=-1) for t in (q, k, v))
+        heads = (t.chunk(module.num_heads, dim=-1) for t in (q, k, v))
         y = torch.cat([self._attend(*head) for head in zip(*heads, strict=True)], dim=-1)
-        out = self.out_proj
-        return rowwise_linear(y, out.weight, out.bias, self.backend), None
+        out = module.out_proj
+        return rowwise_linear(y, out.weight, out.bias, backend), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v of one head: [B, Q, d], [B, L, d], [B, L, d] -> [B, Q, d].
@@ -184,6 +162,6 @@ class RowwiseAttention(nn.MultiheadAttention):
         q = q * q.shape[-1] ** -0.5
         images = []
         for q_one, k_one, v_one in zip(q.unbind(), k.unbind(), v.unbind(), strict=True):
-            p = rowwise_linear(q_one, k_one, None, self.backend).softmax(-1)
-            images.append(rowwise_linear(p, v_one.t(), None, self.backend))
+            p = rowwise_linear(q_one, k_one, None, self.rowwise_backend).softmax(-1)
+            images.append(rowwise_linear(p, v_one.t(), None, self.rowwise_backend))
         return torch.stack(images)

@@ -129,12 +129,12 @@ def float_and_bfloat16(model: nn.Module) -> dict[str, nn.Module]:
 def _call(model: nn.Module, photos: Tensor) -> Callable[[], object]:
     encoder = cast(ImageEncoder, model)
     first = next(p for p in model.parameters() if p.is_floating_point())
-    mine = photos.to(first.device, first.dtype)
+    own = photos.to(first.device, first.dtype)
 
     def run() -> None:
         with torch.inference_mode():
-            encoder.encode_image(mine)
-            if mine.is_cuda:
-                torch.cuda.synchronize(mine.device)
+            encoder.encode_image(own)
+            if own.is_cuda:
+                torch.cuda.synchronize(own.device)
 
     return run

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from lraee.exits.bundle import Exits
@@ -36,11 +35,10 @@ from lraee.quantization.images import Calibration, Images
 from lraee.towers import runner
 from lraee.towers import text as texts
 from lraee.towers.families import (
-    as_input,
     block_specs,
     blocks_of,
     device_of,
-    encode_image,
+    encode,
     find_tower,
     int8_linears,
     require_supported,
@@ -117,7 +115,7 @@ def accelerate(
         calibrated, scheme = _calibrate(tower, scheme, backend, Calibration.of(calibration))
     if exits is not None and not isinstance(exits, Exits):
         exits = Exits.load(exits)
-    expected = None if check is None else _encode(model, check)
+    expected = None if check is None else encode(model, check, batch=_CHECK_BATCH)
     text_tower = None if text is None else texts.require_text(model)
     record = _record(tower, text_tower, scheme, backend, is_kept=not inplace)
     if exits is not None:
@@ -131,7 +129,7 @@ def accelerate(
         put(find_tower(fast), calibrated)
     if check is not None and expected is not None:
         try:
-            require_fidelity(compare(expected, _encode(fast, check)))
+            require_fidelity(compare(expected, encode(fast, check, batch=_CHECK_BATCH)))
         except Exception:
             if inplace:
                 mark_float(model, float_parts, text_blocks)
@@ -348,13 +346,6 @@ def _swaps(
             build = partial(build_block, block, block_spec, text.spec.block_name(i), **common)
             swaps.append(_Swap(text.owner, text.spec.block_path(i), block, build))
     return swaps
-
-
-def _encode(model: nn.Module, images: Tensor) -> Tensor:
-    """Embeddings [n, ...] of preprocessed images."""
-    with torch.no_grad():
-        parts = torch.split(images, _CHECK_BATCH)
-        return torch.cat([encode_image(model, as_input(model, part)) for part in parts])
 
 
 def _log_result(tower: nn.Module, name: str) -> None:

@@ -3,7 +3,7 @@
 A checkpoint is a directory with two files: `int8-<hash>.safetensors`, w_q and w_scale of each
 quantized linear and the tensors of the early exits, if there are some, and `lraee.json`, which says
 how to read it. All that stays float comes from the float model; its hash is in the file. A save
-that is cut off leaves the checkpoint that was there before, see lraee.sealed.
+that is cut off leaves the checkpoint that was there before, see storage.sealed.
 """
 
 import os
@@ -30,7 +30,7 @@ from lraee.ops.backend import Backend
 from lraee.quantization.calibrated import other_shapes, others_of
 from lraee.storage import sealed
 from lraee.storage.files import require
-from lraee.storage.schema import DIGEST, NAME, Nullable, Record, Spec, Specs, Table, choice, sized
+from lraee.storage.schema import DIGEST, NAME, Spec, Specs, choice, nullable, record, sized, table
 from lraee.towers import text as texts
 from lraee.towers.families import find_tower, int8_linears, int8_shapes, linear_shapes
 from lraee.towers.runner import exits_of
@@ -46,17 +46,17 @@ FORMAT = sealed.Format(
     prefix="int8",
     saver="lraee.save",
     fields={
-        "versions": Table(NAME, 1, 16),
+        "versions": table(NAME, 1, 16),
         "scheme": serialization.SCHEME,
         "backend": choice(*get_args(Backend)),
         "base_sha256": DIGEST,  # tower_hash of the float tower
         "state_sha256": DIGEST,  # the same hash of the whole accelerated model
-        "exits": Nullable(Record(serialization.FIELDS)),
-        "text": Nullable(Record({"scheme": choice("int8"), "base_sha256": DIGEST})),
+        "exits": nullable(record(serialization.FIELDS)),
+        "text": nullable(record({"scheme": choice("int8"), "base_sha256": DIGEST})),
     },
     since={"text": None},
 )
-_LINEAR = {"w_q": Spec("I8", "NK"), "w_scale": Spec("F32", "N", "finite and above 0")}
+_LINEAR = {"w_q": Spec(torch.int8, "NK"), "w_scale": Spec(torch.float32, "N", "finite and above 0")}
 _EXITS = "exits."  # before the names of the exits' tensors
 _VERSIONS = ("lraee", "torch", "open_clip_torch")
 

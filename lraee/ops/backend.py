@@ -4,11 +4,10 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from lraee.kernels import register
-from lraee.kernels.operands import BlockOperands, to_schema
-from lraee.ops import reference, registry
+from lraee.kernels.operands import to_schema
+from lraee.ops import registry
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 
@@ -27,17 +26,6 @@ _DEFINITIONS = SimpleNamespace(**registry.DEFINITIONS)
 _DISPATCHED = SimpleNamespace(
     **{name: to_schema(name, getattr(torch.ops.lraee, name).default) for name in registry.OPERATORS}
 )
-_fused_block = _DISPATCHED.int8_block
-
-
-def _int8_block(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:
-    """The operator, or where it does not run this block its definition on the other operators."""
-    if block.is_fused:
-        return _fused_block(x, block, first_only)  # type: ignore[no-any-return]
-    return reference.int8_block(x, block, first_only, operators=_DISPATCHED)
-
-
-_DISPATCHED.int8_block = _int8_block
 
 
 def operators(backend: Backend) -> Any:

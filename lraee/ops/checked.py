@@ -243,15 +243,15 @@ def int8_block(x: Tensor, block: BlockOperands, *, first_only: bool = False) -> 
             f" got {list(x.shape)}"
         )
     N = rules.outputs(block.c_fc)
-    hidden = N // 2 if block.gated else N
-    rules.require_norms(op, block, D, hidden, device)
-    shapes = {"in_proj": (3 * D, D), "out_proj": (D, D), "c_fc": (N, D), "c_proj": (D, hidden)}
-    for name, (N, K) in shapes.items():
-        rules.require_linear(op, name, getattr(block, name), N, K, device)
+    for name, norm in ("norm_1", block.norm_1), ("norm_2", block.norm_2):
+        rules.require_norm(op, name, norm, D, device)
+    shapes = {"in_proj": (3 * D, D), "out_proj": (D, D), "c_fc": (N, D), "c_proj": (D, N)}
+    for name, shape in shapes.items():
+        rules.require_linear(op, name, getattr(block, name), *shape, device)
     if len(block.symmetric) != 4:
         raise ValueError(f"{op}: symmetric must have 4 values, got {len(block.symmetric)}")
-    rules.require_activation(op, block.activation, GateActivation if block.gated else Activation)
-    rules.require_attention(op, x, D // num_heads, block.rope, block.key_mask)
+    rules.require_activation(op, block.activation, Activation)
+    rules.require_attention(op, x, D // num_heads, None, block.key_mask)
     return operators("auto").int8_block(x, block, first_only)  # type: ignore[no-any-return]
 
 

@@ -51,8 +51,8 @@ SCHEMAS = {
     " Tensor? key_mask=None) -> Tensor",
     "int8_block": "(Tensor x, Tensor[] norm_1, Tensor?[] in_proj, Tensor?[] out_proj,"
     " Tensor[] norm_2, Tensor?[] c_fc, Tensor?[] c_proj, float[] eps, bool[4] symmetric,"
-    " int num_heads, bool causal, str activation, bool first_only=False, bool gated=False,"
-    " Tensor[]? mlp_norm=None, Tensor? rope=None, Tensor? key_mask=None) -> Tensor",
+    " int num_heads, bool causal, str activation, bool first_only=False,"
+    " Tensor? key_mask=None) -> Tensor",
     "exit_probe": "(Tensor z, Tensor gamma, Tensor beta, float eps, Tensor w1, Tensor w1_scale,"
     " Tensor w1_sum, Tensor? b1, Tensor? w2, Tensor? w2_scale, Tensor? w2_sum, Tensor? b2,"
     " Tensor classes, float logit_scale, Tensor gate) -> (Tensor embedding, Tensor top1,"
@@ -199,7 +199,6 @@ def _int8_block_flops(
 ) -> int:
     B, L, D = x
     N, queries = int(block.c_fc.w_scale[0]), 1 if first_only else L
-    # Of a gated product c_proj multiplies two terms of half the width
     mlp = 2 * D * N
     return 2 * B * (L * 3 * D * D + queries * (D * D + mlp)) + 4 * B * queries * L * D
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lraee.kernels.operands import BlockOperands, Norm, PackedLinear
+from lraee.kernels.operands import Norm, PackedLinear
 from lraee.ops.reference import MAX_K
 from lraee.ops.registry import packed_shape
 
@@ -78,10 +78,10 @@ def require_linear(
     require_weight(op, f"{of}w", w, N, K, device)
 
 
-def require_activation(op: str, activation: str, known: Any) -> None:
+def require_activation(op: str, activation: str, activations: Any) -> None:
     """Raises unless the activation is one of a Literal."""
-    if activation not in get_args(known):
-        names = ", ".join(get_args(known))
+    if activation not in get_args(activations):
+        names = ", ".join(get_args(activations))
         raise ValueError(f"{op}: activation must be one of {names}, got {activation!r}")
 
 
@@ -113,20 +113,3 @@ def require_attention(
     if key_mask is not None:
         require(op, "key_mask", key_mask, [B, L], [torch.bool])
         require_device(op, "key_mask", key_mask, x.device)
-
-
-def require_norms(op: str, block: BlockOperands, D: int, hidden: int, device: torch.device) -> None:
-    """Raises unless every norm of a block has the width of what it is applied to."""
-    if block.gated and outputs(block.c_fc) % 2:
-        raise ValueError(f"{op}: a gated c_fc must have an even N, got {outputs(block.c_fc)}")
-    if block.mlp_norm is not None and not block.gated:
-        raise ValueError(f"{op}: mlp_norm must be None unless gated, got a norm")
-    (q_norm, k_norm), d = block.qk_norms or (None, None), D // block.num_heads
-    norms = {
-        "norm_1": (block.norm_1, D), "norm_2": (block.norm_2, D),
-        "mlp_norm": (block.mlp_norm, hidden), "attention_norm": (block.attention_norm, D),
-        "qk_norms[0]": (q_norm, d), "qk_norms[1]": (k_norm, d),
-    }  # fmt: skip
-    for name, (norm, size) in norms.items():
-        if norm is not None:
-            require_norm(op, name, norm, size, device)

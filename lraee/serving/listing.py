@@ -96,10 +96,10 @@ class PathListing:
         self._open, self._limits, self._can_count = open_list, limits, can_count
 
     def __iter__(self) -> Iterator[Candidate | Skipped]:
-        known: set[int] = set()
+        earlier: set[int] = set()
         for path in self._paths():
             name = to_text(path)
-            if _is_repeated(path, known):
+            if _is_repeated(path, earlier):
                 yield Skipped(name, "is listed twice")
             else:
                 yield _file(name, path)
@@ -160,9 +160,11 @@ class TarListing:
 
     def __iter__(self) -> Iterator[Candidate | Skipped]:
         for shard, path in self._tars.items():
-            known: set[int] = set()
+            earlier: set[int] = set()
             for row in _members(shard, path):
-                is_repeated = isinstance(row, Candidate) and _is_repeated(to_bytes(row.name), known)
+                is_repeated = isinstance(row, Candidate) and _is_repeated(
+                    to_bytes(row.name), earlier
+                )
                 yield Skipped(row.name, "is there twice") if is_repeated else row
 
     def count(self) -> int:
@@ -292,9 +294,9 @@ def _zip_time(info: zipfile.ZipInfo) -> int:
         return 0
 
 
-def _is_repeated(name: bytes, known: set[int]) -> bool:
+def _is_repeated(name: bytes, earlier: set[int]) -> bool:
     """Whether a name came before; 64 bits of each are kept."""
     digest = int.from_bytes(blake2b(name, digest_size=8).digest())
-    is_repeated = digest in known
-    known.add(digest)
+    is_repeated = digest in earlier
+    earlier.add(digest)
     return is_repeated

@@ -42,11 +42,11 @@ def merge(paths: Sequence[Path], output: Output) -> Totals:
         raise DataError(f"merge: --out {printable(str(output.path))} must be new")
     settings = {**shares[0].settings, "shard": None}
     totals = Totals()
-    known: set[bytes] = set()
+    earlier: set[bytes] = set()
     with output.failure_file() as failures:
         for share in shares:
             for path, table in _tables(share):
-                _require_new(table, known, path)
+                _require_new(table, earlier, path)
                 _write(output.part(totals.parts), table, settings, totals)
             _copy_failures(share, failures, totals)
         close(output, failures, settings, totals)
@@ -99,18 +99,18 @@ def _tables(share: _Share) -> Iterator[tuple[Path, "pa.Table"]]:
                 yield path, file.read_row_group(group)
 
 
-def _require_new(table: "pa.Table", known: set[bytes], path: Path) -> None:
+def _require_new(table: "pa.Table", earlier: set[bytes], path: Path) -> None:
     """Raises DataError where a photo was in an earlier table; texts may come twice."""
     if "path" not in table.column_names:
         return
     for name in table["path"].to_pylist():
         digest = blake2b(name.encode(), digest_size=8).digest()
-        if digest in known:
+        if digest in earlier:
             raise DataError(
                 f"merge: {printable(str(path))} must hold no photo of another shard,"
                 f" got {printable(name)}"
             )
-        known.add(digest)
+        earlier.add(digest)
 
 
 def _write(path: Path, table: "pa.Table", settings: dict[str, Any], totals: Totals) -> None:

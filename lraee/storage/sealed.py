@@ -7,11 +7,9 @@ unpickled. See docs/checkpoint-format.md.
 """
 
 import hashlib
-import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,28 +18,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lraee.storage import schema
+from lraee.storage import folder, schema
 from lraee.storage.files import open_file, read_file, refusing, replace_file, require
 from lraee.storage.json import parse, read_json, render
-from lraee.storage.schema import DIGEST, Items, Kind, Record, Specs, check, integer
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders are not locked there
-    fcntl = None  # type: ignore[assignment]
+from lraee.storage.schema import Kind, Specs
 
 _MAX_BYTES = 4 << 20  # of a config, and of a header
-_SIZE = integer(0, 1 << 50)
 _OWN: dict[str, Kind] = {
-    "weights_sha256": DIGEST,
-    "weights_bytes": _SIZE,
-    "tensors": schema.Scalar("an object", lambda value: type(value) is dict),
+    "weights_sha256": schema.DIGEST,
+    "weights_bytes": schema.integer(0, 1 << 50),
+    "tensors": schema.scalar("an object", lambda value: type(value) is dict),
 }
-_HEADER_ENTRY = Record(
-    {"dtype": schema.STRING, "shape": Items(_SIZE, 0, 8), "data_offsets": Items(_SIZE, 2, 2)}
-)
-_NAMES = {dtype: name for name, dtype in schema.DTYPES.items()}
-_log = logging.getLogger("lraee")
 
 
 @dataclass(frozen=True)
@@ -65,14 +52,13 @@ class Format:
     fields: Mapping[str, Kind]
     since: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def advice(self) -> str:
-        """What to do about a file that is refused."""
-        return f"copy the folder again, or write it again with {self.saver}"
-
     def weights_name(self, sha256: str) -> str:
         """Name of the tensors' file with this hash."""
         return f"{self.prefix}-{sha256[:16]}.safetensors"
+
+    def refusing(self, path: Path) -> AbstractContextManager[None]:
+        """Turns ValueError and OSError of the block into a CheckpointError about this file."""
+        return refusing(path, f"copy the folder again, or write it again with {self.saver}")
 
     def check(self, text: bytes) -> dict[str, Any]:
         """The fields of a config, checked and built; those of this module too.
@@ -82,17 +68,16 @@ class Format:
         rule = f"{self.config_name} must be of at most {_MAX_BYTES} bytes"
         require(len(text) <= _MAX_BYTES, rule, len(text))
         rest = parse(text)
-        name, number = rest.pop("format", None), rest.pop("format_version", None)
+        name, number, seal = (rest.pop(key, None) for key in ("format", "format_version", "seal"))
         require(name == self.name, f"format must be {self.name!r}", name)
         is_newer = type(number) is int and number > self.version
         advice = "upgrade lraee" if is_newer else f"write it again with the {self.saver} of now"
-        is_known = type(number) is int and number == self.version
+        is_own = type(number) is int and number == self.version
         rule = f"format_version must be {self.version}, the one that this lraee reads"
-        require(is_known, rule, number, advice)
-        seal = rest.pop("seal", None)
+        require(is_own, rule, number, advice)
         rule = f"seal must be the sha256 of all the rest, as {self.saver} writes it"
         require(self.sealed(rest) == text, rule, seal)
-        return check(Record({**self.fields, **_OWN}, since=self.since), rest)  # type: ignore[no-any-return]
+        return schema.record({**self.fields, **_OWN}, since=self.since)(rest, "")  # type: ignore[no-any-return]
 
     def sealed(self, fields: Mapping[str, Any]) -> bytes:
         """The text of a config: its fields, the format, and the sha256 of both as `seal`."""
@@ -129,23 +114,23 @@ def write(
     try:
         weights = safetensors.torch.save(dict(tensors))
         sha256 = hashlib.sha256(weights).hexdigest()
-        listed = {name: [_NAMES.get(t.dtype), list(t.shape)] for name, t in tensors.items()}
-        own = {"weights_sha256": sha256, "weights_bytes": len(weights), "tensors": listed}
-        text = form.sealed({**fields, **own})
+        own = {"weights_sha256": sha256, "weights_bytes": len(weights)}
+        text = form.sealed({**fields, **own, "tensors": schema.listed(tensors)})
         schema.check_tensors(specs_of(form.check(text)), tensors)
     except ValueError as error:
         raise ValueError(f"save: {error}") from error
     path = directory / form.weights_name(sha256)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _in_use(directory) as handle:
+        with folder.in_use(directory) as handle:
             try:
                 replace_file(path, weights)
                 path = directory / form.config_name
                 replace_file(path, text)
             finally:
                 with suppress(OSError, ValueError):  # what is not removed now is so later
-                    _remove_unused(directory, form, handle)
+                    if folder.is_alone(directory, handle):
+                        _remove_unused(directory, form)
     except OSError as error:
         line = f"save: {path} must be writable, got {error.strerror}"
         refusal = OSError(f"{line}; free space there, or save to another folder")
@@ -153,44 +138,14 @@ def write(
         raise refusal from error
 
 
-@contextmanager
-def _in_use(directory: Path) -> Iterator[int | None]:
-    """Holds the folder's shared lock, under which no other process removes files.
-
-    Yields None where there is no lock; then nothing is removed.
-    """
-    with ExitStack() as stack:
-        locked = None
-        with suppress(OSError):  # some network mounts, and a folder that is not there
-            if fcntl:
-                handle = os.open(directory, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_SH)
-                locked = handle
-        yield locked
-
-
-def _remove_unused(directory: Path, form: Format, handle: int | None) -> None:
-    """Removes what saves before left, if no other process uses the folder now."""
-    if handle is None:
-        _log.warning("save: %s cannot be locked: older tensors in it stay", directory)
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return  # the last of these processes does it
-    except OSError:  # NFS gives this lock to files alone
-        return _remove_unused(directory, form, None)
-    try:
-        sha256 = read_json(directory / form.config_name, _MAX_BYTES)["weights_sha256"]
-    except FileNotFoundError:
-        sha256 = ""
-    weights = rf"{form.prefix}-[0-9a-f]{{16}}\.safetensors"
-    temporary = rf"\.({re.escape(form.config_name)}|{weights})\.[0-9a-f]{{16}}\.tmp"
-    for path in directory.iterdir():
-        is_own = re.fullmatch(f"{weights}|{temporary}", path.name)
-        if is_own and path.name != form.weights_name(sha256):
-            path.unlink()
+def _remove_unused(directory: Path, form: Format) -> None:
+    """Removes what saves before left."""
+    keep = {form.config_name}
+    with suppress(FileNotFoundError):
+        config = read_json(directory / form.config_name, _MAX_BYTES)
+        keep.add(form.weights_name(config["weights_sha256"]))
+    names = rf"{re.escape(form.config_name)}|{form.prefix}-[0-9a-f]{{16}}\.safetensors"
+    folder.remove_others(directory, names, keep)
 
 
 # Reading
@@ -206,22 +161,17 @@ class Saved:
 
     def refusing(self) -> AbstractContextManager[None]:
         """Turns ValueError of the block into a CheckpointError about the config."""
-        return refusing(self.path, self.form.advice)
+        return self.form.refusing(self.path)
 
     def tensors(self, specs: Specs) -> dict[str, Tensor]:
         """The tensors of this config; their file is opened only if the config lists the specs.
 
         Raises: CheckpointError on any others.
         """
-        listed = self.fields["tensors"]
-        expected = {name: [spec.dtype, list(spec.shape)] for name, spec in specs.items()}
         with self.refusing():
-            rule = "tensors must be those of the model and the settings"
-            wrong = {*listed, *expected}
-            wrong = {n for n in wrong if render(listed.get(n)) != render(expected.get(n))}
-            require(not wrong, rule, {name: listed.get(name) for name in sorted(wrong)})
+            schema.require_same("tensors", self.fields["tensors"], schema.listed(specs))
         path = self.path.with_name(self.form.weights_name(self.fields["weights_sha256"]))
-        with refusing(path, self.form.advice):
+        with self.form.refusing(path):
             tensors = safetensors.torch.load(self._read(path, specs))
             schema.check_tensors(specs, tensors)
         return tensors
@@ -237,26 +187,14 @@ class Saved:
             is_right = header_size == size - 8 - content
             require(is_right, f"header must be of {size - 8 - content} bytes", header_size)
             data += file.read(header_size)
-            _check_header(parse(data[8:]), specs)
+            header = parse(data[8:])
+            # those of the file as they lie in it, then what it lacks
+            order = [name for name in {**header, **specs} if name in specs]
+            schema.require_same("header", header, schema.header(specs, order))
             data += file.read(content)
         result = hashlib.sha256(data).hexdigest()
         require(result == sha256, f"must have sha256 {sha256}", result)
         return data
-
-
-def _check_header(header: dict[str, Any], specs: Specs) -> None:
-    """Exactly these tensors, one behind the other without a gap."""
-    entries = check(Record(dict.fromkeys(specs, _HEADER_ENTRY)), header, "header")
-    offset = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        spec = specs[name]
-        stored = (entry["dtype"], entry["shape"])
-        is_right = stored == (spec.dtype, tuple(spec.shape))
-        require(is_right, f"{name} must be {spec.dtype} {list(spec.shape)}", stored)
-        end = offset + spec.size_bytes
-        is_right = entry["data_offsets"] == (offset, end)
-        require(is_right, f"{name} must lie at {offset} to {end}", entry["data_offsets"])
-        offset = end
 
 
 @contextmanager
@@ -266,7 +204,7 @@ def opened(directory: Path, form: Format) -> Iterator[Saved]:
     Raises: CheckpointError on any that are not of this format.
     """
     path = directory / form.config_name
-    with _in_use(directory):
-        with refusing(path, form.advice):
+    with folder.in_use(directory):
+        with form.refusing(path):
             saved = Saved(form, path, form.check(read_file(path, _MAX_BYTES)))
         yield saved

@@ -12,7 +12,7 @@ import safetensors.torch
 from torch import Tensor
 
 from lraee.storage.files import read_file, replace_file
-from lraee.storage.schema import DIGEST
+from lraee.storage.schema import is_digest
 
 Tensors = dict[str, Tensor]
 _MAX_BYTES = 1 << 40
@@ -72,7 +72,7 @@ def _key_of(folder: Path) -> str | None:
         text = read_file(folder / _MARK, 64).decode("ascii", "replace")
     except (OSError, ValueError):
         return None
-    return text if DIGEST.holds(text) else None
+    return text if is_digest(text) else None
 
 
 def _require_own(folder: Path) -> None:

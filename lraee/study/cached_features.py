@@ -6,14 +6,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lraee.calibration.collect import Pair, encode, joined, tapped
+from lraee.calibration.collect import Pair, joined, tapped
 from lraee.calibration.head_training import augmented, centred
 from lraee.calibration.noise import BlockNoise
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
 from lraee.storage.stages import Stages
-from lraee.towers.families import blocks_of, find_tower
+from lraee.towers.families import blocks_of, encode, find_tower
 
 Leads = Literal["mean", "class token"]
 """Which half of the pooled tokens a head of one half takes."""

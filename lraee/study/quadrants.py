@@ -90,22 +90,22 @@ def owed(
       backbone, recipe: names of schema.
     Raises: ValueError on shapes that do not fit.
     """
-    mine = _difference(_per_seed("right_with", right_with, right_full), right_full)
+    learned = _difference(_per_seed("right_with", right_with, right_full), right_full)
     float_seeds = _per_seed("float_right_with", float_right_with, float_right_full)
     control = _difference(float_seeds, float_right_full)
-    if mine.shape[-1] != control.shape[-1]:
+    if learned.shape[-1] != control.shape[-1]:
         raise ValueError(
-            f"owed: float_right_full must have shape [n] = [{mine.shape[-1]}],"
+            f"owed: float_right_full must have shape [n] = [{learned.shape[-1]}],"
             f" got {list(float_right_full.shape)}"
         )
-    mine, control = mine.mean(0), control.mean(0)
+    learned, control = learned.mean(0), control.mean(0)
     return {
         "backbone": backbone,
         "recipe": recipe,
-        "margin": 100.0 * float(mine.mean()),
+        "margin": 100.0 * float(learned.mean()),
         "float_margin": 100.0 * float(control.mean()),
-        "difference": 100.0 * float((mine - control).mean()),
-        "interval": paired_interval(mine - control),
+        "difference": 100.0 * float((learned - control).mean()),
+        "interval": paired_interval(learned - control),
     }
 
 

@@ -31,7 +31,7 @@ class Spread(TypedDict):
 
 
 class Noise(TypedDict):
-    """One block of lraee.exits.noise.BlockNoise, and whether pathological pruning drops it."""
+    """One block of calibration.noise.BlockNoise, and whether pathological pruning drops it."""
 
     block: int
     natural_step: float

@@ -17,10 +17,9 @@ from lraee.layers.spec import BlockSpec, tensor_at
 from lraee.model.accelerate import accelerate
 from lraee.model.fidelity import compare
 from lraee.towers.families import (
-    as_input,
     block_specs,
     blocks_of,
-    encode_image,
+    encode,
     find_tower,
     require_supported,
 )
@@ -149,8 +148,6 @@ def _largest(
             handle.remove()
 
 
-@torch.no_grad()
 def _embeddings(model: nn.Module, images: Tensor) -> Tensor:
     """Unit embeddings float32 [n, E]."""
-    parts = [encode_image(model, as_input(model, part)) for part in torch.split(images, _BATCH)]
-    return F.normalize(torch.cat(parts).float(), dim=1)
+    return F.normalize(encode(model, images, batch=_BATCH), dim=1)

@@ -245,6 +245,17 @@ def encode_image(model: nn.Module, images: Tensor) -> Tensor:
     return cast(Tensor, result[0] if isinstance(result, tuple) else result)
 
 
+@torch.no_grad()
+def encode(model: nn.Module, images: Tensor, *, batch: int | None = None) -> Tensor:
+    """Embeddings float32 [n, …] on the CPU of images [n, 3, H, W] of any device and float type.
+
+    Args:
+      batch: images per call; None calls once with all.
+    """
+    parts = (images,) if batch is None else torch.split(images, batch)
+    return torch.cat([encode_image(model, as_input(model, x)).float().cpu() for x in parts])
+
+
 def can_encode_text(model: nn.Module) -> bool:
     """Whether encode_text may be called."""
     return hasattr(model, "encode_text") or family_of(find_tower(model)).encode_text is not None

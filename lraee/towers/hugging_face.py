@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee.layers.modules import Adapter
+from lraee.layers.modules import Adapter, library_class
 from lraee.towers.families import Family, find_tower
 from lraee.towers.hugging_face_blocks import read_block
 from lraee.towers.hugging_face_checks import forget_recorders
@@ -20,7 +20,6 @@ from lraee.towers.hugging_face_layouts import (
     PROJECTED,
     Vision,
     class_names,
-    float_class,
     is_a,
     layout_of,
 )
@@ -60,7 +59,7 @@ def read_tower(tower: nn.Module) -> TowerSpec:
     family = _family_of_class(tower)
     return TowerSpec(
         family=family.name,
-        float_class=float_class(tower),
+        float_class=library_class(tower),
         blocks=at + vision.blocks,
         patch_embedding=PatchEmbedding(
             at + vision.patch_embedding, (height, width), patches * D * channels * height * width

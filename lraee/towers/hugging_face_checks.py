@@ -6,14 +6,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lraee.towers.hugging_face_layouts import Vision, class_names, float_class
+from lraee.layers.modules import library_class
+from lraee.towers.hugging_face_layouts import Vision, class_names
 
 _CAPTURING = "transformers.utils.output_capturing"
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the positional arguments of the library's forward."""
-    code = _unwrapped(float_class(module).forward).__code__
+    code = _unwrapped(library_class(module).forward).__code__
     return cast(tuple[str, ...], code.co_varnames[1 : code.co_argcount])
 
 
@@ -30,13 +31,13 @@ _OPTIONS = frozenset({
 """What a vision model may be called with besides its own arguments."""
 
 
-def require_known(module: nn.Module, named: dict[str, Any]) -> None:
+def require_options(module: nn.Module, named: dict[str, Any]) -> None:
     """Raises TypeError on an argument that the model does not know: the library ignores some."""
     known = _OPTIONS.union(parameter_names(module))
     for name, value in named.items():
         if name not in known and value is not None:
             raise TypeError(
-                f"{float_class(module).__name__}: arguments must be among"
+                f"{library_class(module).__name__}: arguments must be among"
                 f" {', '.join(sorted(known))}, got {name}"
             )
 
@@ -48,14 +49,14 @@ def require_no_attentions(module: nn.Module, named: dict[str, Any]) -> None:
         wanted = getattr(module.config, "output_attentions", False)
     if wanted:
         raise NotImplementedError(
-            f"{float_class(module).__name__}: output_attentions must be False, got True: INT8"
+            f"{library_class(module).__name__}: output_attentions must be False, got True: INT8"
             " attention keeps no weights; use the float model (lraee.restore)"
         )
 
 
 def require_images(vision: Vision, x: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Raises TypeError or ValueError, one line, unless the images are such as the model takes."""
-    owner = float_class(vision.module).__name__
+    owner = library_class(vision.module).__name__
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner}: pixel_values must be a tensor, got {type(x).__name__}")
     if vision.is_naflex:

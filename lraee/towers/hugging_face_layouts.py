@@ -11,8 +11,6 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from lraee.layers.modules import Adapter
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -101,11 +99,6 @@ def vision_path(owner: nn.Module) -> str | None:
         if layout_of(module) is not None:
             return path
     return None
-
-
-def float_class(module: nn.Module) -> type[nn.Module]:
-    """The library's class of a module, float or accelerated."""
-    return type(module)._classes[1] if isinstance(module, Adapter) else type(module)
 
 
 def _first(module: nn.Module, paths: tuple[str, ...]) -> str | None:

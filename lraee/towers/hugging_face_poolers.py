@@ -5,8 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lraee.layers.batch_invariant import is_fixed, rowwise_linear
-from lraee.layers.modules import Adapter, is_hooked
+from lraee.layers.batch_invariant import Rowwise, is_fixed, rowwise_linear
+from lraee.layers.modules import is_hooked
 from lraee.layers.pooling import Latents, RowwiseMap, rowwise_activation
 
 
@@ -57,29 +57,24 @@ class Aimv2Map(RowwiseMap):
         return self._linear(y[:, 0], cast(Any, self).output_proj)
 
 
-class ClassTokenPooler(Adapter):
+class ClassTokenPooler(Rowwise):
     """ViTPooler and DeiTPooler: activation(linear(class token))."""
-
-    adapter_prefix = "Rowwise"
-    rowwise_backend: Any
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Tokens [B, L, D] -> [B, E]."""
         pooler = cast(Any, self)
-        is_seen = any(is_hooked(m) for m in self.modules() if m is not self)
-        if is_seen or not is_fixed(hidden_states.device, self.rowwise_backend):
+        is_observed = any(is_hooked(m) for m in self.modules() if m is not self)
+        if is_observed or not is_fixed(hidden_states.device, self.rowwise_backend):
             return cast(Tensor, super().forward(hidden_states))
         first, dense = hidden_states[:, 0], pooler.dense
         y = rowwise_linear(first, dense.weight, dense.bias, self.rowwise_backend)
         return rowwise_activation(pooler.activation, y)
 
 
-class NaflexEmbeddings(Adapter):
+class NaflexEmbeddings(Rowwise):
     """Siglip2VisionEmbeddings, image by image: the positions of each are resized by a product whose
     sums differ with the longest image of the batch. Padding rows are zeros.
     """
-
-    adapter_prefix = "Rowwise"
 
     def forward(self, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:
         """Patches [B, N, K] and their rows and columns [B, 2] -> tokens [B, N, D]."""

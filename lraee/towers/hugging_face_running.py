@@ -16,16 +16,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lraee.layers.modules import Adapter
+from lraee.layers.batch_invariant import Rowwise
+from lraee.layers.modules import library_class
 from lraee.towers.executor import EagerExecutor
 from lraee.towers.hugging_face_checks import (
     parameter_names,
     register_recorders,
     require_images,
-    require_known,
     require_no_attentions,
+    require_options,
 )
-from lraee.towers.hugging_face_layouts import Vision, float_class, layout_of, vision_path
+from lraee.towers.hugging_face_layouts import Vision, layout_of, vision_path
 from lraee.towers.runner import RowwiseTower, exits_of
 
 
@@ -92,10 +93,8 @@ def _routed(tower: RowwiseTower) -> Iterator[None]:
         _route.reset(token)
 
 
-class PassingProjection(Adapter):
+class PassingProjection(Rowwise):
     """The projection, which leaves alone what left the vision model early as an embedding."""
-
-    adapter_prefix = "Rowwise"
 
     def forward(self, input: Tensor) -> Tensor:
         """Pooled [B, D] -> [B, E]."""
@@ -105,10 +104,8 @@ class PassingProjection(Adapter):
         return cast(Tensor, super().forward(input))
 
 
-class VisionModel(Adapter):
+class VisionModel(Rowwise):
     """Runs an accelerated vision model."""
-
-    adapter_prefix = "Rowwise"
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """As the library's.
@@ -116,7 +113,7 @@ class VisionModel(Adapter):
         Raises: NotImplementedError where attention weights are wanted, or tokens of images that
           leave early; ValueError on images or a mask of a wrong shape.
         """
-        require_known(self, named)
+        require_options(self, named)
         require_no_attentions(self, named)
         x = args[0] if args else named.get("pixel_values")
         vision = Vision(self)
@@ -125,7 +122,7 @@ class VisionModel(Adapter):
         tower = self._router_owner()
         if tower is not None and tower._active_router(cast(Tensor, x)) is not None:
             return _leave_early(tower, vision, args, named)
-        return float_class(self).forward(self, *args, **named)
+        return library_class(self).forward(self, *args, **named)
 
     def _router_owner(self) -> RowwiseTower | None:
         """The tower whose exits this call goes by, if it has some."""
@@ -260,7 +257,7 @@ class ProjectedTower(HuggingFaceTower):
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """As the library's."""
-        return self._as_float(float_class(self).forward, *args, **named)
+        return self._as_float(library_class(self).forward, *args, **named)
 
 
 class DualTower(ProjectedTower):
@@ -268,4 +265,4 @@ class DualTower(ProjectedTower):
 
     def get_image_features(self, *args: Any, **named: Any) -> Any:
         """As the library's."""
-        return self._as_float(cast(Any, float_class(self)).get_image_features, *args, **named)
+        return self._as_float(cast(Any, library_class(self)).get_image_features, *args, **named)

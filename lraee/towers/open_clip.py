@@ -64,7 +64,7 @@ def read_block(block: nn.Module) -> BlockSpec:
 
     Raises: UnsupportedBlockError, what of it has no int8 kernel.
     """
-    _require_known_parts(block)
+    _require_parts(block)
     attn = block.get_submodule("attn")
     if not hasattr(attn, "num_heads") or getattr(attn, "add_zero_attn", False):
         raise UnsupportedBlockError("has an attn without num_heads or with add_zero_attn")
@@ -105,7 +105,7 @@ def read_block(block: nn.Module) -> BlockSpec:
     )
 
 
-def _require_known_parts(block: nn.Module) -> None:
+def _require_parts(block: nn.Module) -> None:
     """Raises UnsupportedBlockError on a part that has no int8 kernel, or a missing one."""
     modules = dict(block.named_modules())
     held = {name for name, _ in [*block.named_parameters(), *block.named_buffers()]}

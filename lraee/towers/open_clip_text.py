@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lraee.layers.batch_invariant import rowwise_linear
 from lraee.layers.int8_attention import is_causal
+from lraee.layers.modules import library_class
 from lraee.layers.spec import BlockSpec
 from lraee.ops.backend import Backend
 from lraee.towers import open_clip
 from lraee.towers.text import TextFamily, TextMask, TextPooling, TextSpec
-from lraee.towers.text_encoder import class_of
 
 NAME = "open_clip TextTransformer"
 _PARTS = ("token_embedding", "transformer", "ln_final", "text_projection")
@@ -30,7 +30,7 @@ def find(model: nn.Module) -> str | None:
     if getattr(type(model), "encode_text", None) is CLIP.encode_text:
         return ""
     text = model._modules.get("text")
-    is_known = text is not None and class_of(text).forward is TextTransformer.forward
+    is_known = text is not None and library_class(text).forward is TextTransformer.forward
     return "text" if is_known else None
 
 

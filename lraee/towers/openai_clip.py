@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lraee.layers.modules import Adapter
+from lraee.layers.modules import library_class
 from lraee.towers import open_clip
 from lraee.towers.families import Family, UnsupportedBlockError
 from lraee.towers.runner import RowwiseTower
@@ -50,7 +50,7 @@ def read_tower(tower: nn.Module) -> TowerSpec:
         projection = Projection("proj", True, (held.proj.shape[1], held.proj.shape[0]))
     return TowerSpec(
         family=FAMILY.name,
-        float_class=type(tower)._classes[1] if isinstance(tower, Adapter) else type(tower),
+        float_class=library_class(tower),
         blocks=open_clip.BLOCKS,
         patch_embedding=PatchEmbedding("conv1", patch, macs),
         pooling=Pooling("class"),

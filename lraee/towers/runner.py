@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lraee.exits.head import Int8Head
 from lraee.exits.record import is_switched_off
 from lraee.exits.router import Router
-from lraee.layers.batch_invariant import RowwiseConv2d, RowwiseLinear, rowwise_linear
+from lraee.layers.batch_invariant import Rowwise, RowwiseConv2d, RowwiseLinear, rowwise_linear
 from lraee.layers.gradients import without_gradient
 from lraee.layers.int8_block import Int8Block
-from lraee.layers.modules import Adapter, adopt, is_hooked, release
+from lraee.layers.modules import Adapter, is_hooked
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
@@ -34,7 +34,7 @@ def _eager(function: F) -> F:
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
-class RowwiseTower(Adapter):
+class RowwiseTower(Rowwise):
     """A float tower's class, with the same bits in any batch and early exits (see attach_exits).
 
     A family subclasses it: `_finish` always, `forward` where a call is more than
@@ -42,9 +42,8 @@ class RowwiseTower(Adapter):
     tower is `subclass(adapter, float class)`.
     """
 
-    adapter_prefix: ClassVar[str] = "Rowwise"
+    own_attributes = ("rowwise_backend", "tower_spec", "segments", "cuda_graphs")
     tower_spec: TowerSpec
-    rowwise_backend: Backend
     segments: Segments
     cuda_graphs: bool = True
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs."""
@@ -260,39 +259,33 @@ def ends_with_class_token(tower: nn.Module) -> bool:
 
 def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     """Gives the float layers around the blocks one fixed order of summation."""
-    spec, adapter = tower_spec(tower), family_of(tower).adapter
-    patches = tower.get_submodule(spec.patch_embedding.path)
-    RowwiseConv2d.adopt(patches, backend)
-    RowwiseLinear.adopt(patches, backend)
-    for path in spec.pooling.attention:
-        RowwiseAttention.adopt(tower.get_submodule(path), backend)
-    RowwiseLinear.adopt(_projection(tower, spec), backend)
-    for path, kind in spec.adapters:
-        cast(Any, adopt(tower.get_submodule(path), kind)).rowwise_backend = backend
+    spec = tower_spec(tower)
+    for part, kind in _rowwise_parts(tower, spec):
+        kind.adopt(part, rowwise_backend=backend)
     if type(tower) is spec.float_class:
-        rowwise = cast(RowwiseTower, adopt(tower, adapter))
-        rowwise.rowwise_backend, rowwise.tower_spec = backend, spec
-        rowwise.segments = Segments.of(len(rowwise._block_list()))
+        adapter, segments = family_of(tower).adapter, Segments.of(len(blocks_of(tower)))
+        adapter.adopt(tower, rowwise_backend=backend, tower_spec=spec, segments=segments)
 
 
 def unmake_rowwise(tower: nn.Module) -> None:
     """The way back from make_rowwise."""
-    spec = tower_spec(tower)
-    patches = tower.get_submodule(spec.patch_embedding.path)
-    RowwiseConv2d.release(patches)
-    RowwiseLinear.release(patches)
-    for path in spec.pooling.attention:
-        RowwiseAttention.release(tower.get_submodule(path))
-    RowwiseLinear.release(_projection(tower, spec))
-    for path, _ in spec.adapters:
-        part = tower.get_submodule(path)
-        release(part)
-        part.__dict__.pop("rowwise_backend", None)
+    for part, kind in reversed(_rowwise_parts(tower, tower_spec(tower))):
+        kind.release(part)
     if isinstance(tower, RowwiseTower):
         graphs.drop(tower)
-        release(tower)
-        for name in ("rowwise_backend", "tower_spec", "segments", "cuda_graphs"):
-            tower.__dict__.pop(name, None)
+        RowwiseTower.release(tower)
+
+
+def _rowwise_parts(tower: nn.Module, spec: TowerSpec) -> list[tuple[nn.Module, type[Adapter]]]:
+    """Each float part that sums, and what it becomes if it fits; one part may become two things."""
+    patches, projection = tower.get_submodule(spec.patch_embedding.path), _projection(tower, spec)
+    return [
+        (patches, RowwiseConv2d),
+        (patches, RowwiseLinear),
+        *((tower.get_submodule(path), RowwiseAttention) for path in spec.pooling.attention),
+        (projection, RowwiseLinear),
+        *((tower.get_submodule(path), kind) for path, kind in spec.adapters),
+    ]
 
 
 def _projection(tower: nn.Module, spec: TowerSpec) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.layers.int8_block import Int8Block
-from lraee.layers.modules import Adapter, is_hooked, subclass
+from lraee.layers.modules import Adapter, is_hooked, library_class
 from lraee.ops.backend import Backend
 from lraee.towers.text import FAMILIES, TextFamily, TextSpec, find_text
 
@@ -71,7 +71,7 @@ class TextEncoder:
         return nn.functional.normalize(y, dim=-1) if is_normalized else y
 
     def _as_before(self, owner: nn.Module, text: Tensor, args: Any, named: Any) -> Any:
-        return getattr(class_of(owner), self.spec.method)(owner, text, *args, **named)
+        return getattr(library_class(owner), self.spec.method)(owner, text, *args, **named)
 
     def _fits(self, text: Any) -> bool:
         """Whether these are token ids that the tower takes; the library says what else is wrong.
@@ -169,16 +169,12 @@ class CutText(Adapter):
     """
 
     adapter_prefix: ClassVar[str] = "Cut"
+    own_attributes: ClassVar[tuple[str, ...]] = ("text_encoder",)
     text_encoder: TextEncoder
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """Token ids [B, L] -> embeddings [B, E]."""
         return self.text_encoder(*args, **named)
-
-
-def class_of(owner: nn.Module) -> type[nn.Module]:
-    """The library's class of a module that holds a text tower's parts, float or accelerated."""
-    return owner._classes[1] if isinstance(owner, CutText) else type(owner)
 
 
 def attach(model: nn.Module, backend: Backend | None) -> None:
@@ -190,8 +186,7 @@ def attach(model: nn.Module, backend: Backend | None) -> None:
     if tower.spec.method == "encode_text":
         owner.__dict__["encode_text"] = encoder
     elif not isinstance(owner, CutText):
-        owner.__class__ = subclass(CutText, type(owner))
-        owner.__dict__["text_encoder"] = encoder
+        CutText.adopt(owner, text_encoder=encoder)
 
 
 def detach(model: nn.Module) -> None:
@@ -200,8 +195,6 @@ def detach(model: nn.Module) -> None:
     if tower is None:
         return
     owner = tower.owner
-    if isinstance(owner, CutText):
-        owner.__class__ = class_of(owner)  # type: ignore[assignment]
-        del owner.__dict__["text_encoder"]
-    elif isinstance(owner.__dict__.get("encode_text"), TextEncoder):
+    CutText.release(owner)
+    if isinstance(owner.__dict__.get("encode_text"), TextEncoder):
         del owner.__dict__["encode_text"]

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lraee.layers.batch_invariant import Rowwise
 from lraee.layers.modules import Adapter, is_hooked, without_numbers
 from lraee.layers.pooling import Latents, RowwiseMap, rowwise_mean
 from lraee.towers.families import Family
@@ -193,10 +194,8 @@ def embed(tower: nn.Module, x: Tensor) -> Tensor:
     return cast(Tensor, trunk.norm_pre(z))
 
 
-class OneByOne(Adapter):
+class OneByOne(Rowwise):
     """Convolutions before the blocks, image by image: their sums may differ by batch."""
-
-    adapter_prefix = "Rowwise"
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> patches [B, N, D]."""
@@ -234,10 +233,8 @@ class TimmMap(RowwiseMap):
         return y[:, 0] if pool.pool == "token" else y
 
 
-class RowwisePool(Adapter):
+class RowwisePool(Rowwise):
     """A trunk whose means over tokens have one order of sums."""
-
-    adapter_prefix = "Rowwise"
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens [B, L, D] -> [B, D], as the library's."""

@@ -315,10 +315,13 @@ class CountedImages:
             yield part
 
 
-def test_a_run_cut_off_goes_on(
+def test_an_interrupted_run_resumes_and_gives_the_same_exits(
     model: nn.Module, images: Tensor, classes: Tensor, tmp_path: Path
 ) -> None:
-    """Passes: a look at the first batch, embeddings, noise, view 0, view 1, probes."""
+    """Interrupted in turn in noise, view 1 and probes, it repeats no stage that it kept.
+
+    Passes of a whole run: a look at the first batch, embeddings, noise, view 0, view 1, probes.
+    """
     recipe = replace(QUICK, head=replace(QUICK.head, views=1))
     options: dict[str, Any] = {"classes": classes, "recipe": recipe}
     whole = CountedImages(images)

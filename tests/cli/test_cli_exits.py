@@ -130,28 +130,28 @@ def test_labels_and_epsilon(data: tuple[Path, Path], tmp_path: Path) -> None:
     assert exits.plan.blocks == ()
 
 
-def test_a_run_cut_off_goes_on(
+def test_an_interrupted_run_resumes_after_the_stages_that_it_kept(
     data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was done lies in the folder for the exits, and is gone once they are there."""
+    """The second run trains the heads that the first did not, and removes what the first kept."""
     calibration = importlib.import_module("lraee.calibration.pipeline")
-    original, trained = calibration.train_head, []
+    original, calls = calibration.train_head, []
 
     def train_head(*args: Any, **options: Any) -> Any:
-        trained.append(len(trained))
-        if len(trained) == 2:
+        calls.append(args)
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*args, **options)
 
     monkeypatch.setattr(calibration, "train_head", train_head)
     out = tmp_path / "exits"
     options = ("--classes", data[1], "--budget", 0.9, "--exits", 2)
-    assert calibrate(data, out, *options).exit_code != 0
+    assert calibrate(data, out, *options).exit_code != 0 and len(calls) == 2
     kept = {path.name for path in (out / "unfinished").iterdir()}
     assert kept == {"run", "embeddings.safetensors", "view 0.safetensors", "head 6.safetensors"}
     result = calibrate(data, out, *options)
     assert result.exit_code == 0, result.output
-    assert len(trained) == 4, "of three heads one was there already, and one broke off"
+    assert len(calls) == 2 + 2, "two of three heads: one was kept, one was interrupted"
     assert not (out / "unfinished").exists() and list(Exits.load(out).heads) == [6, 9, 11]
     # After so short a training the gate scores may be alike: then all images exit at the first
     # exit, and one that no image reaches is no part of a plan

@@ -35,26 +35,15 @@ def _variants(L: int, D: int, hidden: int, heads: int, B: int) -> dict[str, Bloc
     """Blocks of other families."""
     source = generator(11)
     block = _block(D, hidden, seed=12, heads=heads)
-    half = torch.rand(L - 1, D // heads // 2, generator=source) * 6
-    rope = torch.stack([half.cos(), half.sin()]).repeat(1, 1, 2)
     mask = torch.rand(B, L, generator=source) < 0.7
-    gated = block._replace(c_fc=_linear(2 * hidden, D, source), gated=True, activation="silu")
-    mlp_norm = Norm(torch.rand(hidden, generator=source), torch.randn(hidden, generator=source))
     rms = [norm._replace(beta=None) for norm in (block.norm_1, block.norm_2)]
     return {
-        "rope": block._replace(rope=rope),
         "mask": block._replace(key_mask=mask),
-        "rope_mask": block._replace(rope=rope, key_mask=mask),
         "rms": block._replace(norm_1=rms[0], norm_2=rms[1]),
-        "gated": gated,
-        "gated_gelu": gated._replace(activation="gelu_tanh", mlp_norm=mlp_norm),
-        "gated_rms_rope": gated._replace(
-            norm_1=rms[0], mlp_norm=mlp_norm._replace(beta=None), rope=rope
-        ),
     }
 
 
-VARIANTS = ("rope", "mask", "rope_mask", "rms", "gated", "gated_gelu", "gated_rms_rope")
+VARIANTS = ("mask", "rms")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -88,28 +77,6 @@ def test_padded_images_have_the_bits_of_their_valid_tokens() -> None:
     for b, length in enumerate(lengths):
         alone = ops.int8_block(x[b : b + 1, :length].contiguous(), block)
         assert_same(whole[b : b + 1, :length], alone, image=b)
-
-
-@pytest.mark.parametrize("rare", ["attention_norm", "qk_norms", "has_post_norm"])
-def test_rare_options_run_operator_by_operator(rare: str) -> None:
-    """The same bits in any batch; close to the same block in float."""
-    D, H = 64, 2
-    x = torch.randn(6, 11, D, generator=generator(4))
-    source = generator(9)
-    norms = [Norm(torch.rand(n, generator=source), torch.randn(n, generator=source))
-             for n in (D, D // H, D // H)]  # fmt: skip
-    value = {"attention_norm": norms[0], "qk_norms": (norms[1], norms[2]._replace(beta=None)),
-             "has_post_norm": True}[rare]  # fmt: skip
-    for gated in (False, True):
-        variant = "gated_gelu" if gated else "rope"
-        block = _variants(11, D, 96, H, 6)[variant]._replace(**{rare: value})
-        assert not block.is_fused
-        whole = ops.int8_block(x, block)
-        for b in range(6):
-            assert_same(ops.int8_block(x[b : b + 1], block), whole[b : b + 1], image=b)
-        first = ops.int8_block(x, block, first_only=True)
-        assert_same(first, whole[:, :1])
-        assert_same_everywhere(lambda block=block: [ops.int8_block(x, block)])
 
 
 def _by_operator(x: Tensor, block: BlockOperands) -> Tensor:

@@ -101,7 +101,6 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
         "one layer",
         "H=",
         "rope",
-        "gated",
         " symmetric",
         "asymmetric",
     ):
@@ -236,7 +235,7 @@ def test_help_has_an_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "is_wanted"),
+    ("arguments", "is_requested"),
     [
         (["selftest", "--device", "interpreter"], True),
         (["selftest", "--quick", "--device=interpreter"], True),
@@ -245,8 +244,8 @@ def test_help_has_an_example() -> None:
         (["evaluate", "--data", "interpreter"], False),
     ],
 )
-def test_who_wants_the_interpreter(arguments: list[str], is_wanted: bool) -> None:
-    assert interpreter.is_wanted(arguments) == is_wanted
+def test_who_wants_the_interpreter(arguments: list[str], is_requested: bool) -> None:
+    assert interpreter.is_requested(arguments) == is_requested
 
 
 def test_the_command_chooses_the_interpreter_by_itself(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 import lraee
 from lraee.exits.bundle import Exits
-from lraee.exits.gate import Gate, GateKind
-from lraee.exits.plan import Plan
+from lraee.exits.gate import GateKind
 from lraee.exits.router import Compaction
 from lraee.layers.scheme import PAPER, Scheme
 from lraee.towers.state import tower_hash
@@ -89,7 +88,7 @@ def test_tensors_may_share_memory_and_be_views(tmp_path: Path) -> None:
     assert result.gamma.data_ptr() != result.beta.data_ptr()
 
 
-# Saving refuses what loading would
+# Saving refuses what loading would: the same validator, so here what files cannot hold
 
 
 def headed(**changed: Any) -> Callable[[Exits], Exits]:
@@ -97,80 +96,41 @@ def headed(**changed: Any) -> Callable[[Exits], Exits]:
     return lambda e: replace(e, heads={**e.heads, 5: replace(e.heads[5], **changed)})
 
 
-def planned(*blocks: int, **gate: Any) -> Callable[[Exits], Exits]:
-    """Another plan at block 2."""
-    one = {"kind": "learned", "weights": ((0.0,) * 4,), "thresholds": (0.5,), **gate}
-    return lambda e: replace(e, plans={e.chosen: Plan(blocks or (2,), Gate(**one))})
+def changed(**fields: Any) -> Callable[[Exits], Exits]:
+    return lambda e: replace(e, **fields)
 
 
-UNSAVABLE: dict[str, tuple[Callable[[Exits], Exits], str]] = {
-    "half head": (
-        headed(gamma=torch.ones(D).half()),
-        r"heads.5.gamma must be F32 \[8\]",
-    ),
-    "head of other size": (headed(beta=torch.ones(D + 1)), r"heads.5.beta must be"),
-    "head NaN": (headed(b1=torch.full((3,), math.nan)), r"heads.5.b1\[0\] must be finite, got n"),
-    "head without b2": (headed(b2=None), "tensors must be those"),
-    "head of another E": (headed(w2=torch.ones(E + 1, 3)), "heads.5.w2 must be"),
-    "head of another D": (
-        headed(gamma=torch.ones(9), beta=torch.ones(9), w1=torch.ones(3, 9)),
-        "must be D or 2 D",
-    ),
-    "block 513": (lambda e: replace(e, heads={**e.heads, 513: e.heads[5]}), "from 1 to 512"),
-    "block true": (lambda e: replace(e, heads={True: e.heads[5], **e.heads}), "from 1 to 512"),
-    "65 heads": (lambda e: replace(e, heads=dict.fromkeys(range(1, 66), e.heads[2])), "1 to 64"),
-    "257 plans": (
-        lambda e: replace(e, plans={**e.plans, **{str(i): e.plan for i in range(255)}}),
-        "plans must be an object of 1 to 256",
-    ),
-    "plan name empty": (lambda e: replace(e, plans={**e.plans, "": e.plan}), "printable"),
-    "plan name of two lines": (lambda e: replace(e, plans={**e.plans, "a\nb": e.plan}), "printab"),
-    "classes not unit": (
-        lambda e: replace(e, classes=torch.ones(2, E)),
-        "rows of length 1",
-    ),
-    "classes empty": (lambda e: replace(e, classes=torch.ones(0, E)), "classes must be an integer"),
-    "classes flat": (lambda e: replace(e, classes=torch.ones(E)), "classes must be F32"),
-    "classes double": (lambda e: replace(e, classes=torch.eye(E).double()), "classes must be"),
-    "logit scale 0": (
-        lambda e: replace(e, logit_scale=0.0),
-        "number above 0, got 0.0",
-    ),
-    "logit scale 1e300": (lambda e: replace(e, logit_scale=1e300), "finite float32"),
-    "share NaN": (lambda e: replace(e, compaction=Compaction(math.nan)), "must be JSON, got .*nan"),
-    "share negative": (
-        lambda e: replace(e, compaction=Compaction(-0.1)),
-        "number of at least 0",
-    ),
-    "scheme flag 1": (
-        lambda e: replace(e, scheme=replace(PAPER, clip_weights=1)),
-        "scheme.clip_weights must be true or false",
-    ),
-    "hash short": (lambda e: replace(e, base_hash="ab"), "base_hash must be 64"),
-    "card holds a tensor": (lambda e: replace(e, card={"x": torch.ones(1)}), "must be JSON"),
-    "card holds NaN": (lambda e: replace(e, card={"x": [math.nan]}), "must be JSON, got .*nan"),
-    "card deep": (
-        lambda e: replace(e, card={"x": nested(32)}),
-        "at most 32 levels",
-    ),
-    "card very deep": (lambda e: replace(e, card={"x": nested(100_000)}), "must be JSON"),
-    "card large": (lambda e: replace(e, card={"x": "y" * (1 << 20)}), "levels and 1048576 bytes"),
-    "card with keys of two types": (lambda e: replace(e, card={1: 1, "1": 1}), "must be JSON"),
-    "too much kept float": (
-        lambda e: replace(e, scheme=Scheme(keep_float=("y" * (5 << 20),))),
-        "exits.json must be of at most",
-    ),
-}
+UNSAVABLE: list[tuple[Callable[[Exits], Exits], str]] = [
+    (headed(gamma=torch.ones(D).half()), r"heads.5.gamma \['F32', \[8\]\], got \['torch.float16'"),
+    (headed(beta=torch.ones(D + 1)), r"heads.5.beta \['F32', \[8\]\], got \['F32', \[9\]\]"),
+    (headed(b1=torch.full((3,), math.nan)), r"heads.5.b1\[0\] must be finite, got nan"),
+    (headed(b2=None), r"heads.5.b2 \['F32', \[6\]\], got None"),
+    (headed(w2=torch.ones(E + 1, 3)), "heads.5.w2 "),
+    (lambda e: replace(e, heads={True: e.heads[5], **e.heads}), "from 1 to 512, got True"),
+    (lambda e: replace(e, plans={**e.plans, "a\nb": e.plan}), "printable ASCII"),
+    (changed(classes=torch.ones(2, E)), "rows of length 1"),
+    (changed(classes=torch.ones(0, E)), "classes must be an integer"),
+    (changed(classes=torch.ones(E)), r"classes \['F32', \[6, 6\]\], got"),
+    (changed(classes=torch.eye(E).double()), "got .'torch.float64'"),
+    (changed(logit_scale=0.0), "number above 0, got 0.0"),
+    (changed(compaction=Compaction(math.nan)), "must be JSON, got .*nan"),
+    (changed(scheme=replace(PAPER, clip_weights=1)), "scheme.clip_weights must be true or false"),
+    (changed(scheme=Scheme(keep_float=("y" * (5 << 20),))), "exits.json must be of at most"),
+    (changed(card={"x": torch.ones(1)}), "must be JSON"),
+    (changed(card={"x": [math.nan]}), "must be JSON, got .*nan"),
+    (changed(card={"x": nested(32)}), "at most 32 levels"),
+    (changed(card={"x": nested(100_000)}), "must be JSON"),
+    (changed(card={1: 1, "1": 1}), "must be JSON"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", UNSAVABLE)
-def test_save_refuses_what_load_would(tmp_path: Path, case: str) -> None:
-    change, match = UNSAVABLE[case]
-    with pytest.raises(ValueError, match=f"^save: .*{match}") as caught:
-        change(small_exits()).save(tmp_path)
-    line = str(caught.value)
-    assert "\n" not in line and len(line) < 600, line
-    assert not list(tmp_path.iterdir())
+def test_save_refuses_what_load_would(tmp_path: Path) -> None:
+    for change, match in UNSAVABLE:
+        with pytest.raises(ValueError, match=f"^save: .*{match}") as caught:
+            change(small_exits()).save(tmp_path)
+        line = str(caught.value)
+        assert "\n" not in line and len(line) < 600, line
+        assert not list(tmp_path.iterdir())
 
 
 def test_card_of_32_levels_is_saved(tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def test_the_bits_of_its_operators_one_by_one() -> None:
             assert_same(int8_block(*given, first_only=first_only), expected, seed=seed)
 
 
+def test_padding_tokens_are_no_keys() -> None:
+    x, operands = arguments(2, 9, 1, "gelu")
+    mask = torch.arange(9)[None] < torch.tensor([[9], [4]])
+    masked = operands._replace(key_mask=mask)
+    actual = int8_block(x, masked)
+    assert_same(actual, one_by_one(x, masked))
+    assert_same(actual[1:, :4], int8_block(x[1:, :4].contiguous(), operands))
+
+
 def test_the_first_token_alone_has_its_bits() -> None:
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9)]):
         given = arguments(B, L, seed, "gelu" if seed == 2 else "none")

@@ -57,19 +57,11 @@ def _block_arguments() -> list[Any]:
     return [torch.randn(B, L, D, generator=source), block]
 
 
-def _gated_arguments() -> list[Any]:
-    """All that the operator takes: a gated MLP with a norm, RMSNorm, rotated tokens, a mask."""
+def _masked_arguments() -> list[Any]:
+    """RMSNorm and a key mask."""
     x, block = _block_arguments()
-    source = generator(9)
-    mlp_norm = Norm(torch.ones(48), torch.zeros(48), 1e-6)
-    return [
-        x,
-        block._replace(
-            norm_1=Norm(torch.ones(32), None), c_fc=_linear(96, 32, source), gated=True,
-            activation="silu", mlp_norm=mlp_norm, rope=torch.randn(2, 4, 16, generator=source),
-            key_mask=x[:, :, 0] > -1,
-        ),
-    ]  # fmt: skip
+    norm = Norm(torch.ones(32), None)
+    return [x, block._replace(norm_1=norm, key_mask=x[:, :, 0] > -1)]
 
 
 def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
@@ -105,7 +97,7 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
             ops.gated_quantize, [x.half()],
             {"activation": "gelu", "norm": Norm(torch.ones(15), None, 1e-6)},
         ),
-        "int8_block_gated": (ops.int8_block, _gated_arguments(), {}),
+        "int8_block_masked": (ops.int8_block, _masked_arguments(), {}),
         "exit_probe": (ops.exit_probe, _probe_arguments(), {}),
         "exit_probe_affine": (ops.exit_probe, _probe_arguments(two_layers=False), {}),
         "exit_probe_class_token": (ops.exit_probe, _probe_arguments(has_class_token=True), {}),
@@ -189,7 +181,6 @@ def test_flops_are_two_for_each_multiply_add() -> None:
         "int8_attention": 2 * 2 * (2 * 7 * 7 * 16),
         "int8_block": 2 * 2 * 5 * 32 * (4 * 32 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
         "int8_attention_rope": 2 * 2 * (2 * 7 * 7 * 16),
-        "int8_block_gated": 2 * 2 * 5 * 32 * (4 * 32 + 96 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
         "gated_quantize": 0,
         "exit_probe": 2 * 3 * (20 * 16 + 16 * 12 + 5 * 12),
         "exit_probe_affine": 2 * 3 * (20 * 12 + 5 * 12),
@@ -286,10 +277,6 @@ def _errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Exception]
          r"gated_quantize: activation must be one of none, silu, gelu"),
         ("gated_quantize", {}, norm(30, 30), ValueError,
          r"gated_quantize: norm.gamma must have shape \[15\], got \[30\]"),
-        ("int8_block", {1: block._replace(mlp_norm=block.norm_1)}, {}, ValueError,
-         r"mlp_norm must be None unless gated"),
-        ("int8_block", {1: block._replace(gated=True, activation="silu")}, {}, ValueError,
-         r"c_proj.w must have the cpu layout .* of \[N, K\] = \[32, 24\]"),
         ("int8_block", {1: block._replace(activation="silu")}, {}, ValueError,
          r"activation must be one of none, gelu, gelu_tanh, quick_gelu, got 'silu'"),
         ("exit_probe", {0: torch.zeros(3, 1, 20)}, {}, ValueError, r"a class token and a patch"),

@@ -16,14 +16,9 @@ import pytest
 import safetensors
 import torch
 
-from lraee.storage import sealed
+from lraee.storage import folder as locks
 from tests.exits.small_exits import small_exits
-from tests.sealed_files import FORMATS, Store, cuts, make_store
-
-
-@pytest.fixture(scope="module", params=FORMATS)
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return make_store(request.param, tmp_path_factory.mktemp("saved"))
+from tests.sealed_files import Store, cuts
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -50,46 +45,26 @@ def in_child(work: Callable[[], object]) -> int:
     return process
 
 
-def hub_cache(store: Store, folder: Path) -> tuple[Path, dict[str, bytes]]:
-    """A snapshot whose files are links into blobs/, as huggingface_hub lays it out."""
-    snapshot, blobs = folder / "snapshots" / "1", folder / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    store.put(snapshot)
-    for path in list(snapshot.iterdir()):
-        path.rename(blobs / path.name[::-1])
-        path.symlink_to(f"../../blobs/{path.name[::-1]}")
-    return snapshot, contents(blobs)
-
-
 # Links and read-only folders
 
 
 def test_reading_follows_links_and_writing_replaces_them(store: Store, tmp_path: Path) -> None:
-    snapshot, before = hub_cache(store, tmp_path)
+    """A snapshot of links into blobs/, as huggingface_hub lays it out, behind a linked folder."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "link"
+    for folder in (blobs, tmp_path / "snapshot"):
+        folder.mkdir()
+    snapshot.symlink_to("snapshot")
+    store.put(snapshot)
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name[::-1])
+        path.symlink_to(f"../blobs/{path.name[::-1]}")
+    before = contents(blobs)
     store.load(snapshot)
     store.save(snapshot)  # the same tensors under the same name
     store.save_other(snapshot)
     assert not any(path.is_symlink() for path in snapshot.iterdir())
-    assert contents(tmp_path / "blobs") == before
+    assert contents(blobs) == before and snapshot.is_symlink()
     assert contents(snapshot) == saved(store.save_other, tmp_path / "alone")
-
-
-def test_a_damaged_blob_is_refused(store: Store, tmp_path: Path) -> None:
-    snapshot, before = hub_cache(store, tmp_path)
-    for name, data in before.items():
-        (tmp_path / "blobs" / name).write_bytes(data[:-2] + b"\0\0")
-        store.expect_refusal(snapshot, "must ")
-        (tmp_path / "blobs" / name).write_bytes(data)
-    store.load(snapshot)
-
-
-def test_a_linked_folder_is_used_through_the_link(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to("disk")
-    store.save(tmp_path / "link")
-    store.load(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and len(contents(tmp_path / "disk")) == 2
 
 
 def test_a_folder_without_rights_to_write_is_read_and_not_saved_to(
@@ -119,7 +94,7 @@ def test_a_folder_that_cannot_be_locked(
 ) -> None:
     """Nothing is removed there: another process might just have made it the current one."""
     store.save(tmp_path)
-    monkeypatch.setattr(sealed, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     store.load(tmp_path)
     store.save_other(tmp_path)
     store.load(tmp_path)
@@ -143,13 +118,16 @@ def test_cut_off_anywhere(store: Store, tmp_path: Path, monkeypatch: pytest.Monk
     assert contents(folder) == {**new, "README.md": b"mine"}
 
 
+FILES = tuple(f"storage/{name}.py" for name in ("files", "folder", "sealed"))
+
+
 def killing(line: int, work: Callable[[], object]) -> int:
     """Ends the process by SIGKILL at this line of those that run in storage; or counts them."""
     count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal count
-        if not frame.f_code.co_filename.endswith(("storage/files.py", "storage/sealed.py")):
+        if not frame.f_code.co_filename.endswith(FILES):
             return None
         count += event == "line"
         if count == line and event == "line":

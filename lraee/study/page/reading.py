@@ -11,14 +11,13 @@ from lraee.storage.json import read_json
 from lraee.storage.schema import (
     FLAG,
     STRING,
-    Items,
     Kind,
-    Nullable,
-    Record,
-    Scalar,
-    Table,
-    check,
     integer,
+    items,
+    nullable,
+    record,
+    scalar,
+    table,
 )  # fmt: skip
 from lraee.study import schema
 from lraee.study.schema import Report
@@ -26,7 +25,7 @@ from lraee.study.schema import Report
 MAX_BYTES = 32 << 20
 _LARGEST = 10**15  # of any number: no figure of a study is larger, and drawings stay finite
 _JPEG = (b"\xff\xd8\xff", b"\xff\xd9")  # how one begins and ends
-_NUMBER = Scalar(
+_NUMBER = scalar(
     f"a finite number of at most {_LARGEST:g}",
     lambda v: type(v) in (int, float) and -_LARGEST <= v <= _LARGEST,  # which NaN is not
     build=float,
@@ -46,7 +45,7 @@ def read_report(path: Path | str) -> Report:
         raw = read_json(path, MAX_BYTES)
         is_known = raw.get("schema") == schema.SCHEMA
         require(is_known, f"schema must be {schema.SCHEMA!r}", raw.get("schema"))
-        report = cast(Report, check(_kind(Report), raw))
+        report = cast(Report, _kind(Report)(raw, ""))
         for i, example in enumerate(report["examples"]):
             is_jpeg = _is_jpeg(example["jpeg"])
             require(is_jpeg, f"examples[{i}].jpeg must be a JPEG in base64", example["jpeg"])
@@ -57,15 +56,15 @@ def _kind(hint: Any) -> Kind:
     """What JSON must hold where the schema has this type."""
     origin, of = get_origin(hint), get_args(hint)
     if is_typeddict(hint):
-        return Record({key: _kind(each) for key, each in get_type_hints(hint).items()})
+        return record({key: _kind(each) for key, each in get_type_hints(hint).items()})
     if origin in (Union, types.UnionType):
         (other,) = (each for each in of if each is not types.NoneType)
-        return Nullable(_kind(other))
+        return nullable(_kind(other))
     if origin is list:
-        return Items(_kind(of[0]), build=list)
+        return items(_kind(of[0]), build=list)
     if origin is tuple:
-        return Items(_kind(of[0]), len(of), len(of))
-    return Table(_kind(of[1])) if origin is dict else _SCALARS[hint]
+        return items(_kind(of[0]), len(of), len(of))
+    return table(_kind(of[1])) if origin is dict else _SCALARS[hint]
 
 
 def _is_jpeg(text: str) -> bool:
