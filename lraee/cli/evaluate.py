@@ -83,7 +83,7 @@ def evaluate(
         for name in schemes:
             find_scheme(name)
         require_text_scheme(text)
-        forms.require_known(schemes, peer or [], has_photos=calibration is not None)
+        forms.require_forms(schemes, peer or [], has_photos=calibration is not None)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if out is not None:

@@ -16,7 +16,7 @@ CALIBRATED = "int8-calibrated"
 PHOTOS = 128
 
 
-def require_known(schemes: Sequence[str], others: Sequence[str], *, has_photos: bool) -> None:
+def require_forms(schemes: Sequence[str], others: Sequence[str], *, has_photos: bool) -> None:
     """Raises ValueError on a peer of no such name, and on a form that lacks calibration photos."""
     for name in others:
         if name not in peers.PEERS:

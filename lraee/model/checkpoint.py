@@ -67,7 +67,7 @@ def _specs(
     """What the tensors must be: of linears of these shapes [N, K], of the fields of exits, and the
     biases and norms of a calibrated tower.
     """
-    specs: Specs = {name: Spec("F32", shape) for name, shape in others.items()}
+    specs: Specs = {name: Spec(torch.float32, shape) for name, shape in others.items()}
     for name, (N, K) in shapes.items():
         specs |= sized(f"{name}.", _LINEAR, {"N": N, "K": K})
     own = {} if exits is None else serialization.tensor_specs(exits)

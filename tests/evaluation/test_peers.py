@@ -31,9 +31,9 @@ def test_openvino_answers_as_the_model() -> None:
 
 
 def test_forms_that_lack_photos_or_a_name() -> None:
-    forms.require_known(["int8", "paper"], ["bfloat16"], has_photos=False)
-    forms.require_known(["int8-calibrated"], ["openvino"], has_photos=True)
+    forms.require_forms(["int8", "paper"], ["bfloat16"], has_photos=False)
+    forms.require_forms(["int8-calibrated"], ["openvino"], has_photos=True)
     with pytest.raises(ValueError, match="--calibration must be given for int8-calibrated, got"):
-        forms.require_known(["int8-calibrated"], [], has_photos=False)
+        forms.require_forms(["int8-calibrated"], [], has_photos=False)
     with pytest.raises(ValueError, match="peer must be one of bfloat16, openvino, got 'tflite'"):
-        forms.require_known([], ["tflite"], has_photos=True)
+        forms.require_forms([], ["tflite"], has_photos=True)
