@@ -10,7 +10,8 @@ CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
-.PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-gpu check format docs bench bench-tower regressions
+.PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-ray test-oldest lock test-gpu check format docs
+.PHONY: bench bench-tower regressions
 .PHONY: gpu-matrix gpu-model numerics report reproduce dist clean
 
 help:  ## Lists the targets.
@@ -22,18 +23,23 @@ $(VENV)/.python: scripts/find_python.sh
 	@python=$$(sh scripts/find_python.sh) && "$$python" -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.python
+# The releases of every dependency: a new one changes nothing here before `make lock`
+LOCK := requirements/ci.txt
+
+$(VENV)/.torch: $(VENV)/.python $(LOCK)
 	@echo "lraee: installing torch, torchvision, triton and open_clip_torch into $(VENV)"
-	@$(PIP) torch torchvision open_clip_torch "setuptools>=77" wheel ninja
+	@$(PIP) --requirement $(LOCK)
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
 	@echo "lraee: installing the package into $(VENV)"
-	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --editable ".[dev]"
+	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# Linked anew each time: what a linker left that was cut off would count as finished
 $(VENV)/.extension: $(VENV)/.package $(CXX_SOURCES)
-	@if [ "$${LRAEE_BUILD_EXT:-1}" != 0 ]; then echo "lraee: building the C++ extension" && \
+	@if [ "$${LRAEE_BUILD_EXT:-1}" != 0 ]; then \
+	  rm -f lraee/_C*.so build/lib*/lraee/_C*.so && echo "lraee: building the C++ extension" && \
 	  PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py --quiet build_ext --inplace >$(BUILD_LOG) 2>&1 || \
 	  { cat $(BUILD_LOG) >&2; echo "lraee: the C++ extension did not build, see above" >&2; exit 1; }; fi
 	@touch $@
@@ -80,10 +86,35 @@ TRANSFORMERS_4 := transformers==4.57.* tokenizers==0.22.* "huggingface_hub>=0.34
 $(VENV)/transformers-4: | setup
 	@$(PIP) --target $@ --no-deps $(TRANSFORMERS_4)
 
-test-transformers-4: setup $(VENV)/transformers-4  ## The tests of vision models of transformers 4.
+test-transformers-4: setup $(VENV)/transformers-4  ## The tests of models of transformers 4.
 	PYTHONPATH=$(VENV)/transformers-4 $(PARALLEL) -m "not slow and not gpu" \
 	  tests/towers/test_hugging_face.py tests/towers/test_hugging_face_running.py \
-	  tests/towers/test_hugging_face_weights.py tests/towers/test_wrappers.py
+	  tests/towers/test_hugging_face_weights.py tests/towers/test_wrappers.py \
+	  tests/towers/test_hugging_face_text.py tests/towers/test_open_clip_hf_text.py
+
+# Ray brings packages that nothing else here needs; those of .venv keep their versions
+RAY_TESTS := tests/serving/test_ray.py
+
+$(VENV)/ray: | setup
+	@$(PY) -m pip freeze --exclude-editable >$(VENV)/versions.txt
+	@$(PIP) --target $@ --constraint $(VENV)/versions.txt "ray[data]>=2.40"
+
+test-ray: setup $(VENV)/ray  ## The tests that start a Ray cluster on this machine.
+	PYTHONPATH=$(abspath $(VENV)/ray) OMP_NUM_THREADS=1 $(PY) -m pytest $(RAY_TESTS)
+
+# The lowest releases that pyproject.toml declares, but for torch, torchvision and triton
+$(VENV)/oldest: requirements/oldest.txt | setup
+	@rm -rf $@ && $(PIP) --target $@ --no-deps --requirement $<
+	@touch $@
+
+test-oldest: setup $(VENV)/oldest  ## Tests of each dependency, in the oldest release that is declared.
+	PYTHONPATH=$(VENV)/oldest $(PARALLEL) -m "not slow and not gpu" \
+	  tests/test_dependencies.py $(OLDEST_TESTS)
+
+OLDEST_TESTS := tests/towers/test_open_clip.py tests/storage/test_sealed.py tests/cli/test_tables.py \
+  tests/calibration/test_gate_fitting.py tests/calibration/test_risk.py tests/study/test_rows.py \
+  tests/study/page/test_page.py tests/serving/test_embed.py tests/serving/test_server.py \
+  tests/serving/test_index.py tests/serving/test_search.py tests/data/test_decoding.py tests/data/test_batches.py
 
 test-gpu: setup  ## The tests that need an NVIDIA GPU.
 	TRITON_INTERPRET=0 $(PY) -m pytest -m gpu
@@ -143,6 +174,16 @@ reproduce: setup  ## The protocol of the paper, figures beside the published one
 
 dist: setup  ## The sdist, and the wheel built from it.
 	$(PY) -m build --no-isolation --outdir dist
+
+# Without an existing file every pin is the newest; else only what no longer fits changes
+UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --python-version 3.11 --no-annotate --no-header --quiet
+lock: setup  ## Writes requirements/*.txt anew: the newest releases, and the oldest ones declared.
+	@$(PIP) uv
+	@rm -f $(LOCK) requirements/oldest.txt
+	$(UV_COMPILE) --universal --extra dev --output-file $(LOCK)
+	$(UV_COMPILE) --resolution lowest-direct --no-deps --extra report --extra embed --extra serve \
+	  --extra search --no-emit-package torch --no-emit-package triton \
+	  --output-file requirements/oldest.txt
 
 clean:  ## Removes what was built, and the virtual environment.
 	rm -rf $(VENV) build dist *.egg-info lraee/_C*.so .mypy_cache .pytest_cache .ruff_cache

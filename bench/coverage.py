@@ -170,7 +170,7 @@ of full width, accelerated in `int8` and run on three images. A model is support
 of its own class, an image has the same bits alone and in the batch, a NaN stays in its image,
 `lraee.restore` gives the float model bit for bit, and the relative error of the embedding,
 |int8 - float| / |float|, is below {most}. The error grows with depth; real weights are on
-[accuracy.md](accuracy.md).
+[accuracy.md](accuracy.md). Text towers are on [text.md](text.md).
 
 {counts}
 

@@ -32,6 +32,7 @@ from lraee.kernels import configs
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
 from lraee.kernels.exit_probe import exit_probe
+from lraee.kernels.float_attention import float_attention
 from lraee.kernels.float_linear import float_linear
 from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
@@ -56,10 +57,10 @@ INSTRUCTIONS = {
 CALL_FRAME = 8
 """Bytes of stack that ptxas gives to a caller of its division routine and never touches."""
 HAS_PRODUCT = ("int8_linear", "int8_attention", "exit_probe")
-HAS_FLOAT_PRODUCT = ("float_linear", "int8_attention")
+HAS_FLOAT_PRODUCT = ("float_linear", "float_attention", "int8_attention")
 HAS_PIPELINE = ("int8_linear", "float_linear", "exit_probe")
-"""Attention reads each tile once and centres it in registers: nothing to copy ahead. Rows of floats
-that do not start at 16 bytes (K = 588, the patches of ViT-L/14) cannot be copied so.
+"""int8 attention reads each tile once and centres it in registers: nothing to copy ahead. Rows of
+floats that do not start at 16 bytes (K = 588, the patches of ViT-L/14) cannot be copied so.
 """
 
 
@@ -161,6 +162,24 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
         yield f"mask B={B} L={L} d={d}", launches_of(masked)[0]
 
 
+def float_attention_cells() -> Iterator[tuple[str, Launch]]:
+    """Every width of head at the token counts of real towers, and what may be masked or rotated."""
+    half, single = torch.float16, torch.float32
+    for L, d, dtype, kind in (
+        (50, 64, half, ""), (197, 64, half, ""), (77, 64, half, "causal"), (257, 64, half, "mask"),
+        (729, 72, half, ""), (257, 80, half, ""), (257, 88, half, ""), (257, 96, half, ""),
+        (257, 104, half, ""), (257, 112, half, ""), (1370, 128, half, ""), (257, 64, half, "rope"),
+        (257, 128, half, "rope"), (257, 64, single, ""), (257, 64, single, "rope"),
+        (257, 80, single, ""), (257, 128, single, "rope"),
+    ):  # fmt: skip
+        qkv, H = meta(32, L, 3 * 12 * d, dtype=dtype), 12
+        rope = meta(2, L - 1, d) if kind == "rope" else None
+        mask = meta(32, L, dtype=torch.bool) if kind == "mask" else None
+        call = partial(float_attention, qkv, H, kind == "causal", rope, mask)
+        name = f"L={L} d={d} {'fp16' if dtype is half else 'fp32'} {kind}".rstrip()
+        yield name, launches_of(call)[0]
+
+
 def probe_cells() -> Iterator[tuple[str, Launch]]:
     """The probe of one image and of many, with heads of two layers and of one, on the mean alone
     and with the class token beside it; the widest row is that of ViT-H/14 and its class token.
@@ -188,7 +207,8 @@ def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     """Every (name, launch) of an architecture, each name once."""
     recorded = set()
     for sub in (
-        linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(), probe_cells()
+        linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(),
+        float_attention_cells(), probe_cells(),
     ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"

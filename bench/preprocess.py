@@ -1,25 +1,31 @@
-"""Preprocessing on one thread: `python -m bench.preprocess [rounds]`.
+"""Preprocessing on one thread: its stages, what decoding costs, and what its shortcuts change.
 
-Milliseconds per image of exact, fast and open_clip's own Pillow transform, in interleaved rounds of
-one process, and of each stage; then the distance of the pixels from open_clip's: largest
-difference, and PSNR. Photos are those of scikit-image, saved as JPEG of 500 x 375 and 4000 x 3000.
+python -m bench.preprocess stages            milliseconds a photo, distance from open_clip's
+python -m bench.preprocess costs             nanoseconds a pixel of each format
+python -m bench.preprocess levels            what uint8 into the tower would save
+python -m bench.preprocess agreement ZIP     the same nearest photos: fast and INT8
 """
 
-import argparse
 import importlib.util
 import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from open_clip.transform import image_transform
 from PIL import Image
 
+from bench.preprocess_agreement import agreement
+from bench.preprocess_costs import costs
+from bench.preprocess_levels import levels
 from lraee.data import decoding, resize
 from lraee.data.preprocess import Preprocess, from_transform
 
@@ -75,11 +81,14 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> str:
     return f"largest {int(error.max())}, PSNR {psnr:.1f} dB"
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rounds", nargs="?", type=int, default=40)
-    rounds = parser.parse_args().rounds
+def stages(
+    rounds: Annotated[int, typer.Argument(min=2, help="Times each call is made.")] = 40,
+) -> None:
+    """Milliseconds per photo of exact, fast and open_clip's own transform, and of each stage.
+
+    In interleaved rounds of one process; then the distance of the pixels from open_clip's: largest
+    difference, and PSNR. Photos are those of scikit-image, as JPEG of 500 x 375 and 4000 x 3000.
+    """
     torch.set_num_threads(1)
     transform = image_transform(224, False, MEAN, STD)
     exact, fast = from_transform(transform), from_transform(transform, mode="fast")
@@ -98,13 +107,18 @@ def main() -> None:
             "fast: resize and normalise": partial(resized, fast, upright[1]),
         }
         timed(calls, files, rounds)
-        levels = [p.with_options(output="uint8") for p in (exact, fast)]
+        identity = np.repeat(np.arange(256, dtype=np.float32)[None], 3, axis=0)
+        unscaled = [replace(p, table=identity) for p in (exact, fast)]
         for data, name in zip(files, NAMES, strict=True):
             expected = transform(Image.open(BytesIO(data)))
             same = torch.equal(exact(data), expected)
-            wide, quick = (p(data) for p in levels)
+            wide, quick = (p(data) for p in unscaled)
             print(f"  {name:<28}| exact equal {same}; fast {distance(wide, quick)}")
 
 
+app = typer.Typer(add_completion=False)
+for each in (stages, costs, levels, agreement):
+    app.command()(each)
+
 if __name__ == "__main__":
-    main()
+    app()

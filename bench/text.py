@@ -1,11 +1,13 @@
 """Text towers side by side: time per prompt, and what int8 costs in zero-shot answers.
 
     python -m bench.text time --model ViT-B-32 --batch 1 --batch 8 --batch 64
+    python -m bench.text time --model transformers-clip --model open_clip-bert
     python -m bench.text accuracy tiny-imagenet-val.zip --classes tiny-imagenet-classes.json
 
 Times: prompts of CLIP's templates, all variants in turn, median with its 20th and 80th percentile.
-"torch float32" runs the whole context as open_clip does; "lraee float32" is cut at the end of the
-text. OpenVINO needs the extra `peers`; a peer that cannot be set up is named with its reason.
+"torch float32" runs what the library's users run: the whole context in open_clip, the longest text
+of the batch in transformers; "lraee float32" is open_clip's, cut at the end of the text. OpenVINO
+needs the extra `peers`; a peer that cannot be set up is named with its reason.
 Accuracy: photos are embedded once, by the float image tower; class texts by both text towers.
 """
 
@@ -14,16 +16,16 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
-import open_clip
 import torch
 import typer
 from torch import Tensor, nn
 
 import lraee
 from bench.environment import describe
+from bench.text_towers import Encode, Tower, open_tower, prompts
 from lraee.data.classes import read_classes
 from lraee.data.photos import Photos
 from lraee.data.sources import first_line
@@ -31,12 +33,10 @@ from lraee.evaluation import evaluate
 from lraee.measurement.timing import Timing, interleaved
 from lraee.storage.json import write_json
 from lraee.towers.families import encode_text
-from lraee.towers.prompts import TEMPLATES, class_features
+from lraee.towers.prompts import class_features
 from lraee.zoo.opening import open_model
 
-SCHEMA = "lraee.text/1"
-Encode = Callable[[Tensor], Tensor]
-"""Token ids [B, L] -> embeddings [B, E]."""
+SCHEMA = "lraee.text/2"
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -44,43 +44,45 @@ app = typer.Typer(no_args_is_help=True)
 class _Text(nn.Module):
     """The text half of a model alone, as converters take it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tower: Tower) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._encode = model, tower.encode
 
     def forward(self, text: Tensor) -> Tensor:
         """Token ids [B, L] -> embeddings [B, E]."""
-        return cast(Tensor, cast(Any, self.model).encode_text(text))
+        return self._encode(self.model, text)
 
 
-def torch_float32(model: nn.Module, texts: Tensor) -> Encode:
-    """The whole context, as open_clip has it."""
-    return _Text(model)
+def torch_float32(tower: Tower) -> Encode:
+    """As the library has it."""
+    return _Text(tower.model, tower)
 
 
-def torch_bfloat16(model: nn.Module, texts: Tensor) -> Encode:
+def torch_bfloat16(tower: Tower) -> Encode:
     """Weights and activations in bfloat16."""
-    half = _Text(copy.deepcopy(model).bfloat16())
+    half = _Text(copy.deepcopy(tower.model).bfloat16(), tower)
     return lambda x: half(x).float()
 
 
-def lraee_float32(model: nn.Module, texts: Tensor) -> Encode:
+def lraee_float32(tower: Tower) -> Encode:
     """Cut after the last end of a text in the batch."""
-    return _Text(lraee.accelerate(model))
+    return _Text(lraee.accelerate(tower.model), tower)
 
 
-def lraee_int8(model: nn.Module, texts: Tensor) -> Encode:
-    """In int8, each text cut at its own end."""
-    return _Text(lraee.accelerate(model, text="int8"))
+def lraee_int8(tower: Tower) -> Encode:
+    """In int8; encode_text cuts each text at its own end."""
+    return _Text(lraee.accelerate(tower.model, text="int8"), tower)
 
 
-def openvino_int8(model: nn.Module, texts: Tensor) -> Encode:
+def openvino_int8(tower: Tower) -> Encode:
     """OpenVINO, INT8 by NNCF post-training quantization with ModelType.TRANSFORMER."""
     import nncf
     import openvino
 
+    texts = tower.texts
+    L = -1 if tower.padding_id is not None else texts.shape[1]
     converted = openvino.convert_model(
-        _Text(model), example_input=texts[:1], input=([-1, texts.shape[1]], openvino.Type.i64)
+        _Text(tower.model, tower), example_input=texts[:1], input=([-1, L], openvino.Type.i64)
     )
     quantized = nncf.quantize(
         converted, nncf.Dataset([text[None].numpy() for text in texts]),
@@ -92,7 +94,7 @@ def openvino_int8(model: nn.Module, texts: Tensor) -> Encode:
     return lambda x: torch.from_numpy(np.array(compiled(x.numpy())[0]))
 
 
-VARIANTS: dict[str, Callable[[nn.Module, Tensor], Encode]] = {
+VARIANTS: dict[str, Callable[[Tower], Encode]] = {
     "lraee int8": lraee_int8,
     "lraee float32": lraee_float32,
     "torch float32": torch_float32,
@@ -101,29 +103,23 @@ VARIANTS: dict[str, Callable[[nn.Module, Tensor], Encode]] = {
 }
 
 
-def prompts(count: int) -> list[str]:
-    """So many prompts of CLIP's templates and class names, of their usual lengths."""
-    names = open_clip.IMAGENET_CLASSNAMES
-    step = len(names) // count
-    return [TEMPLATES[i % len(TEMPLATES)](names[i * step]) for i in range(count)]
-
-
-def build_all(model: nn.Module, texts: Tensor) -> tuple[dict[str, Encode], dict[str, str]]:
+def build_all(tower: Tower) -> tuple[dict[str, Encode], dict[str, str]]:
     """Each variant by name, and the reasons of those that cannot be set up here."""
     built, reasons = {}, {}
     for name, build in VARIANTS.items():
         try:
-            built[name] = build(model, texts)
-            built[name](texts[:2])  # compiles
+            run = build(tower)
+            run(tower.batch(2))  # compiles
+            built[name] = run
         except Exception as error:  # any failure of a peer is its reason, printed and in the JSON
             reasons[name] = f"{type(error).__name__}: {first_line(error)}"
             typer.echo(f"  not set up: {name}: {reasons[name]}")
     return built, reasons
 
 
-def rows_of(runs: dict[str, Encode], texts: Tensor, batch: int, budget_s: float) -> list[Any]:
+def rows_of(runs: dict[str, Encode], tower: Tower, batch: int, budget_s: float) -> list[Any]:
     """Rows of one batch size: time per prompt, times the int8 of lraee, cosine with float32."""
-    own = texts[:batch]
+    own, texts = tower.batch(batch), tower.batch(len(tower.texts))
 
     def call(encode: Encode) -> Callable[[], Tensor]:
         return lambda: encode(own)
@@ -143,7 +139,9 @@ def rows_of(runs: dict[str, Encode], texts: Tensor, batch: int, budget_s: float)
 
 @app.command(name="time")
 def time_prompts(
-    model: Annotated[str, typer.Option(help="open_clip or zoo name")] = "ViT-B-32",
+    model: Annotated[
+        list[str], typer.Option(help="open_clip or zoo name, transformers-clip, open_clip-bert")
+    ] = ["ViT-B-32"],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="prompts per call")] = [1, 8, 64],  # noqa: B006
     budget_s: Annotated[float, typer.Option(help="seconds per batch size")] = 60.0,
     threads: Annotated[int, typer.Option(help="threads of every variant")] = 2,
@@ -151,17 +149,19 @@ def time_prompts(
 ) -> None:
     """Time per prompt of every variant, interleaved."""
     torch.set_num_threads(threads)
-    opened = open_model(model, may_be_random=True)
-    texts = opened.tokenizer(prompts(max(64, *batch)))
-    with torch.no_grad():
-        runs, reasons = build_all(opened.model, texts)
-        rows = []
-        for size in batch:
-            rows += (measured := rows_of(runs, texts, size, budget_s))
-            typer.echo("\n".join(map(_line, measured)))
+    results = []
+    for name in model:
+        tower = open_tower(name, max(64, *batch))
+        typer.echo(name)
+        with torch.no_grad():
+            runs, reasons = build_all(tower)
+            rows = []
+            for size in batch:
+                rows += (measured := rows_of(runs, tower, size, budget_s))
+                typer.echo("\n".join(map(_line, measured)))
+        results.append({"model": name, "rows": rows, "not_set_up": reasons})
     if out is not None:
-        result = {"schema": SCHEMA, **describe(), "model": model, "rows": rows}
-        write_json({**result, "not_set_up": reasons}, out)
+        write_json({"schema": SCHEMA, **describe(), "models": results}, out)
 
 
 def _line(row: dict[str, Any]) -> str:

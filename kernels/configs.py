@@ -71,6 +71,16 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class FloatAttentionConfig:
+    """Queries and keys of one tile of float_attention, its warps and pipeline stages."""
+
+    block_i: int
+    block_j: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class ProbeConfig:
     """Tiles of exit_probe.
 
@@ -283,6 +293,37 @@ def attention_config(
         return AttentionConfig(16, num_warps=4)
     num_warps = 8 if d > 64 or causal or has_mask else 4
     return AttentionConfig(64, num_warps, unroll=32 if has_mask else 64)
+
+
+def float_attention_config(
+    L: int, d: int, x_bytes: int, *, has_rope: bool = False
+) -> FloatAttentionConfig:
+    """float_attention: 64 queries a program, or 16 where there are no more.
+
+    By the image alone, never by the batch: the order of sums is that of tiles and threads. Tiles of
+    32 keys: with 64 both loops together spill on sm_86 and sm_89 and hold half the warps. float32,
+    in three TF32 products, takes 16.
+    """
+    block_i, num_warps = 64, 8 if has_rope and d > 96 else 4
+    if x_bytes == 4:
+        block_i, num_warps = 32 if d > 80 else 64, 4 if d <= 64 else 8
+    block_i = 16 if L <= 16 else block_i
+    is_wide = x_bytes == 4
+    return FloatAttentionConfig(block_i, 16 if is_wide else 32, num_warps, 1 if is_wide else 2)
+
+
+def head_tiles(d: int) -> tuple[tuple[int, int], ...]:
+    """(first channel, width) of the tiles that hold a head of d channels.
+
+    Widths are powers of two of at least 16, the fewest channels that a product on tensor cores
+    takes, and cover d with less than 16 channels of padding.
+    """
+    tiles, first = [], 0
+    while first < d:
+        width = max(16, 1 << ((d - first).bit_length() - 1))
+        tiles.append((first, width))
+        first += width
+    return tuple(tiles)
 
 
 def probe_config(B: int) -> ProbeConfig:

@@ -274,7 +274,7 @@ def _launch(
     if rope is not None and qkv.is_cuda:
         raise NotImplementedError(
             "int8_attention: rope must be None on a GPU, got rotary positions: the kernel spills or"
-            " does not fit on most parts; run this tower on a CPU, or in float"
+            " does not fit on most parts; use float_attention"
         )
     num_queries = L if num_queries is None else num_queries
     y = torch.empty((B, num_queries, D), dtype=qkv.dtype, device=qkv.device)

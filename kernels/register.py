@@ -21,6 +21,7 @@ LAUNCHERS = (
     "float_linear",
     "gated_quantize",
     "int8_attention",
+    "float_attention",
     "int8_block",
     "exit_probe",
 )

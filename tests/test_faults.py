@@ -1,6 +1,7 @@
 """Faults injected: what the user is told, and what is left on disk."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -18,7 +19,9 @@ from typer.testing import CliRunner
 import lraee
 from lraee.cli import common
 from lraee.cli import main as cli
+from lraee.diagnostics import selftest
 from lraee.layers import build
+from lraee.measurement import timing
 from lraee.storage import stages
 from tests.clip_models import make_images
 from tests.small_calibration import assert_same_exits, calibrated, pictures, small_clip
@@ -278,3 +281,19 @@ def test_a_name_that_cannot_be_printed_is_escaped(encoding: str) -> None:
     name = "caf\\xe9" if encoding == "ascii" else "café"
     assert first.split(maxsplit=1) == ["photo", f"{name}\\u200b \\udcff.jpg"]
     assert second == ("\\xe9" if encoding == "ascii" else "é")
+
+
+@pytest.mark.parametrize("arguments", [("bench", "--out"), ("selftest", "--json-out")])
+def test_a_result_is_written_before_it_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    result: dict[str, object] = {"schema": "lraee.selftest/1", "gpu": "none", "is_ok": True}
+    monkeypatch.setattr(selftest, "examine", lambda *_, **__: result)
+    monkeypatch.setattr(timing, "time_tower", lambda *_, **__: [])
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as /dev/full
+    monkeypatch.setattr(common.console, "print", _failing(common.console.print, 1, error))
+    out = tmp_path / "result.json"
+    run = CliRunner().invoke(cli.app, [*arguments, str(out)])
+    assert run.exit_code == 1
+    assert run.stderr.strip().endswith("No space left on device")
+    assert json.loads(out.read_text())["schema"].startswith("lraee.")

@@ -29,15 +29,20 @@ def bench(
     from lraee.measurement import machine, timing
     from lraee.model.accelerate import accelerate
     from lraee.storage.json import write_json
-    from lraee.towers.families import image_size
+    from lraee.towers.families import as_input, image_size
     from lraee.zoo.opening import open_model
 
     if out is not None:
         require_writable(out)
     opened = open_model(model, pretrained, may_be_random=True)
     models = {**timing.float_and_bfloat16(opened.model), "int8": accelerate(opened.model)}
-    rows = timing.time_tower(models, image_size(opened.model), batch or [1, 8, 32], seconds)
+    rows = timing.time_tower(
+        models, image_size(opened.model), batch or [1, 8, 32], seconds, as_input=as_input
+    )
     header = machine.describe()
+    if out is not None:
+        result = {"schema": timing.SCHEMA, **header, "model": opened.title}
+        write_json({**result, "rows": [asdict(row) for row in rows]}, out)
     line("model", opened.title)
     line("machine", f"{header['machine']}, {header['threads']} threads, {header['operators']}")
     table = Table("batch", "variant", "ms", "p20-p80", "photos/s", "x float32")
@@ -48,6 +53,4 @@ def bench(
         table.add_row(str(row.batch), row.variant, f"{t.median_ms:.1f}", span, rate, speedup)
     console.print(table)
     if out is not None:
-        result = {"schema": timing.SCHEMA, **header, "model": opened.title}
-        write_json({**result, "rows": [asdict(row) for row in rows]}, out)
         line("written", str(out))

@@ -22,6 +22,7 @@ def doctor(as_json: AsJson = False) -> None:
     for key in ("machine", "threads", "versions"):
         line(key, str(result[key]))
     line("towers", "; ".join(result["towers"]))
+    line("text towers", "; ".join(result["text_towers"]))
     for level, state in result["isa"].items():
         line(f"isa {level}", state)
     for row in result["cuda"]:

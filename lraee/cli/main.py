@@ -8,8 +8,10 @@ import io
 import logging
 import sys
 
+from lraee.cli import waiting
 from lraee.cli.common import app
 from lraee.diagnostics import interpreter
+from lraee.measurement.machine import limit_threads
 
 COMMANDS = (
     "doctor",
@@ -39,4 +41,7 @@ def main() -> None:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     if interpreter.is_requested(sys.argv[1:]):
         interpreter.restart()
+    if waiting.is_requested(sys.argv[1:]):
+        waiting.restart()
+    limit_threads()
     app()

@@ -27,7 +27,14 @@ def merge(
     from lraee.serving.output import Output
 
     with Output(out) as output:
-        totals = merge(shards, output)
+        merged = merge(shards, output)
+    if merged.photos_from:
+        folders = ", ".join(map(printable, merged.photos_from))
+        typer.echo(
+            f"merge: the shards' photos lie in {folders}; `lraee serve` needs --photos-from",
+            err=True,
+        )
+    totals = merged.totals
     typer.echo(
         f"{printable(str(out))}: {totals.embedded} embedded, {totals.skipped.total()} skipped,"
         f" {len(shards)} shards"

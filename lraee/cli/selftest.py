@@ -29,13 +29,14 @@ def selftest(
     if json_out is not None:
         require_writable(json_out)
     result = selftest.examine(device, quick=quick, progress=progress)
+    if json_out is not None:
+        write_json(result, json_out)
     for key in ("gpu", "capability", "driver", "versions"):
         if key in result:
             line(key, result[key])
     for table in tables.of_selftest(result):
         console.print(table)
     if json_out is not None:
-        write_json(result, json_out)
         line("written", str(json_out))
     if not result["is_ok"]:
         raise typer.Exit(1)

@@ -27,6 +27,7 @@ from lraee.data.headers import (
     size_of,
 )
 from lraee.data.modes import to_rgb
+from lraee.data.sixteen_bits import is_deep, mend_planes, rounded
 from lraee.data.sources import DataError, first_line
 
 try:
@@ -36,19 +37,26 @@ except ImportError:  # extra `embed`
 
 Mode = Literal["exact", "fast"]
 Pixels = npt.NDArray[np.uint8]
+Target = int | tuple[int, int] | None
 
 # Bytes of memory per pixel at the peak. Pillow holds 4, a conversion 4 more, the array 3, and
 # turning it another 3, when the conversion is gone. Progressive JPEG keeps coefficients of the
 # whole picture, 2 bytes each, whatever the scale.
 _PILLOW_BYTES, _JPEG_BYTES, _COEFFICIENT_BYTES = 12, 6, 2
+# Of 16-bit RGB that is rounded: two pictures of 4, their arrays of 4 each, and the result, twice
+_ROUNDED_BYTES = 24
 # A block of 8 x 8 pixels takes one bit of a Huffman-coded JPEG at least. Decoders fill what is
 # missing with grey, without an error.
 _PIXELS_PER_BYTE = 8 * 64
-# Nanoseconds per pixel, three times what an EPYC (Zen 4) core took, 2026-11; bench/preprocess.py.
+# Nanoseconds per pixel: three times the CPU time that the worse of a photo and noise took on one
+# core of an EPYC (Zen 5), 2026-11: JPEG 14.1, PNG 25.3, WebP 48.9, GIF 6.9, BMP 1.2, TIFF 14.1, PPM
+# 1.1, AVIF 61.0, HEIF 81.2; a PPM of other than 255 levels, which Pillow decodes in Python, 1234.
+# Command: python -m bench.preprocess costs
 _NANOSECONDS: dict[Format, int] = {
-    "JPEG": 30, "PNG": 60, "WEBP": 90, "GIF": 40, "BMP": 20, "TIFF": 60, "PPM": 20,
-    "AVIF": 150, "HEIF": 150,
+    "JPEG": 45, "PNG": 75, "WEBP": 150, "GIF": 20, "BMP": 4, "TIFF": 45, "PPM": 4,
+    "AVIF": 180, "HEIF": 240,
 }  # fmt: skip
+_PPM_IN_PYTHON_NANOSECONDS = 3700
 _OPENING = threading.Lock()
 
 
@@ -93,7 +101,7 @@ def decode(
     data: bytes,
     *,
     limits: Limits | None = None,
-    target: int | tuple[int, int] | None = None,
+    target: Target = None,
     mode: Mode = "exact",
 ) -> Decoded:
     """Decode one picture to upright RGB.
@@ -103,16 +111,17 @@ def decode(
       limits: what is refused.
       target: shorter side, or height and width, that the pixels will be resized to.
       mode: "fast" lets a JPEG be scaled down while it is decoded, by 2, 4 or 8, as long as it stays
-        at least twice the target; "exact" never does.
+        at least twice the target, and rounds RGB of 16 bits; "exact" never scales, and takes the
+        high byte of RGB of 16 bits, as Pillow does.
     Raises: DecodeError with the reason, and nothing else.
 
-    Turned as EXIF says. Transparency lies on white. 16-bit and float grey: see `modes.to_rgb`.
-    Of several frames the first. An ICC profile is applied to CMYK only, because models were trained
-    on RGB as stored.
+    Turned as EXIF says. Transparency lies on white. 16-bit and float grey: see `modes.to_rgb`;
+    16-bit RGB: `sixteen_bits`. Of several frames the first. An ICC profile is applied to CMYK only,
+    because models were trained on RGB as stored.
     """
     clock = _Clock(limits or Limits())
     try:
-        return _decode(data, clock, target if mode == "fast" else None)
+        return _decode(data, clock, target, mode)
     except DataError as error:
         raise error if isinstance(error, DecodeError) else DecodeError(str(error)) from error
     except HeaderError as error:
@@ -133,7 +142,7 @@ class _Clock:
             raise DecodeError(f"took {seconds:.1f} s, more than {self.limits.max_seconds:g}")
 
 
-def _decode(data: bytes, clock: _Clock, target: int | tuple[int, int] | None) -> Decoded:
+def _decode(data: bytes, clock: _Clock, target: Target, mode: Mode) -> Decoded:
     limits = clock.limits
     if len(data) > limits.max_bytes:
         raise DecodeError(f"has {len(data)} bytes, more than {limits.max_bytes}")
@@ -145,7 +154,9 @@ def _decode(data: bytes, clock: _Clock, target: int | tuple[int, int] | None) ->
     frames = count_frames(data, form, limits.max_frames)
     if frames > limits.max_frames:
         raise DecodeError(f"has more than {limits.max_frames} frames")
-    return _jpeg(data, clock, target) if form == "JPEG" else _other(data, form, clock)
+    if form == "JPEG":
+        return _jpeg(data, clock, target if mode == "fast" else None)
+    return _other(data, form, clock, mode)
 
 
 def _beginning(data: bytes) -> str:
@@ -169,7 +180,7 @@ def _check_cost(seconds: float, memory_bytes: float, limits: Limits) -> None:
         raise DecodeError(f"would take {seconds:.1f} s to decode, more than {limits.max_seconds:g}")
 
 
-def _jpeg(data: bytes, clock: _Clock, target: int | tuple[int, int] | None) -> Decoded:
+def _jpeg(data: bytes, clock: _Clock, target: Target) -> Decoded:
     header, limits = read_jpeg(data), clock.limits
     _check_size(header.width, header.height, limits)
     if header.bits != 8 or header.components not in (1, 3, 4):
@@ -196,7 +207,7 @@ def _jpeg(data: bytes, clock: _Clock, target: int | tuple[int, int] | None) -> D
     return _upright(array, header.orientation, header.width, header.height)
 
 
-def _scale(header: JpegHeader, target: int | tuple[int, int] | None) -> int:
+def _scale(header: JpegHeader, target: Target) -> int:
     """The largest of 8, 4, 2 that leaves at least twice the target, else 1."""
     if target is None:
         return 1
@@ -229,22 +240,36 @@ def _jpeg_by_pillow(data: bytes, header: JpegHeader, scale: int) -> Pixels:
     return to_rgb(image, header.icc)
 
 
-def _other(data: bytes, form: Format, clock: _Clock) -> Decoded:
+def _other(data: bytes, form: Format, clock: _Clock, mode: Mode) -> Decoded:
     image = _opened(data, form)
     width, height = image.size
     _check_size(width, height, clock.limits)
     pixels = width * height + _tile_pixels(image)
-    seconds = pixels * _NANOSECONDS[form] * 1e-9
-    _check_cost(seconds, pixels * _PILLOW_BYTES, clock.limits)
+    mend_planes(image)
+    is_rounded = mode == "fast" and is_deep(image)
+    seconds = pixels * _nanoseconds(image, form) * 1e-9 * (2 if is_rounded else 1)
+    bytes_each = _ROUNDED_BYTES if is_rounded else _PILLOW_BYTES
+    _check_cost(seconds, pixels * bytes_each, clock.limits)
     clock.check()
-    image.load()
-    clock.check()
-    array = to_rgb(image, image.info.get("icc_profile") or b"")
+    icc = image.info.get("icc_profile") or b""
+    if is_rounded:
+        again = _opened(data, form)
+        mend_planes(again)
+        array = to_rgb(rounded(image, again), icc)
+    else:
+        image.load()
+        clock.check()
+        array = to_rgb(image, icc)
     # TIFF is turned by Pillow while it loads, which drops the tag.
     orientation = image.getexif().get(0x0112, 1)
     width, height = image.size
     clock.check()
     return _upright(array, orientation if orientation in range(1, 9) else 1, width, height)
+
+
+def _nanoseconds(image: Image.Image, form: Format) -> int:
+    is_in_python = any(tile[0] == "ppm" for tile in getattr(image, "tile", []))
+    return _PPM_IN_PYTHON_NANOSECONDS if is_in_python else _NANOSECONDS[form]
 
 
 def _tile_pixels(image: Image.Image) -> int:

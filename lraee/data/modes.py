@@ -22,7 +22,7 @@ def to_rgb(image: Image.Image, icc: bytes = b"") -> Pixels:
     Grey of 16 bits: round(v * 255 / white), white being 65535, or 2^bits - 1 of a TIFF with fewer
     bits. Grey of 32-bit integers: the same where all values are in 0..65535 and the file is no
     TIFF, else min..max -> 0..255. Grey of floats: round(255 v) where all values are in 0..1, else
-    min..max -> 0..255. RGB of 16 bits loses its low byte in Pillow: at most one level off.
+    min..max -> 0..255. RGB of 16 bits: see `sixteen_bits`.
     Transparency lies on white. CMYK: through its ICC profile where that is readable, else Pillow's
     plain formula.
     Raises: DataError on values that have no such meaning; what Pillow raises on other modes.

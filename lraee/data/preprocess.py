@@ -2,6 +2,10 @@
 
 The rules are read from the model's transform (torchvision's, as open_clip builds it) or from the
 settings of a transformers image processor; a step that is not known is refused by its name.
+
+The image leaves as normalised float32, though levels of uint8 would take a quarter of the bytes,
+with the normalisation folded into the patch embedding: `python -m bench.preprocess levels` measures
+what that would save.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +21,6 @@ from lraee.data.decoding import Decoded, Limits
 from lraee.data.resize import Filter, Table, normalization_table, resize
 
 Sizing = Literal["none", "shortest", "exact", "keep_ratio"]
-Output = Literal["float32", "uint8"]
 Size = tuple[int, int]
 
 # Values of PIL.Image.Resampling, which transformers stores as numbers
@@ -39,8 +42,6 @@ class Preprocess:
       table: float32 [3, 256], value of each channel for each of its 256 levels.
       mode: "exact" gives the bits of the transform; "fast" lets JPEG be scaled while it is decoded,
         to not less than twice the size.
-      output: "float32" [3, H, W] of `table`, or "uint8" [3, H, W], for a tower that normalises:
-        see `fold_normalization`.
       limits: what decoding refuses.
     Where a picture has transparency, 16 bits, an orientation or a palette, the result is that of
     the transform on the decoded RGB picture, which a transform alone would get wrong.
@@ -55,7 +56,6 @@ class Preprocess:
     fill: int = 0
     crop_rounding: Literal["half_even", "down"] = "half_even"
     mode: decoding.Mode = "exact"
-    output: Output = "float32"
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
@@ -64,7 +64,6 @@ class Preprocess:
             ("sizing", self.sizing, get_args(Sizing)),
             ("filter", self.filter, get_args(Filter)),
             ("mode", self.mode, get_args(decoding.Mode)),
-            ("output", self.output, get_args(Output)),
         ):
             if value not in allowed:
                 raise ValueError(f"preprocess: {name} must be one of {allowed}, got {value!r}")
@@ -94,7 +93,6 @@ class Preprocess:
     def image(self, decoded: Decoded) -> Tensor:
         """Resize, crop and normalise; sizes follow from the unscaled picture."""
         size = self.resized_size(decoded.height, decoded.width)
-        table = torch.from_numpy(self.table) if self.output == "float32" else None
         crop, canvas = size if self.crop is None else self.crop, None
         top, left = (self._offset(have, want) for have, want in zip(size, crop, strict=True))
         if size[0] < crop[0] or size[1] < crop[1]:
@@ -105,7 +103,7 @@ class Preprocess:
             size=size,
             crop=(max(top, 0), max(left, 0), *inner),
             filter=self.filter,
-            table=table,
+            table=torch.from_numpy(self.table),
         )
         if canvas is None:
             return pixels
@@ -137,12 +135,10 @@ class Preprocess:
         return gap // 2 if self.crop_rounding == "down" else int(round(gap / 2.0))
 
     def _canvas(self, crop: Size) -> np.ndarray[Any, Any]:
-        if self.output == "uint8":
-            return np.full((3, *crop), self.fill, np.uint8)
         return np.repeat(self.table[:, self.fill], crop[0] * crop[1]).reshape(3, *crop)
 
     def with_options(self, **options: Any) -> "Preprocess":
-        """The same with another mode, output or limits."""
+        """The same with another mode, table or limits."""
         return replace(self, **options)
 
 
@@ -151,7 +147,7 @@ def from_transform(transform: Callable[..., Any], **options: Any) -> Preprocess:
 
     Args:
       transform: Compose of at most one resize, then a centre crop, conversions, Normalize.
-      options: mode, output, limits.
+      options: mode, limits.
     Raises: ValueError that names a step which is not known, or is at another place.
     """
     steps = list(getattr(transform, "transforms", ()))
@@ -249,7 +245,7 @@ def from_settings(settings: Mapping[str, Any], **options: Any) -> Preprocess:
       settings: of CLIP, SigLIP, BiT or ViT processors (the Pillow ones; those of torchvision
         round otherwise): do_resize, size, resample, do_center_crop, crop_size, do_rescale,
         rescale_factor, do_normalize, image_mean, image_std.
-      options: mode, output, limits.
+      options: mode, limits.
     Raises: ValueError that names a step or processor which is not known.
     """
     kind = str(settings.get("image_processor_type", settings.get("feature_extractor_type", "CLIP")))
@@ -307,30 +303,3 @@ def _transformers_table(settings: Mapping[str, Any], family: str) -> Table:
     std = np.asarray(settings["image_std"], np.float32)
     normalization_table(mean.tolist(), std.tolist())  # checks both
     return (levels - mean[:, None]) / std[:, None]
-
-
-def fold_normalization(
-    weight: Tensor, bias: Tensor | None, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """weight'[n, c] = weight[n, c] / (255 std[c]); bias'[n] = bias[n] - sum weight[n] mean / std.
-
-    A patch embedding of these takes levels 0..255 and gives what the given one takes normalised.
-
-    Args:
-      weight: float [N, 3, P, P], without padding around the image.
-      bias: float [N] or None.
-    Returns: of weight's dtype; computed in float64, rounded once.
-    Error, u = 2^-24 of float32: rounding weight' and bias' changes output n by at most
-      u (sum |weight'[n]| * level + |bias'[n]|) <= u (255 sum |weight'[n]| + |bias'[n]|).
-    """
-    normalization_table(mean, std)  # checks both
-    means = torch.tensor(list(mean), dtype=torch.float64).view(1, 3, 1, 1)
-    stds = torch.tensor(list(std), dtype=torch.float64).view(1, 3, 1, 1)
-    if weight.dim() != 4 or weight.shape[1] != 3:
-        raise ValueError(
-            f"fold_normalization: weight must have shape [N, 3, P, P], got {list(weight.shape)}"
-        )
-    wide = weight.detach().double()
-    shift = (wide * (means / stds)).sum(dim=(1, 2, 3))
-    start = torch.zeros_like(shift) if bias is None else bias.detach().double()
-    return (wide / (255 * stds)).to(weight.dtype), (start - shift).to(weight.dtype)

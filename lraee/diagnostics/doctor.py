@@ -8,6 +8,7 @@ import torch
 
 from lraee.measurement import machine
 from lraee.ops import registry
+from lraee.towers import text
 from lraee.towers.families import family_lines
 
 SCHEMA = "lraee.doctor/1"
@@ -54,6 +55,7 @@ def examine() -> dict[str, Any]:
         "isa": _isa_rows(),
         "cuda": cuda_rows(),
         "towers": list(family_lines()),
+        "text_towers": list(text.family_lines()),
         "operators_on_cpu": machine.cpu_operators(),
         "operators": [asdict(finding) for finding in findings],
     }

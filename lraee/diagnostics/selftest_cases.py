@@ -21,6 +21,7 @@ from lraee.diagnostics.selftest_sizes import Case, Difference, Sizes, Target
 from lraee.kernels import (
     configs,
     exit_probe,
+    float_attention,
     float_linear,
     int8_attention,
     int8_block,
@@ -48,6 +49,7 @@ def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     yield from quantizing_cases(target, sizes)
     yield from float_linear_cases(target, sizes)
     yield from attention_cases(target, sizes)
+    yield from float_attention_cases(target, sizes)
     yield from block_cases(target, sizes)
     yield from probe_cases(target, sizes)
 
@@ -264,13 +266,41 @@ def _rope_difference(
     def find() -> str | None:
         qkv, H = selftest_inputs.attention(*shape, seed), shape[2]
         rope, key_mask = selftest_inputs.rope_and_mask(*shape, seed)
-        expected = reference.int8_attention(qkv, H, causal, rope, key_mask)
+        is_refused = target.device.type == "cuda"  # rotary positions are float_attention's there
+        expected = reference.int8_attention(qkv, H, causal, None if is_refused else rope, key_mask)
         with guarded_outputs():
             given = poisoned_all([qkv, rope, key_mask], device=target.device)
             actual = int8_attention.int8_attention(
-                given[0], H, causal, given[1], given[2], config=config
+                given[0], H, causal, None if is_refused else given[1], given[2], config=config
             )
         return first_of([("y", actual, expected, bounds.of_attention(qkv, expected, H))])
+
+    return find
+
+
+def float_attention_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
+    """float_attention, plain and with all that may be masked or rotated."""
+    for seed, (B, L, H, d) in enumerate(sizes.attention):
+        shape = f"B={B} L={L} H={H} d={d} {short(selftest_inputs.TYPES[seed % 3])}"
+        for has_all in (False, True) if d % 2 == 0 else (False,):
+            find = _float_attention_difference(target, (B, L, H, d), seed, has_all)
+            parts = " causal, rope and key mask" if has_all else ""
+            yield Case("float_attention", "", f"{shape}{parts}", find)
+
+
+def _float_attention_difference(
+    target: Target, shape: tuple[int, int, int, int], seed: int, has_all: bool
+) -> Difference:
+    def find() -> str | None:
+        qkv, H = selftest_inputs.attention(*shape, seed), shape[2]
+        given = [qkv, *selftest_inputs.rope_and_mask(*shape, seed)] if has_all else [qkv]
+        rope = given[1] if has_all else None
+        expected = reference.float_attention(qkv, H, has_all, *given[1:])
+        with guarded_outputs():
+            there, *others = poisoned_all(given, device=target.device)
+            actual = float_attention.float_attention(there, H, has_all, *others)
+        bound = bounds.of_float_attention(qkv, expected, H, rope)
+        return first_of([("y", actual, expected, bound)])
 
     return find
 

@@ -90,7 +90,8 @@ class _Builder:
 
     def _attention(self) -> Int8Attention:
         spec = self._spec.attention
-        children = {linear.path: self._linear(linear) for linear in (spec.in_proj, spec.out_proj)}
+        linears = (spec.in_proj, spec.out_proj) if spec.holds_out_proj else (spec.in_proj,)
+        children = {linear.path: self._linear(linear) for linear in linears}
         norms = [path for path in (spec.q_norm, spec.k_norm, spec.inner_norm) if path is not None]
         children |= {path: self._take(self._float.get_submodule(path)) for path in norms}
         kind = Int8MultiheadAttention if spec.call is None else Int8Attention

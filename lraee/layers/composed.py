@@ -43,17 +43,26 @@ class Composed(Watch):
         self._scales = [place_of(block, name) for name in (spec.scale_1, spec.scale_2)]
         self._attention = cast("Int8Attention", block.get_submodule(spec.attention.path))
 
-    def run(self, x: Tensor, *, causal: bool, rope: Any = None, first_only: bool = False) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        *,
+        causal: bool,
+        key_mask: Tensor | None = None,
+        rope: Any = None,
+        first_only: bool = False,
+    ) -> Tensor:
         """Tokens [B, L, D] after the block, in the type of x; with first_only the first, [B, 1, D].
 
         Args:
           x: any float type [B, L, D].
           causal: token i sees tokens 0..i.
+          key_mask: which tokens are keys, bool [B, L], or None for all.
           rope: rotary positions as Int8Attention takes them, or None.
           first_only: the other tokens are keys and values to the first and go no further.
         """
         B, L, D = x.shape
-        y = self._attend(x, causal, rope)
+        y = self._attend(x, causal, key_mask, rope)
         y, rows = (y[:, 0], x[:, 0]) if first_only else (y.flatten(0, 1), x.reshape(B * L, D))
         attention = self._spec.attention
         out_proj = self._modules[attention.out_proj.path]
@@ -69,13 +78,13 @@ class Composed(Watch):
         rows = self._mlp(rows)
         return rows.view(B, 1 if first_only else L, D)
 
-    def _attend(self, x: Tensor, causal: bool, rope: Any) -> Tensor:
+    def _attend(self, x: Tensor, causal: bool, key_mask: Tensor | None, rope: Any) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V: [B, L, D] -> [B, L, H d]."""
         in_proj = self._modules[self._spec.attention.in_proj.path]
         quantized = self._quantize(x.flatten(0, 1), self._before(self._spec.norm_1), in_proj)
         rows = in_proj.multiply(quantized, out_dtype=x.dtype)
         qkv = rows.view(*x.shape[:2], in_proj.out_features)
-        return self._attention.attend(qkv, is_causal=causal, rope=rope)
+        return self._attention.attend(qkv, is_causal=causal, key_mask=key_mask, rope=rope)
 
     def _before(self, norm: Norm) -> str | None:
         """The norm's path, where it stands before its branch."""
@@ -139,23 +148,25 @@ class Composed(Watch):
         scale: Place | None,
         second: Any = None,
     ) -> Tensor:
-        """Rows + scale * linear(x), the norm between them where it comes after.
+        """Rows + scale * linear(x), the norm of the sum, or between them, where it comes after.
 
         `second` is a second term of x, of which no bias comes.
         """
         gamma = None if scale is None else cast(Tensor, scale[0][scale[1]])
         wide = None if gamma is None else gamma.float()
-        is_pre = self._spec.order == "pre"
-        packed = linear.packed._replace(layer_scale=wide if is_pre else None)
+        order = self._spec.order
+        packed = linear.packed._replace(layer_scale=None if order == "post" else wide)
         multiply, out_dtype = operators(self._backend).int8_linear, rows.dtype
-        sums = rows if is_pre else None
+        sums = None if order == "post" else rows
         if second is not None:
             rest = packed._replace(bias=None)
             sums = multiply(*second, rest, residual=sums, out_dtype=out_dtype)
         y = cast(Tensor, multiply(*x, packed, residual=sums, out_dtype=out_dtype))
-        if is_pre:
+        if order == "pre":
             return y
         y = self._norms[norm.path](y)
+        if order == "sum":
+            return cast(Tensor, y)
         return rows + cast(Tensor, y if gamma is None else y * gamma)
 
 

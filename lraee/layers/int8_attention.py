@@ -24,8 +24,8 @@ class Int8Attention(nn.Module):
 
     Args:
       spec: of the float attention; its linears and norms become children of the same paths.
-      children: the int8 (or float) linears in_proj and out_proj, and norms, by path in the
-        attention.
+      children: the int8 (or float) linears in_proj and out_proj, if it holds that, and norms, by
+        path in the attention.
       is_int8: Q K^T in int8; else all of attention in float.
       is_sequence_first: tokens are [L, B, D]; else [B, L, D].
       backend: which implementation of int8_attention to run on.
@@ -66,38 +66,53 @@ class Int8Attention(nn.Module):
         return self.call.wrap(self.project(x, mask, rope))
 
     def project(self, x: Tensor, mask: Tensor | None = None, rope: Any = None) -> Tensor:
-        """out_proj(attention(in_proj(x))), tokens in and out in the order of the float module."""
+        """out_proj(attention(in_proj(x))), tokens in and out in the order of the float module;
+        without out_proj where the block applies that.
+        """
         qkv = self._child(self.spec.in_proj.path)(x)
         qkv = qkv.transpose(0, 1) if self.is_sequence_first else qkv
         owner, (B, L) = type(self).__name__, qkv.shape[:2]
-        mask, valid = split_mask(mask, B, L, owner)
-        if valid is not None:
+        mask, valid = split_mask(mask, B, L, owner, self.spec.is_causal)
+        causal = self.spec.is_causal or is_causal(mask, L, owner)
+        if valid is not None and not self.spec.masks_keys:
             require_no_rope(rope, owner)
-            attend = partial(self.attend, is_causal=self.spec.is_causal)
+            attend = partial(self.attend, is_causal=causal)
             y = by_valid_tokens(qkv, valid, attend, torch.zeros_like(qkv[..., : qkv.shape[2] // 3]))
         else:
-            causal = self.spec.is_causal or is_causal(mask, L, owner)
-            y = self.attend(qkv, is_causal=causal, rope=rope)
+            y = self.attend(qkv, is_causal=causal, key_mask=valid, rope=rope)
         y = y.transpose(0, 1) if self.is_sequence_first else y
         if self.spec.inner_norm is not None:
             y = self._child(self.spec.inner_norm)(y)
+        if not self.spec.holds_out_proj:
+            return y
         return cast(Tensor, self._child(self.spec.out_proj.path)(y))
 
-    def attend(self, qkv: Tensor, *, is_causal: bool, rope: Any = None) -> Tensor:
+    def attend(
+        self, qkv: Tensor, *, is_causal: bool, key_mask: Tensor | None = None, rope: Any = None
+    ) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V, queries and keys normed and rotated where the spec says so:
-        [B, L, 3 H d] -> [B, L, H d].
+        [B, L, 3 H d] -> [B, L, H d]; key_mask as in int8_attention.
         """
-        table = self._table(rope)
-        if not self.is_int8 or table is None:
+        table, is_on_gpu = self._table(rope), qkv.device.type == "cuda"
+        if table is None or not (self.is_int8 or is_on_gpu):
             qkv = self._placed(qkv, rope)
-        if self.is_int8:
+        # On a GPU rotary positions are float_attention's: beside int8 scores they spill registers
+        if self.is_int8 and not (is_on_gpu and table is not None):
             return operators(self.backend).int8_attention(  # type: ignore[no-any-return]
-                qkv, num_heads=self.num_heads, causal=is_causal, rope=table
+                qkv, num_heads=self.num_heads, causal=is_causal, rope=table, key_mask=key_mask
+            )
+        if is_on_gpu:  # a library chooses its kernel by the batch, and so its bits
+            return operators(self.backend).float_attention(  # type: ignore[no-any-return]
+                qkv, num_heads=self.num_heads, causal=is_causal, rope=table, key_mask=key_mask
             )
         B, L, width = qkv.shape
         heads = qkv.view(B, L, 3, self.num_heads, width // (3 * self.num_heads))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        if key_mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        else:
+            keys = key_mask[:, None, None].expand(B, 1, L, L)
+            y = F.scaled_dot_product_attention(q, k, v, keys.tril() if is_causal else keys)
         return y.transpose(1, 2).reshape(B, L, width // 3)
 
     def _child(self, path: str) -> nn.Module:

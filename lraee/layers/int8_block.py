@@ -74,14 +74,16 @@ class Int8Block(Adapter):
         wiring = self._wired() if self.can_fuse else None
         if wiring is None or wiring.has_hooks():
             return self._forward_by_child(x, mask, args, named)
-        tokens = call.by_image(x)
-        mask, valid = split_mask(mask, tokens.shape[0], tokens.shape[1], "Int8Block")
-        if valid is not None:
+        tokens, attention = call.by_image(x), self.block_spec.attention
+        B, L, _ = tokens.shape
+        mask, valid = split_mask(mask, B, L, "Int8Block", attention.is_causal)
+        causal = attention.is_causal or is_causal(mask, L)
+        if valid is not None and not attention.masks_keys:
             require_no_rope(rope, "Int8Block")
-            run = partial(wiring.run, causal=self.block_spec.attention.is_causal)
+            run = partial(wiring.run, causal=causal)
             return call.wrap(call.by_image(by_valid_tokens(tokens, valid, run, tokens)))
-        causal = self.block_spec.attention.is_causal or is_causal(mask, tokens.shape[1])
-        return call.wrap(call.by_image(wiring.run(tokens, causal=causal, rope=rope)))
+        y = wiring.run(tokens, causal=causal, key_mask=valid, rope=rope)
+        return call.wrap(call.by_image(y))
 
     def gives_first_alone(self) -> bool:
         """Whether `first_token` may stand for a call: fused, and no hook would see the call."""
@@ -193,12 +195,20 @@ class Wiring(Watch):
         self._num_heads, self._activation = spec.attention.num_heads, spec.mlp.activation
         self._backend = block.int8_backend
 
-    def run(self, x: Tensor, *, causal: bool, rope: Any = None, first_only: bool = False) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        *,
+        causal: bool,
+        key_mask: Tensor | None = None,
+        rope: Any = None,
+        first_only: bool = False,
+    ) -> Tensor:
         """Tokens [B, L, D] after the block; with first_only the first, [B, 1, D]."""
-        block = self._operands(causal)
+        block = self._operands(causal, key_mask)
         return operators(self._backend).int8_block(x, block, first_only)  # type: ignore[no-any-return]
 
-    def _operands(self, causal: bool) -> BlockOperands:
+    def _operands(self, causal: bool, key_mask: Tensor | None) -> BlockOperands:
         """Those of int8_block, as they are now."""
         norm_1, norm_2 = self._norms
         in_proj, out_proj, fc1, fc2 = self._linears
@@ -206,7 +216,7 @@ class Wiring(Watch):
         return BlockOperands(
             _norm(norm_1), packed_linear(in_proj), packed_linear(out_proj, _gamma(scale_1)),
             _norm(norm_2), packed_linear(fc1), packed_linear(fc2, _gamma(scale_2)),
-            self._symmetric, self._num_heads, causal, self._activation,
+            self._symmetric, self._num_heads, causal, self._activation, key_mask=key_mask,
         )  # fmt: skip
 
 

@@ -3,11 +3,18 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, cast
 
 from torch import nn
 
 T = TypeVar("T")
+
+
+NO_SCRIPT = (
+    "encode_image: an int8 tower must not be traced for TorchScript or ONNX, which have no"
+    " int8 blocks; use torch.export inside lraee.full_depth, or convert the float model"
+    " (lraee.restore)"
+)
 
 
 class Take(Protocol):
@@ -66,6 +73,10 @@ class Adapter(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Everything."""
         return self.__dict__
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks each module for."""
+        raise NotImplementedError(NO_SCRIPT)
 
 
 _subclasses: dict[tuple[type, type], type[Adapter]] = {}

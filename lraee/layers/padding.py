@@ -1,8 +1,9 @@
-"""Tokens that are padding: a key mask is carried out by leaving them out.
+"""Tokens that are padding: a mask of keys among the masks that libraries pass.
 
-Images are taken together by their number of valid tokens, so padding is neither multiplied nor
-quantized, and an image has the same bits whatever it was padded to. Padding rows of a block's
-result are those of its input.
+Text towers mask such keys (`key_mask` of int8_attention). Images of several sizes are taken
+together by their number of valid tokens instead, so padding is neither multiplied nor quantized,
+and padding rows of a block's result are those of its input. Either way a valid token has the same
+bits whatever its row was padded to.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def split_mask(
-    mask: Tensor | None, B: int, L: int, owner: str
+    mask: Tensor | None, B: int, L: int, owner: str, is_causal: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """A mask that is none of keys, and which tokens are valid, bool [B, L], or None for all.
 
@@ -21,20 +22,36 @@ def split_mask(
         or a mask of two dimensions, which is none of keys.
       B, L: images and tokens.
       owner: class name that a message begins with.
-    Raises: NotImplementedError on a mask that is not the same for all queries.
+      is_causal: the module hides later tokens by itself, and the mask may hide them as well.
+    Raises: NotImplementedError on a mask that is not the same for all queries but for later tokens
+      of a causal module.
     """
     if mask is None or mask.dim() != 4:
         return mask, None
     keys = mask if mask.dtype == torch.bool else mask == 0
-    is_shaped = keys.shape[0] in (1, B) and keys.shape[1] == 1 and keys.shape[3] == L
-    if not is_shaped or not keys.equal(keys[:, :, :1].expand_as(keys)):
+    is_shaped = (
+        keys.shape[0] in (1, B) and keys.shape[1] == 1
+        and keys.shape[2] in (1, L) and keys.shape[3] == L
+    )  # fmt: skip
+    if not is_shaped or not _is_of_keys(keys[:, 0], is_causal):
         raise NotImplementedError(
             f"{owner}: attention_mask must hide the same keys from all queries,"
             f" [B, 1, L or 1, L] = [{B}, 1, {L} or 1, {L}], got another one of shape"
             f" {list(mask.shape)}; use the float model (lraee.restore)"
         )
-    valid = keys[:, 0, 0].expand(B, L)
+    valid = keys[:, 0, -1].expand(B, L)
     return None, None if bool(valid.all()) else valid
+
+
+def _is_of_keys(shown: Tensor, is_causal: bool) -> bool:
+    """Whether each query [b, L or 1, L] is shown what the last one is, later tokens left out in a
+    causal module. Queries that are shown nothing may be shown all: libraries do so against NaN.
+    """
+    last = shown[:, -1:].expand_as(shown)
+    if shown.equal(last):
+        return True
+    causal = last.tril()
+    return is_causal and bool(((shown == causal) | ~causal.any(-1, keepdim=True)).all())
 
 
 def by_valid_tokens(

@@ -199,10 +199,12 @@ class Attention:
       path: of its module, in the float block and in the int8 one.
       num_heads, head_dim: H and d.
       in_proj: [D] -> [3 H d]: queries, keys, values.
-      out_proj: [H d] -> [D].
+      out_proj: [H d] -> [D]; a path outside the module's: the block applies it to its result.
       call: how the float block calls it; None: as torch's nn.MultiheadAttention, whose tokens have
         the order of the block's.
       is_causal: token i sees tokens 0..i whatever the mask says.
+      masks_keys: a token that the mask hides is no key and a query all the same, as in text towers;
+        else it is left out and stays as it is, as in images of several sizes.
       rope: rotary positions, or None.
       q_norm, k_norm: paths of norms over each head's channels, or None.
       inner_norm: path of a norm before out_proj, or None.
@@ -215,6 +217,7 @@ class Attention:
     out_proj: Linear
     call: Call | None = None
     is_causal: bool = False
+    masks_keys: bool = False
     rope: Rope | None = None
     q_norm: str | None = None
     k_norm: str | None = None
@@ -225,6 +228,11 @@ class Attention:
         """Whether the operator int8_block computes it."""
         parts = (self.rope, self.q_norm, self.k_norm, self.inner_norm)
         return all(part is None for part in parts)
+
+    @property
+    def holds_out_proj(self) -> bool:
+        """Whether out_proj is a child of the module."""
+        return self.out_proj.path.startswith(f"{self.path}.")
 
 
 @dataclass(frozen=True)
@@ -268,7 +276,7 @@ class BlockSpec:
       scale_1, scale_2: names of the layer scales [D], or None.
       call: how the tower calls the block.
       order: "pre": x + scale_1 * attention(norm_1(x)); "post": x + scale_1 * norm_1(attention(x));
-        the MLP likewise.
+        "sum": norm_1(x + scale_1 * attention(x)), as in BERT; the MLP likewise.
     """
 
     attention: Attention
@@ -278,7 +286,7 @@ class BlockSpec:
     scale_1: str | None = None
     scale_2: str | None = None
     call: Call = Call()
-    order: Literal["pre", "post"] = "pre"
+    order: Literal["pre", "post", "sum"] = "pre"
 
     @property
     def linears(self) -> tuple[Linear, ...]:

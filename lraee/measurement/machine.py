@@ -1,5 +1,6 @@
 """What a measurement says of where it ran: machine, threads, versions, command."""
 
+import math
 import os
 import platform
 import sys
@@ -61,6 +62,21 @@ def available_cpus(root: Path = Path("/")) -> float:
     """
     cpus = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     return max(0.1, min([cpus, *_cgroup_quotas(root)]))
+
+
+def threads_here() -> int:
+    """Threads that this process may keep busy: its whole cores, at least 1; see available_cpus."""
+    return max(1, math.floor(available_cpus()))
+
+
+def limit_threads() -> int:
+    """Take torch's threads down to threads_here, and return how many it has now.
+
+    torch counts the host's cores: in a container with a quota its threads would wait for each
+    other while the group is throttled. A lower number, as OMP_NUM_THREADS gives it, stays.
+    """
+    torch.set_num_threads(min(threads_here(), torch.get_num_threads()))
+    return torch.get_num_threads()
 
 
 def _cgroup_quotas(root: Path) -> Iterator[float]:

@@ -97,21 +97,24 @@ def time_tower(
     image_size: tuple[int, int],
     batches: Sequence[int],
     budget_s: float = 10.0,
+    *,
+    as_input: Callable[[nn.Module, Tensor], Tensor],
 ) -> list[TowerTiming]:
     """Time `encode_image` of several forms of one model, interleaved, for each batch size.
 
     Args:
-      models: variant name -> model; the first is what the others are compared with. Photos come
-        in the type of the model's own parameters.
+      models: variant name -> model; the first is what the others are compared with.
       image_size: height and width of a photo, in pixels.
       batches: photos per call.
       budget_s: wall time per batch size, warm-up and at least MIN_ROUNDS rounds aside.
+      as_input: brings photos to a model's device and type; no single parameter tells the type,
+        norms may have another one.
     """
     rows: list[TowerTiming] = []
     for batch in batches:
         torch.manual_seed(0)
         photos = torch.randn(batch, 3, *image_size)
-        calls = {name: _call(model, photos) for name, model in models.items()}
+        calls = {name: _call(model, as_input(model, photos)) for name, model in models.items()}
         seconds = interleaved(calls, budget_s=budget_s)
         first = seconds[next(iter(models))]
         for name, each in seconds.items():
@@ -128,13 +131,11 @@ def float_and_bfloat16(model: nn.Module) -> dict[str, nn.Module]:
 
 def _call(model: nn.Module, photos: Tensor) -> Callable[[], object]:
     encoder = cast(ImageEncoder, model)
-    first = next(p for p in model.parameters() if p.is_floating_point())
-    own = photos.to(first.device, first.dtype)
 
     def run() -> None:
         with torch.inference_mode():
-            encoder.encode_image(own)
-            if own.is_cuda:
-                torch.cuda.synchronize(own.device)
+            encoder.encode_image(photos)
+            if photos.is_cuda:
+                torch.cuda.synchronize(photos.device)
 
     return run

@@ -19,7 +19,9 @@ from lraee.model.acceleration import (
     Acceleration,
     acceleration_of,
     as_is,
+    base_hash_of,
     copier,
+    image_tower,
     mark_fast,
     mark_float,
     replaced_parts,
@@ -41,6 +43,7 @@ from lraee.towers.families import (
     encode,
     find_tower,
     int8_linears,
+    require_kept,
     require_supported,
     tower_spec,
 )
@@ -96,8 +99,9 @@ def accelerate(
       backend: "auto" takes what the device has; "reference" plain torch; "cpu" or "triton" that
         implementation or an error.
       exits: from lraee.calibrate, or where Exits.save put them; made for this tower and scheme.
-      text: "int8" runs the blocks of the text tower in int8 too, by the same scheme, for a CLIP or
-        CustomTextCLIP of open_clip with its TextTransformer; None leaves it float.
+      text: "int8" runs the blocks of the text tower in int8 too, by the same scheme (docs/text.md
+        has the towers); None leaves it float. A text model alone of transformers, such as
+        CLIPTextModel, needs it.
       inplace: change the model itself, which frees its float weights; else it stays as it is.
       check: preprocessed images [n, 3, H, W]; both towers run on them, at full depth, and must
         agree.
@@ -110,15 +114,26 @@ def accelerate(
     """
     scheme = _requested(find_scheme(scheme), calibration)
     tower = checked_tower(model, scheme, backend, text)
+    if tower is None and (exits is not None or check is not None):
+        name, what = ("exits", "an image tower") if exits is not None else ("check", "images")
+        raise ValueError(
+            f"accelerate: {name} must be None for a model without {what},"
+            f" got {type(model).__name__}"
+        )
     calibrated = None
-    if calibration is not None:
+    if calibration is not None and tower is None:
+        raise ValueError(
+            "accelerate: calibration must be None for a model without an image tower, got"
+            f" {type(model).__name__}"
+        )
+    if calibration is not None and tower is not None:
         calibrated, scheme = _calibrate(tower, scheme, backend, Calibration.of(calibration))
     if exits is not None and not isinstance(exits, Exits):
         exits = Exits.load(exits)
     expected = None if check is None else encode(model, check, batch=_CHECK_BATCH)
     text_tower = None if text is None else texts.require_text(model)
-    record = _record(tower, text_tower, scheme, backend, is_kept=not inplace)
-    if exits is not None:
+    record = _record(model, text_tower, scheme, backend, is_kept=not inplace)
+    if exits is not None and tower is not None:
         _require_same_tower(exits, record)
         runner.require_exits_fit(tower, exits.router(backend=backend))
     float_parts = replaced_parts(tower, scheme) if check is not None else []
@@ -136,7 +151,7 @@ def accelerate(
             raise
     if exits is not None:
         add_exits(fast, exits)
-    _log_result(find_tower(fast), implementation(backend, device_of(tower)))
+    _log_result(image_tower(fast), implementation(backend, device_of(model)))
     return fast
 
 
@@ -154,14 +169,14 @@ def assemble(
 
     Args:
       model, scheme, backend: as in accelerate, seen by checked_tower; the model stays as it is.
-      base_hash: tower_hash of the model's image tower.
+      base_hash: base_hash_of the model.
       text_hash: tower_hash of the blocks of its text tower, where those are int8 too; else None.
       quantize: where the int8 weights come from.
       calibrated: of a calibrated tower its linears and norms, by name.
     """
     text = None if text_hash is None else texts.require_text(model)
     record = _record(
-        find_tower(model), text, scheme, backend,
+        model, text, scheme, backend,
         is_kept=True, base_hash=base_hash, text_hash=text_hash,
     )  # fmt: skip
     fast = _copy_with_blocks(model, record, quantize)
@@ -244,7 +259,7 @@ def add_exits(model: nn.Module, exits: Exits) -> None:
     record = cast(Acceleration, acceleration_of(model))
     router = exits.router(backend=record.backend, device=device_of(tower))
     runner.attach_exits(tower, router)
-    set_record(tower, replace(record, exits=exits))
+    set_record(model, replace(record, exits=exits))
     for module in {model, tower}:
         module.__dict__["set_classes"] = ClassSetter(module)
 
@@ -254,23 +269,34 @@ def add_exits(model: nn.Module, exits: Exits) -> None:
 
 def checked_tower(
     model: nn.Module, scheme: Scheme, backend: Backend, text: str | None = None
-) -> nn.Module:
-    """The float image tower of a model that can be accelerated so; raises one line if it cannot."""
+) -> nn.Module | None:
+    """The float image tower of a model that can be accelerated so, None of one that is a text tower
+    alone; raises one line if it cannot.
+    """
     require_text_scheme(text)
-    tower = find_tower(model)
+    is_alone = texts.text_alone(model) is not None
+    if is_alone and text is None:
+        raise ValueError(
+            f"accelerate: text must be 'int8' for {type(model).__name__}, which has no image tower,"
+            " got None"
+        )
+    tower = None if is_alone else find_tower(model)
     if acceleration_of(model) is not None:
         raise ValueError("accelerate: model must be float, got one that is accelerated already")
-    if unwrapped(model).training or tower.training:
+    if unwrapped(model).training or (tower is not None and tower.training):
         raise ValueError("accelerate: model must be in eval mode, got train mode; call .eval()")
-    require_own_weights(tower)
+    require_own_weights(model if tower is None else tower)
     of_text = () if text is None else texts.linear_shapes(texts.require_text(model))
-    require_supported(tower, scheme, of_text)
-    require_backend(backend, device_of(tower))
+    if tower is None:
+        require_kept(scheme, of_text)
+    else:
+        require_supported(tower, scheme, of_text)
+    require_backend(backend, device_of(model))
     return tower
 
 
 def _record(
-    tower: nn.Module,
+    model: nn.Module,
     text: texts.TextTower | None,
     scheme: Scheme,
     backend: Backend,
@@ -279,12 +305,13 @@ def _record(
     base_hash: str | None = None,
     text_hash: str | None = None,
 ) -> Acceleration:
+    tower = image_tower(model)
     return Acceleration(
         scheme=scheme,
         backend=backend,
-        base_hash=base_hash or tower_hash(tower.state_dict()),
+        base_hash=base_hash or base_hash_of(model),
         skeletons=tuple(without_numbers(part) for part in replaced_parts(tower, scheme)),
-        original=weakref.ref(tower) if is_kept else None,
+        original=weakref.ref(tower) if is_kept and tower is not None else None,
         text=None if text is None else TextRecord.of(text, text_hash, is_kept=is_kept),
     )
 
@@ -326,20 +353,11 @@ def _swaps(
     model: nn.Module, record: Acceleration, take: Take, quantize: Quantize | None = None
 ) -> list[_Swap]:
     """All that the record says is replaced."""
-    tower = find_tower(model)
-    spec = tower_spec(tower)
     common: dict[str, Any] = {
         "scheme": record.scheme, "backend": record.backend, "take": take, "quantize": quantize,
     }  # fmt: skip
-    swaps = []
-    for i, (block, block_spec) in enumerate(zip(blocks_of(tower), block_specs(tower), strict=True)):
-        build = partial(build_block, block, block_spec, spec.block_name(i), **common)
-        swaps.append(_Swap(tower, f"{spec.blocks}.{i}", block, build))
-    if record.scheme.patch_embedding == "int8":
-        path = spec.patch_embedding.path
-        embedding = tower.get_submodule(path)
-        build_embedding = partial(build_patch_embedding, embedding, path, **common)
-        swaps.append(_Swap(tower, path, embedding, build_embedding))
+    tower = image_tower(model)
+    swaps = [] if tower is None else _image_swaps(tower, record.scheme, common)
     if record.text is not None:
         text = texts.require_text(model)
         for i, (block, block_spec) in enumerate(zip(text.blocks, text.block_specs(), strict=True)):
@@ -348,7 +366,23 @@ def _swaps(
     return swaps
 
 
-def _log_result(tower: nn.Module, name: str) -> None:
+def _image_swaps(tower: nn.Module, scheme: Scheme, common: dict[str, Any]) -> list[_Swap]:
+    spec, swaps = tower_spec(tower), []
+    for i, (block, block_spec) in enumerate(zip(blocks_of(tower), block_specs(tower), strict=True)):
+        build = partial(build_block, block, block_spec, spec.block_name(i), **common)
+        swaps.append(_Swap(tower, f"{spec.blocks}.{i}", block, build))
+    if scheme.patch_embedding == "int8":
+        path = spec.patch_embedding.path
+        embedding = tower.get_submodule(path)
+        build_embedding = partial(build_patch_embedding, embedding, path, **common)
+        swaps.append(_Swap(tower, path, embedding, build_embedding))
+    return swaps
+
+
+def _log_result(tower: nn.Module | None, name: str) -> None:
+    if tower is None:
+        _log.info("accelerate: the text tower's blocks in int8, implementation %s", name)
+        return
     total = sum(len(spec.linears) for spec in block_specs(tower))
     count = len(int8_linears(tower))
     macs = count_macs(tower)

@@ -20,6 +20,7 @@ from lraee.ops.backend import Backend
 from lraee.towers import runner, text_encoder
 from lraee.towers import text as texts
 from lraee.towers.families import blocks_of, family_of, find_tower, tower_spec
+from lraee.towers.state import tower_hash
 
 _ATTRIBUTE = "lraee"
 
@@ -31,7 +32,7 @@ class Acceleration:
     Args:
       scheme: how it was quantized.
       backend: which implementation it was given.
-      base_hash: tower_hash of the float tower.
+      base_hash: tower_hash of the float image tower, or of a text tower alone.
       skeletons: the float blocks, and the patch embedding where it is int8, without their numbers.
       original: the float tower, as long as its owner keeps it; not pickled.
       exits: its early exits, or None.
@@ -53,21 +54,43 @@ class Acceleration:
         return {**vars(self), "original": None}
 
 
+def image_tower(model: nn.Module) -> nn.Module | None:
+    """The image tower, or None of a model that is nothing but a text tower.
+
+    Raises: TypeError, NotImplementedError on any other model without an image tower.
+    """
+    return None if texts.text_alone(model) is not None else find_tower(model)
+
+
+def _holder(model: nn.Module) -> nn.Module:
+    """The module that carries the record: the image tower, or what holds a text tower alone."""
+    tower = image_tower(model)
+    return cast(texts.TextTower, texts.text_alone(model)).owner if tower is None else tower
+
+
 def acceleration_of(model: nn.Module) -> Acceleration | None:
     """How this model was accelerated, or None."""
-    return cast(Acceleration | None, getattr(find_tower(model), _ATTRIBUTE, None))
+    return cast(Acceleration | None, getattr(_holder(model), _ATTRIBUTE, None))
 
 
-def replaced_paths(tower: nn.Module, scheme: Scheme) -> list[str]:
+def base_hash_of(model: nn.Module) -> str:
+    """tower_hash of a float model's image tower, or of the module that is a text tower alone."""
+    return tower_hash(_holder(model).state_dict())
+
+
+def replaced_paths(tower: nn.Module | None, scheme: Scheme) -> list[str]:
     """Where the scheme replaces: the blocks, and last the patch embedding where it is int8."""
+    if tower is None:
+        return []
     spec = tower_spec(tower)
     paths = [f"{spec.blocks}.{i}" for i in range(len(blocks_of(tower)))]
     return [*paths, *([spec.patch_embedding.path] if scheme.patch_embedding == "int8" else [])]
 
 
-def replaced_parts(tower: nn.Module, scheme: Scheme) -> list[nn.Module]:
-    """What the scheme replaces, in the order of replaced_paths."""
-    return [tower.get_submodule(path) for path in replaced_paths(tower, scheme)]
+def replaced_parts(tower: nn.Module | None, scheme: Scheme) -> list[nn.Module]:
+    """What the scheme replaces, in the order of replaced_paths; nothing where there is no tower."""
+    paths = replaced_paths(tower, scheme)
+    return [] if tower is None else [tower.get_submodule(path) for path in paths]
 
 
 def weight_dtypes(part: nn.Module, skeleton: nn.Module) -> tuple[torch.dtype, torch.dtype]:
@@ -114,23 +137,25 @@ class _TrainGuard:
 
 def _guarded(model: nn.Module, record: Acceleration) -> list[nn.Module]:
     """Every module whose train() reaches an int8 block; the blocks refuse by themselves."""
-    tower = find_tower(model)
-    parents = [tower.get_submodule(path) for path in tower_spec(tower).block_parents]
+    tower = image_tower(model)
+    paths = () if tower is None else ("", *tower_spec(tower).block_parents)
+    parents = [cast(nn.Module, tower).get_submodule(path) for path in paths]
     text = None if record.text is None else texts.find_text(model)
-    return [model, tower, *parents, *([] if text is None else text.guarded)]
+    return [model, *parents, *([] if text is None else text.guarded)]
 
 
-def set_record(tower: nn.Module, record: Acceleration) -> None:
+def set_record(model: nn.Module, record: Acceleration) -> None:
     """Sets what `acceleration_of` reads."""
-    setattr(tower, _ATTRIBUTE, record)
+    setattr(_holder(model), _ATTRIBUTE, record)
 
 
 def mark_fast(model: nn.Module, record: Acceleration) -> None:
     """Makes the float layers row-wise, cuts texts at their end, and makes train() refuse."""
-    tower = find_tower(model)
-    set_record(tower, record)
-    runner.make_rowwise(tower, record.backend)
-    family_of(tower).settle(model)
+    set_record(model, record)
+    tower = image_tower(model)
+    if tower is not None:
+        runner.make_rowwise(tower, record.backend)
+        family_of(tower).settle(model)
     text_encoder.attach(model, None if record.text is None else record.backend)
     for module in _guarded(model, record):
         module.__dict__["train"] = _TrainGuard(module)
@@ -146,19 +171,19 @@ def mark_float(
       float_parts: what stood where replaced_parts stand.
       text_blocks: the float blocks of a text tower in int8.
     """
-    tower = find_tower(model)
-    spec, record = tower_spec(tower), cast(Acceleration, acceleration_of(model))
-    paths = [f"{spec.blocks}.{i}" for i in range(len(blocks_of(tower)))]
-    for path, part in zip([*paths, spec.patch_embedding.path], float_parts, strict=False):
-        put_module(tower, path, part)
+    tower, record = image_tower(model), cast(Acceleration, acceleration_of(model))
+    paths = replaced_paths(tower, record.scheme)
+    for path, part in zip(paths, float_parts, strict=False):
+        put_module(cast(nn.Module, tower), path, part)
     text = texts.find_text(model)
     if text is not None:
         for i, block in enumerate(text_blocks):
             put_module(text.owner, text.spec.block_path(i), block)
     text_encoder.detach(model)
-    delattr(tower, _ATTRIBUTE)
-    runner.unmake_rowwise(tower)
-    family_of(tower).settle(model)
+    delattr(_holder(model), _ATTRIBUTE)
+    if tower is not None:
+        runner.unmake_rowwise(tower)
+        family_of(tower).settle(model)
     for module in _guarded(model, record):
         module.__dict__.pop("train", None)
         module.__dict__.pop("set_classes", None)

@@ -23,6 +23,8 @@ from lraee.model.accelerate import add_exits, assemble, checked_tower, replace_e
 from lraee.model.acceleration import (
     Acceleration,
     acceleration_of,
+    base_hash_of,
+    image_tower,
     replaced_parts,
     weight_dtypes,
 )
@@ -32,7 +34,7 @@ from lraee.storage import sealed
 from lraee.storage.files import require
 from lraee.storage.schema import DIGEST, NAME, Spec, Specs, choice, nullable, record, sized, table
 from lraee.towers import text as texts
-from lraee.towers.families import find_tower, int8_linears, int8_shapes, linear_shapes
+from lraee.towers.families import int8_linears, int8_shapes, linear_shapes
 from lraee.towers.runner import exits_of
 from lraee.towers.state import tower_hash
 from lraee.towers.text import find_text
@@ -49,7 +51,7 @@ FORMAT = sealed.Format(
         "versions": table(NAME, 1, 16),
         "scheme": serialization.SCHEME,
         "backend": choice(*get_args(Backend)),
-        "base_sha256": DIGEST,  # tower_hash of the float tower
+        "base_sha256": DIGEST,  # tower_hash of the float image tower, or of a text tower alone
         "state_sha256": DIGEST,  # the same hash of the whole accelerated model
         "exits": nullable(record(serialization.FIELDS)),
         "text": nullable(record({"scheme": choice("int8"), "base_sha256": DIGEST})),
@@ -91,9 +93,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     record = acceleration_of(model)
     if record is None:
         raise ValueError("save: model must be accelerated, got a float one")
-    tower = find_tower(model)
+    tower = image_tower(model)
     _require_uncast(replaced_parts(tower, record.scheme), record.skeletons)
-    linears = int8_linears(tower)
+    linears = {} if tower is None else int8_linears(tower)
     text = find_text(model)
     if text is not None and record.text is not None:
         _require_uncast(text.blocks, record.text.skeletons)
@@ -103,7 +105,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for name, linear in linears.items()
         for own in _LINEAR
     }
-    others = {n: sealed.own_copy(t) for n, t in others_of(tower, record.scheme).items()}
+    held = {} if tower is None else others_of(tower, record.scheme)
+    others = {name: sealed.own_copy(tensor) for name, tensor in held.items()}
     other_sizes = {name: tuple(tensor.shape) for name, tensor in others.items()}
     tensors |= others
     exits = _current_exits(tower, record)
@@ -140,9 +143,9 @@ def _require_uncast(parts: Iterable[nn.Module], skeletons: Sequence[nn.Module]) 
                 )
 
 
-def _current_exits(tower: nn.Module, record: Acceleration) -> Exits | None:
+def _current_exits(tower: nn.Module | None, record: Acceleration) -> Exits | None:
     """The exits with the classes that they look for now."""
-    exits, router = record.exits, exits_of(tower)
+    exits, router = record.exits, None if tower is None else exits_of(tower)
     if exits is None or router is None:
         return None
     classes = router.classes.cpu()
@@ -181,16 +184,18 @@ def load(
         backend, scheme = backend or fields["backend"], fields["scheme"]
         text = None if fields["text"] is None else fields["text"]["scheme"]
         tower = checked_tower(model, replace(scheme, keep_float=()), backend, text)
-        base_hash = tower_hash(tower.state_dict())
+        base_hash = base_hash_of(model)
         with saved.refusing():
             rule = "base_sha256 must be that of the image tower of the given model"
             require(base_hash == fields["base_sha256"], rule, base_hash, _ADVICE)
             of_text = {} if text is None else _text_shapes(model, fields["text"])
-            unknown = sorted(set(scheme.keep_float) - {*linear_shapes(tower), *of_text})
+            of_images = {} if tower is None else linear_shapes(tower)
+            unknown = sorted(set(scheme.keep_float) - {*of_images, *of_text})
             require(not unknown, "scheme.keep_float must name linears of the model", unknown)
-            of_text = {n: shape for n, shape in of_text.items() if n not in scheme.keep_float}
-            others = other_shapes(tower, scheme)
-            specs = _specs(int8_shapes(tower, scheme) | of_text, fields["exits"], others)
+            shapes = {n: shape for n, shape in of_text.items() if n not in scheme.keep_float}
+            shapes |= {} if tower is None else int8_shapes(tower, scheme)
+            others = {} if tower is None else other_shapes(tower, scheme)
+            specs = _specs(shapes, fields["exits"], others)
         tensors = saved.tensors(specs)
         calibrated = _calibrated(tensors, scheme, of_text)
         if calibrated is not None:

@@ -12,6 +12,7 @@ from lraee.model.acceleration import (
     Acceleration,
     acceleration_of,
     copier,
+    image_tower,
     mark_float,
     replaced_parts,
     replaced_paths,
@@ -41,18 +42,11 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
     Raises: ValueError if model is float, or if the weights are not those that accelerate saw;
       LookupError if the original is gone and base is not given.
     """
-    fast_tower = find_tower(model)
+    fast_tower = image_tower(model)
     record = acceleration_of(model)
     if record is None:
         raise ValueError("restore: model must be accelerated, got a float one")
-    weights = _base_weights(fast_tower, record, base)
-    base_hash = tower_hash(weights)
-    if base_hash != record.base_hash:
-        raise ValueError(
-            f"restore: {'base' if base is not None else 'the original model'} must hold the weights"
-            f" that accelerate saw (sha256 {record.base_hash[:12]}), got {base_hash[:12]}; give"
-            " base=<model or state dict with the original weights>"
-        )
+    weights = None if fast_tower is None else _base_weights(fast_tower, record, base)
     text = None if record.text is None else base_weights(model, record.text, base)
     memo: dict[int, Any] = {}
     parts = _float_shells(replaced_parts(fast_tower, record.scheme), record.skeletons, memo)
@@ -61,13 +55,14 @@ def restore(model: Model, base: nn.Module | Mapping[str, Tensor] | None = None) 
         fast_blocks = cast(TextTower, find_text(model)).blocks
         text_blocks = _float_shells(fast_blocks, record.text.skeletons, memo)
     result = copy.deepcopy(model, memo)
-    runner.detach_exits(find_tower(result))
-    paths = replaced_paths(fast_tower, record.scheme)
-    _load(find_tower(result), weights, fast_tower, dict(zip(paths, record.skeletons, strict=True)))
+    if fast_tower is not None and weights is not None:
+        runner.detach_exits(find_tower(result))
+        skeletons = zip(replaced_paths(fast_tower, record.scheme), record.skeletons, strict=True)
+        _load(find_tower(result), weights, fast_tower, dict(skeletons))
     if text is not None and record.text is not None:
         blocks, fast_blocks = (cast(TextTower, find_text(m)).blocks for m in (result, model))
-        skeletons = {str(i): skeleton for i, skeleton in enumerate(record.text.skeletons)}
-        _load(blocks, text, fast_blocks, skeletons)
+        of_text = {str(i): skeleton for i, skeleton in enumerate(record.text.skeletons)}
+        _load(blocks, text, fast_blocks, of_text)
     mark_float(result, parts, text_blocks)
     return result
 
@@ -118,7 +113,24 @@ def _load(
 def _base_weights(
     tower: nn.Module, record: Acceleration, base: nn.Module | Mapping[str, Tensor] | None
 ) -> Any:
-    """State dict of the float tower."""
+    """State dict of the float tower.
+
+    Raises: as restore.
+    """
+    weights = _given_weights(tower, record, base)
+    base_hash = tower_hash(weights)
+    if base_hash != record.base_hash:
+        raise ValueError(
+            f"restore: {'base' if base is not None else 'the original model'} must hold the weights"
+            f" that accelerate saw (sha256 {record.base_hash[:12]}), got {base_hash[:12]}; give"
+            " base=<model or state dict with the original weights>"
+        )
+    return weights
+
+
+def _given_weights(
+    tower: nn.Module, record: Acceleration, base: nn.Module | Mapping[str, Tensor] | None
+) -> Any:
     if isinstance(base, nn.Module):
         return find_tower(base).state_dict()
     if base is not None:

@@ -5,6 +5,7 @@ from lraee.ops.checked import (
     Activation,
     GateActivation,
     exit_probe,
+    float_attention,
     float_linear,
     gated_quantize,
     int8_attention,
@@ -18,6 +19,7 @@ from lraee.ops.checked import (
 
 __all__ = [
     "Activation", "BlockOperands", "GateActivation", "Norm", "PackedLinear", "ProbeHead",
-    "exit_probe", "float_linear", "gated_quantize", "int8_attention", "int8_block", "int8_linear",
-    "layer_norm_quantize", "pack_weight", "quantize_rows", "unpack_weight",
+    "exit_probe", "float_attention", "float_linear", "gated_quantize", "int8_attention",
+    "int8_block", "int8_linear", "layer_norm_quantize", "pack_weight", "quantize_rows",
+    "unpack_weight",
 ]  # fmt: skip

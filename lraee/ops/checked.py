@@ -213,7 +213,38 @@ def int8_attention(
       where valid tokens come first.
     Raises: ValueError on shape or device, TypeError on dtype.
     """
-    op = "int8_attention"
+    _require_attention("int8_attention", qkv, num_heads, rope, key_mask)
+    return torch.ops.lraee.int8_attention(qkv, num_heads, causal, rope, key_mask)  # type: ignore[no-any-return]
+
+
+def float_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    causal: bool = False,
+    rope: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V in the type of qkv, for GPUs: tensor cores, float32 sums.
+
+    On the CPU the definition runs, in float64: slow, for comparison.
+
+    Args:
+      qkv: float32, bfloat16 or float16 [B, L, 3 D], any strides; L >= 1.
+      num_heads: H >= 1, a divisor of D.
+      causal: token i sees tokens 0..i only.
+      rope: as in int8_attention.
+      key_mask: bool [B, L] or None: True where a token is a key, False where it is padding.
+    Returns: [B, L, D] in the type of qkv. Image b depends on image b alone.
+    Raises: ValueError on shape or device, TypeError on dtype.
+    """
+    _require_attention("float_attention", qkv, num_heads, rope, key_mask)
+    return torch.ops.lraee.float_attention(qkv, num_heads, causal, rope, key_mask)  # type: ignore[no-any-return]
+
+
+def _require_attention(
+    op: str, qkv: Tensor, num_heads: int, rope: Tensor | None, key_mask: Tensor | None
+) -> None:
     rules.require_float_rows(op, "qkv", qkv, 3)
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads) or qkv.shape[2] == 0:
         raise ValueError(
@@ -223,7 +254,6 @@ def int8_attention(
     if qkv.shape[1] < 1:
         raise ValueError(f"{op}: qkv must hold at least one token, got shape {list(qkv.shape)}")
     rules.require_attention(op, qkv, qkv.shape[2] // (3 * num_heads), rope, key_mask)
-    return torch.ops.lraee.int8_attention(qkv, num_heads, causal, rope, key_mask)  # type: ignore[no-any-return]
 
 
 def int8_block(x: Tensor, block: BlockOperands, *, first_only: bool = False) -> Tensor:

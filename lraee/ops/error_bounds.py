@@ -73,6 +73,31 @@ def of_attention(qkv: Tensor, expected: Tensor, num_heads: int) -> Tensor:
     return error + 2 * step * expected.double().abs()
 
 
+def of_float_attention(
+    qkv: Tensor, expected: Tensor, num_heads: int, rope: Tensor | None = None
+) -> Tensor:
+    """Largest error of float_attention against its definition, per output.
+
+    A score is a sum of d products in float32; tensor cores may cut bits off where they align terms,
+    2 units for each, and float32 values are cut to 21 bits before. The logit, in units of log2, is
+    rounded twice more. An error of e in the logits moves p by 2 e at most. p is rounded to the type
+    of V (below float16's smallest normal number by 2^-25), its sum in float32 over L terms, and
+    P @ V adds L terms of size at most max|v| with weights that sum to 1. Rotation rounds three
+    times in float32: that may move a rotated value to the other neighbour in its type.
+    """
+    B, L, D3 = qkv.shape
+    q, k, v = qkv.view(B, L, 3, num_heads, -1).double().unbind(2)
+    d, step = q.shape[-1], HALF_STEP[qkv.dtype]
+    is_float32 = qkv.dtype is torch.float32
+    product = 3 * 2.0**-21 if is_float32 else 0.0
+    size = q.norm(dim=-1).amax(1) * k.norm(dim=-1).amax(1) / d**0.5  # rotation keeps it
+    logit = (2 * (d + 2) * EPS32 + product + (0.0 if rope is None else 4 * step)) * size
+    underflow = L * 2.0**-25 if qkv.dtype is torch.float16 else 0.0
+    relative = 2 * logit + step + product + 4 * (L + 16) * EPS32 + underflow
+    error = relative[:, :, None] * v.abs().amax(1)
+    return error.reshape(B, 1, D3 // 3) + 2 * step * expected.double().abs()
+
+
 def of_embedding(z: Tensor, head: ProbeHead) -> Tensor | float:
     """Largest error of exit_probe's embedding, 0 where no gelu is before it.
 

@@ -49,6 +49,8 @@ SCHEMAS = {
     " float eps=0.0) -> (Tensor x_q, Tensor x_scale, Tensor x_zero, Tensor r_q, Tensor r_scale)",
     "int8_attention": "(Tensor qkv, int num_heads, bool causal=False, Tensor? rope=None,"
     " Tensor? key_mask=None) -> Tensor",
+    "float_attention": "(Tensor qkv, int num_heads, bool causal=False, Tensor? rope=None,"
+    " Tensor? key_mask=None) -> Tensor",
     "int8_block": "(Tensor x, Tensor[] norm_1, Tensor?[] in_proj, Tensor?[] out_proj,"
     " Tensor[] norm_2, Tensor?[] c_fc, Tensor?[] c_proj, float[] eps, bool[4] symmetric,"
     " int num_heads, bool causal, str activation, bool first_only=False,"
@@ -141,7 +143,8 @@ def _int8_linear_fake(
 
 
 @_fake("int8_attention")
-def _int8_attention_fake(
+@_fake("float_attention")
+def _attention_fake(
     qkv: Tensor, num_heads: int, causal: bool = False, rope: object = None, key_mask: object = None
 ) -> Tensor:
     B, L, D3 = qkv.shape
@@ -188,7 +191,8 @@ def _float_linear_flops(x: torch.Size, w: torch.Size, *rest: object, **options: 
 
 
 @_flops("int8_attention")
-def _int8_attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
+@_flops("float_attention")
+def _attention_flops(qkv: torch.Size, *rest: object, **options: object) -> int:
     B, L, D3 = qkv
     return 4 * B * L * L * (D3 // 3)
 

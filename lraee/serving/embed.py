@@ -6,21 +6,21 @@ A part is a run of candidates of the listing, so a run that was cut off and went
 files as one that was not.
 """
 
-import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from lraee.data.names import reason_counts, to_bytes
+from lraee.data.names import to_bytes
 from lraee.data.sources import READ_ERRORS, DataError, Skipped, first_line
+from lraee.measurement.machine import threads_here
+from lraee.serving.account import Totals, account
 from lraee.serving.listing import Candidate, Listing
 from lraee.serving.output import Finished, Output
-from lraee.serving.parts import FailureFile, Part, PartHeader, Row, Settings, write_part
+from lraee.serving.parts import Part, PartHeader, Provenance, Row, Settings, write_part
 from lraee.serving.pool import ordered
 
 PART_ROWS = 1024
@@ -74,38 +74,6 @@ class Shard:
         return int.from_bytes(digest) % self.count == self.index - 1
 
 
-@dataclass
-class Totals:
-    """What a run did: `embedded` anew, `resumed` from earlier runs, `skipped` by reason."""
-
-    embedded: int = 0
-    resumed: int = 0
-    parts: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def note(self, failures: Iterable[tuple[str, str]]) -> None:
-        """Count failures by their reasons."""
-        self.skipped.update(reason_counts(reason for _, reason in failures))
-
-    def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "schema": "lraee.embed/1",
-            "embedded": self.embedded,
-            "resumed": self.resumed,
-            "skipped": self.skipped.total(),
-            "skipped_reasons": dict(self.skipped.most_common()),
-        }
-
-    def line(self) -> str:
-        """One line for people."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
-        return (
-            f"{self.embedded} embedded, {self.resumed} resumed, {self.skipped.total()} skipped"
-            f"{f' ({reasons})' if reasons else ''}"
-        )
-
-
 def run(
     listing: Listing,
     encoder: Encoder,
@@ -130,57 +98,29 @@ def run(
       progress: show a bar.
     Raises: DataError, one line, where the output was made with other settings or nothing is there.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or threads_here()
     settings = {**encoder.settings, "shard": None if shard is None else str(shard)}
-    finished = Finished(output, settings)
-    output.failures.unlink(missing_ok=True)
-    totals = Totals()
+    provenance = Provenance(settings, listing.photos_from)
+    finished = Finished(output, provenance)
     parts = split(_kept(listing, shard), part_rows)
     jobs = ordered(
         _jobs(parts, finished), _Preparer(listing, encoder),
         workers=workers, window=2 * max(batch, workers),
     )  # fmt: skip
-    with output.failure_file() as failures, _Bar(listing, shard, progress) as bar:
-        work = _Work(encoder, output, settings, batch, bar)
+    with (
+        account(output, finished, provenance, may_be_empty=shard is not None) as counts,
+        _Bar(listing, shard, progress) as bar,
+    ):
+        work = _Work(encoder, output, provenance, batch, bar)
         for job in jobs:
             if job.candidate is not None:
                 work.add(job)
                 continue
             header = job.header or work.finish(job.part)
-            note_part(totals, failures, job.part, header)
-            totals.resumed += header.rows if job.header else work.copied
-            totals.embedded += 0 if job.header else header.rows - work.copied
+            counts.add(job.part, header, resumed=header.rows if job.header else work.copied)
             if job.header:
                 bar.resume(len(job.part.candidates))
-        _require_some(listing, totals, shard)
-        finished.retire(totals.parts)
-        close(output, failures, settings, totals)
-    finished.forget()
-    if output.is_file:
-        output.join(settings, about(totals))
-    return totals
-
-
-def note_part(totals: Totals, failures: FailureFile, part: Part, header: PartHeader) -> None:
-    """Count and write what was skipped in a part, by the listing and by the tower."""
-    rows = [*((row.name, row.reason) for row in part.skipped), *header.failures]
-    failures.add(rows)
-    totals.note(rows)
-    totals.parts += bool(part.candidates)
-
-
-def about(totals: Totals) -> dict[str, Any]:
-    """What the last file of an output says of the whole."""
-    return {
-        "parts": totals.parts,
-        "rows": totals.embedded + totals.resumed,
-        "failed": totals.skipped.total(),
-    }
-
-
-def close(output: Output, failures: FailureFile, settings: Settings, totals: Totals) -> None:
-    """The last row of failures.parquet, which says that the output is complete."""
-    failures.close({**settings, **about(totals)})
+    return counts.totals
 
 
 def split(rows: Iterable[Candidate | Skipped], part_rows: int) -> Iterator[Part]:
@@ -254,9 +194,9 @@ class _Work:
     """The part at hand: batches through the tower, rows in the order of the candidates."""
 
     def __init__(
-        self, encoder: Encoder, output: Output, settings: Settings, batch: int, bar: "_Bar"
+        self, encoder: Encoder, output: Output, provenance: Provenance, batch: int, bar: "_Bar"
     ) -> None:
-        self._encoder, self._output, self._settings = encoder, output, settings
+        self._encoder, self._output, self._provenance = encoder, output, provenance
         self._batch, self._bar = batch, bar
         self._results: list[Row | Skipped | None] = []
         self._waiting: list[tuple[int, Candidate, Prepared]] = []
@@ -283,7 +223,7 @@ class _Work:
         failures = [result for result in self._results if isinstance(result, Skipped)]
         self._results = []
         path = self._output.part(part.index)
-        return write_part(path, part, rows, failures, self._settings)
+        return write_part(path, part, rows, failures, self._provenance)
 
     def _encode(self) -> None:
         if not self._waiting:
@@ -332,8 +272,3 @@ class _Bar(tqdm):  # type: ignore[misc]
         if not self.disable:
             self.initial += count
             self.update(count)
-
-
-def _require_some(listing: Listing, totals: Totals, shard: Shard | None) -> None:
-    if totals.parts == 0 and shard is None:
-        raise DataError(f"data: PHOTOS must hold one at least, got none ({totals.line()})")

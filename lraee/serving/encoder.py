@@ -15,6 +15,7 @@ from lraee.model.acceleration import acceleration_of
 from lraee.model.opened import accelerated
 from lraee.model.trace import has_exits, trace
 from lraee.serving.batching import Kind, Result
+from lraee.towers import hub
 from lraee.towers.families import image_size
 from lraee.towers.prompts import class_features
 from lraee.zoo.opening import ModelError, Opened, open_model
@@ -122,7 +123,7 @@ class ClipEncoder:
             tokens = self.opened.tokenizer(list(payloads)).to(self._device)
             encode_text = cast(Callable[..., Tensor], self._model.encode_text)
             rows = encode_text(tokens, normalize=True)
-            counts = tokens.count_nonzero(dim=1).tolist()  # padding is 0 in CLIP's tokenizers
+            counts = hub.count_tokens(self.opened.tokenizer, tokens).tolist()
             pairs = zip(rows.float().cpu().numpy(), counts, strict=True)
             return [Result(row, tokens=count) for row, count in pairs]
         return [Result(row) for row in rows.float().cpu().numpy()]

@@ -1,7 +1,6 @@
 """Bytes of one image to the tensor that a model takes, in a small pool of threads."""
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from torch import Tensor
 from lraee.data.decoding import DecodeError
 from lraee.data.headers import Format, format_of
 from lraee.data.preprocess import Preprocess
-from lraee.measurement.machine import available_cpus
+from lraee.measurement.machine import threads_here
 from lraee.serving.errors import ServiceError
 from lraee.serving.metrics import Metrics
 from lraee.serving.settings import Settings
@@ -47,7 +46,7 @@ class Decoder:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """See the class."""
         self._settings, self._metrics = settings, metrics
-        self.threads = max(1, math.floor(available_cpus()))
+        self.threads = threads_here()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="lraee-decode")
         self.seconds = 0.0
 

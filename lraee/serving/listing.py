@@ -50,6 +50,10 @@ class Candidate:
 class Listing(Protocol):
     """Candidates in an order that never changes, with what is skipped in between."""
 
+    @property
+    def photos_from(self) -> str | None:
+        """See Provenance."""
+
     def __iter__(self) -> Iterator[Candidate | Skipped]:
         """All of them, once."""
 
@@ -65,6 +69,7 @@ class FolderListing:
 
     def __init__(self, root: Path, limits: Limits) -> None:
         self._root, self._limits = root, limits
+        self.photos_from = os.path.abspath(root)
 
     def __iter__(self) -> Iterator[Candidate | Skipped]:
         for row in walk(self._root):
@@ -89,6 +94,8 @@ class PathListing:
       open_list: opens the list anew; paths stand one a line, or each before a NUL.
       can_count: whether the list can be read twice.
     """
+
+    photos_from = None
 
     def __init__(
         self, open_list: Callable[[], BinaryIO], limits: Limits, *, can_count: bool
@@ -122,6 +129,7 @@ class ZipListing:
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self._path, self._limits = path, limits
+        self.photos_from = os.path.abspath(path)
         self._skipped: list[Skipped] = []
         self._source = open_source(path, limits, self._skipped)
         self._lock = threading.Lock()
@@ -156,6 +164,7 @@ class TarListing:
     def __init__(self, paths: Sequence[str], limits: Limits) -> None:
         self._limits = limits
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        self.photos_from = folder
         self._tars = {os.path.relpath(os.path.abspath(path), folder): path for path in paths}
 
     def __iter__(self) -> Iterator[Candidate | Skipped]:
@@ -185,6 +194,8 @@ class TarListing:
 
 class TextListing:
     """Texts, one a line, in UTF-8; the candidates' names are the texts themselves."""
+
+    photos_from = None
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from lraee.data.names import from_stored, printable
 from lraee.data.sources import DataError
-from lraee.serving.embed import Shard, Totals, about, close
+from lraee.serving.account import Totals
+from lraee.serving.embed import Shard
 from lraee.serving.output import Output, require_same, settings_of
-from lraee.serving.parts import FailureFile, read_metadata, schema, whole_file
+from lraee.serving.parts import (
+    FailureFile,
+    Provenance,
+    read_about,
+    read_metadata,
+    schema,
+    whole_file,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,17 +26,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Share:
-    """One shard: its files of rows, its failures, the settings it was made with."""
+    """One shard: its files of rows, its failures, and what they say of its run."""
 
     path: Path
     shard: Shard
     files: tuple[Path, ...]
     failures: Path
     settings: dict[str, Any]
+    photos_from: str | None
 
 
-def merge(paths: Sequence[Path], output: Output) -> Totals:
+@dataclass
+class Merged:
+    """What `merge` did; `photos_from`: the folders of the shards where they differ, else empty."""
+
+    totals: Totals
+    photos_from: tuple[str, ...] = ()
+
+
+def merge(paths: Sequence[Path], output: Output) -> Merged:
     """Join finished shards; rows come in the order of the shards.
+
+    Where their photos lie is kept if all shards say the same, and left out otherwise.
 
     Args:
       paths: outputs of `lraee embed --shard i/n`, all n of them, in any order.
@@ -40,19 +59,23 @@ def merge(paths: Sequence[Path], output: Output) -> Totals:
     _require_all(shares)
     if output.parts() or output.failures.exists() or (output.is_file and output.path.exists()):
         raise DataError(f"merge: --out {printable(str(output.path))} must be new")
-    settings = {**shares[0].settings, "shard": None}
+    origins = dict.fromkeys(share.photos_from for share in shares)
+    provenance = Provenance(
+        {**shares[0].settings, "shard": None},
+        shares[0].photos_from if len(origins) == 1 else None,
+    )
     totals = Totals()
     earlier: set[bytes] = set()
     with output.failure_file() as failures:
         for share in shares:
             for path, table in _tables(share):
                 _require_new(table, earlier, path)
-                _write(output.part(totals.parts), table, settings, totals)
+                _write(output.part(totals.parts), table, provenance, totals)
             _copy_failures(share, failures, totals)
-        close(output, failures, settings, totals)
+        failures.close(provenance, totals.about())
     if output.is_file:
-        output.join(settings, about(totals))
-    return totals
+        output.join(provenance, totals.about())
+    return Merged(totals, tuple(filter(None, origins)) if len(origins) > 1 else ())
 
 
 def _open(path: Path) -> _Share:
@@ -64,7 +87,7 @@ def _open(path: Path) -> _Share:
             f"merge: {printable(str(path))} must be a finished shard, got no {last.name};"
             " run its `lraee embed` again"
         )
-    metadata, _ = read_metadata(last)
+    metadata, photos_from, _ = read_about(last)
     settings = settings_of(metadata)
     files = (path,) if source.is_file else tuple(source.parts().values())
     if not source.is_file and len(files) != metadata.get("parts"):
@@ -74,7 +97,7 @@ def _open(path: Path) -> _Share:
         )
     if not isinstance(shard := settings.pop("shard", None), str):
         raise DataError(f"merge: {printable(str(path))} must be made with --shard, got none")
-    return _Share(path, Shard.parse(shard), files, source.failures, settings)
+    return _Share(path, Shard.parse(shard), files, source.failures, settings, photos_from)
 
 
 def _require_all(shares: Sequence[_Share]) -> None:
@@ -113,11 +136,11 @@ def _require_new(table: "pa.Table", earlier: set[bytes], path: Path) -> None:
         earlier.add(digest)
 
 
-def _write(path: Path, table: "pa.Table", settings: dict[str, Any], totals: Totals) -> None:
+def _write(path: Path, table: "pa.Table", provenance: Provenance, totals: Totals) -> None:
     import pyarrow.parquet as pq
 
     # Without a digest `lraee embed` does not take the part for one of its own
-    columns = schema(settings, {"part": totals.parts, "digest": "", "failures": []})
+    columns = schema(provenance, {"part": totals.parts, "digest": "", "failures": []})
     with whole_file(path) as temporary:
         pq.write_table(table.cast(columns), temporary)
     totals.parts += 1

@@ -24,10 +24,12 @@ from lraee.serving.parts import (
     FailureFile,
     Part,
     PartHeader,
+    Provenance,
     Row,
     Settings,
     candidate_key,
     flush,
+    read_about,
     read_metadata,
     require_pyarrow,
     schema,
@@ -113,11 +115,11 @@ class Output:
                 failures.abandon()
                 raise
 
-    def join(self, settings: Settings, about: dict[str, Any]) -> None:
+    def join(self, provenance: Provenance, about: dict[str, Any]) -> None:
         """FILE.parquet from the parts, one row group each, which then go."""
         import pyarrow.parquet as pq
 
-        columns = schema(settings, about)
+        columns = schema(provenance, about)
         with whole_file(self.path) as temporary, pq.ParquetWriter(temporary, columns) as writer:
             for path in self.parts().values():
                 writer.write_table(pq.read_table(path).cast(columns))
@@ -129,16 +131,22 @@ class Finished:
 
     Args:
       output: entered.
-      settings: of this run.
-    Raises: DataError, one line, where the output was made with others.
+      provenance: of this run.
+    Raises: DataError, one line, where the output was made with other settings.
     """
 
-    def __init__(self, output: Output, settings: Settings) -> None:
+    def __init__(self, output: Output, provenance: Provenance) -> None:
         self._output = output
         self._old = output.folder / "old"
         self._digests: dict[int, str] = {}
+        # Parts of photos that lay elsewhere: their rows are copied, since their metadata is wrong
+        self._moved: set[int] = set()
+        settings = provenance.settings
         for index, path in output.parts().items():
-            self._digests[index] = _checked(path, settings)["digest"]
+            metadata, photos_from = _checked(path, settings)
+            self._digests[index] = metadata["digest"]
+            if photos_from != provenance.photos_from:
+                self._moved.add(index)
         whole = [output.path] if output.is_file and output.path.exists() else []
         self._files = [*whole, *sorted(self._old.glob("*.parquet"))]
         for path in self._files:
@@ -149,12 +157,17 @@ class Finished:
         self._group: tuple[tuple[int, int], pa.Table] | None = None
 
     def keep(self, part: Part) -> PartHeader | None:
-        """The part as it lies there, if it stands for these very candidates; else it is retired."""
-        if self._digests.get(part.index) == part.digest:
+        """The part as it lies there, if it stands for these very candidates.
+
+        One that stands for others is retired, with those behind it. One that is missing leaves
+        them: Ray writes parts in any order.
+        """
+        if self._digests.get(part.index) == part.digest and part.index not in self._moved:
             metadata, rows = read_metadata(self._output.part(part.index))
             failures = tuple((from_stored(n), reason) for n, reason in metadata["failures"])
             return PartHeader(part.digest, rows, failures)
-        self.retire(part.index)
+        if part.index in self._digests:
+            self.retire(part.index)
         return None
 
     def retire(self, index: int) -> None:
@@ -227,10 +240,10 @@ def _flat(settings: Settings, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _checked(path: Path, settings: Settings) -> dict[str, Any]:
-    metadata, _ = read_metadata(path)
+def _checked(path: Path, settings: Settings) -> tuple[dict[str, Any], str | None]:
+    metadata, photos_from, _ = read_about(path)
     require_same(settings, settings_of(metadata), path)
-    return metadata
+    return metadata, photos_from
 
 
 def _keys(files: list[Path]) -> Iterator[tuple[bytes, tuple[int, int, int]]]:

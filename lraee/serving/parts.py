@@ -15,20 +15,44 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lraee.data.names import to_bytes, to_stored
+from lraee.data.names import from_stored, to_bytes, to_stored
 from lraee.data.sources import DataError, Skipped, first_line
 from lraee.serving.listing import Candidate
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_KEY = b"lraee"
+_KEY, _PHOTOS_FROM = b"lraee", b"lraee.photos_from"
 _FAILURES_AT_ONCE = 4096
 _YEARS_US = -62_135_596_800_000_000, 253_402_300_799_000_000
 """Of datetime: the years 1 to 9999."""
 
 Settings = Mapping[str, Any]
 """All that the embeddings depend on, as JSON."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What each file of a run says of the whole.
+
+    Args:
+      settings: see Settings.
+      photos_from: the folder or archive that the names begin in, as an absolute path; None: names
+        are texts, or paths by themselves. No embedding depends on it.
+    """
+
+    settings: Settings
+    photos_from: str | None = None
+
+    def metadata(self, about: Mapping[str, Any]) -> dict[bytes, bytes]:
+        """Of a Parquet file: keys `lraee`, JSON, with `about` this file, and `lraee.photos_from`.
+
+        A path stands as a name in a column does: see `to_stored`.
+        """
+        metadata = {_KEY: json.dumps({**self.settings, **about}, sort_keys=True).encode()}
+        if self.photos_from is not None:
+            metadata[_PHOTOS_FROM] = to_stored(self.photos_from).encode()
+        return metadata
 
 
 @dataclass(frozen=True)
@@ -90,10 +114,11 @@ def require_pyarrow() -> None:
         ) from error
 
 
-def schema(settings: Settings, metadata: Mapping[str, Any]) -> "pa.Schema":
-    """Columns of photos or of texts, with the settings and this file's own metadata."""
+def schema(provenance: Provenance, about: Mapping[str, Any]) -> "pa.Schema":
+    """Columns of photos or of texts, with the metadata of a file."""
     import pyarrow as pa
 
+    settings = provenance.settings
     number = pa.float16() if settings["dtype"] == "float16" else pa.float32()
     embedding = pa.field("embedding", pa.list_(number, settings["dimensions"]), nullable=False)
     if settings["kind"] == "texts":
@@ -108,8 +133,7 @@ def schema(settings: Settings, metadata: Mapping[str, Any]) -> "pa.Schema":
             pa.field("mtime", pa.timestamp("us", tz="UTC"), nullable=False),
             pa.field("exit_block", pa.int16()),
         ]
-    text = json.dumps({**settings, **metadata}, sort_keys=True)
-    return pa.schema(fields, metadata={_KEY: text.encode()})
+    return pa.schema(fields, metadata=provenance.metadata(about))
 
 
 def table_of(rows: Sequence[Row], columns: "pa.Schema") -> "pa.Table":
@@ -136,7 +160,7 @@ def table_of(rows: Sequence[Row], columns: "pa.Schema") -> "pa.Table":
 
 
 def write_part(path: Path, part: Part, rows: Sequence[Row], failures: Sequence[Skipped],
-               settings: Settings) -> PartHeader:  # fmt: skip
+               provenance: Provenance) -> PartHeader:  # fmt: skip
     """One part, whole or not at all."""
     import pyarrow.parquet as pq
 
@@ -144,25 +168,33 @@ def write_part(path: Path, part: Part, rows: Sequence[Row], failures: Sequence[S
     stored = [(to_stored(name), reason) for name, reason in header.failures]
     about = {"part": part.index, "digest": header.digest, "failures": stored}
     with whole_file(path) as temporary:
-        pq.write_table(table_of(rows, schema(settings, about)), temporary)
+        pq.write_table(table_of(rows, schema(provenance, about)), temporary)
     return header
 
 
 def read_metadata(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON in a file's metadata, and its number of rows; DataError where there is none."""
+    metadata, _, rows = read_about(path)
+    return metadata, rows
+
+
+def read_about(path: Path) -> tuple[dict[str, Any], str | None, int]:
+    """As `read_metadata`, with `photos_from` in between."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         info = pq.read_metadata(path)
-        metadata = json.loads((info.metadata or {})[_KEY])
+        keys = info.metadata or {}
+        metadata = json.loads(keys[_KEY])
+        photos_from = from_stored(keys[_PHOTOS_FROM].decode()) if _PHOTOS_FROM in keys else None
     except (OSError, pa.ArrowException, KeyError, ValueError, RecursionError) as error:
         raise DataError(
             f"embed: {path} must be a Parquet file of lraee's, got {first_line(error)}"
         ) from error
     if not isinstance(metadata, dict):
         raise DataError(f"embed: {path} must be a Parquet file of lraee's")
-    return metadata, info.num_rows
+    return metadata, photos_from, info.num_rows
 
 
 @contextmanager
@@ -211,10 +243,10 @@ class FailureFile:
             if len(self._rows) == _FAILURES_AT_ONCE:
                 self._write()
 
-    def close(self, metadata: Mapping[str, Any]) -> None:
-        """The end of the file, with what belongs into its metadata."""
+    def close(self, provenance: Provenance, about: Mapping[str, Any]) -> None:
+        """The end of the file, with its metadata: the output is complete."""
         self._write()
-        self._writer.add_key_value_metadata({_KEY: json.dumps(metadata, sort_keys=True).encode()})
+        self._writer.add_key_value_metadata(provenance.metadata(about))
         self._writer.close()
 
     def abandon(self) -> None:

@@ -9,7 +9,9 @@ It takes 127.0.0.1 for the machine's outer address; 127.0.0.2 keeps it on the lo
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +20,12 @@ import torch
 
 from lraee.data.names import from_stored, to_stored
 from lraee.data.sources import DataError, Limits, Skipped
-from lraee.serving.embed import (
-    Prepared,
-    Totals,
-    about,
-    close,
-    note_part,
-    prepare,
-    row_of,
-    split,
-)
+from lraee.serving.account import Totals, account
+from lraee.serving.embed import Prepared, prepare, row_of, split
 from lraee.serving.embed_model import Choice, PhotoModel
 from lraee.serving.listing import Candidate, open_listing
 from lraee.serving.output import Finished, Output
-from lraee.serving.parts import Part, PartHeader, Row, Settings, write_part
+from lraee.serving.parts import Part, PartHeader, Provenance, Row, Settings, write_part
 from lraee.serving.pool import ordered
 
 Columns = Mapping[str, np.ndarray]
@@ -73,38 +67,37 @@ def run(
       part_rows: candidates per part.
     Raises: DataError, one line, as `lraee embed`; ImportError without Ray.
     """
-    ray = _connected(address)
-    settings = {**job.settings, "shard": None}
-    finished = Finished(output, settings)
-    output.failures.unlink(missing_ok=True)
-    parts = list(split(open_listing(job.photos, job.reading), part_rows))
-    kept = {part.index: header for part in parts if (header := _kept(part, finished)) is not None}
-    missing = {part.index: part for part in parts if part.index not in kept}
-    written = {}
-    if missing:
-        rows = ray.data.from_arrow(_table(missing.values())).map_batches(
-            _Embedder, fn_constructor_args=(job,), batch_size=8 * job.batch,
-            batch_format="numpy", concurrency=actors, num_cpus=job.cpus, zero_copy_batch=True,
-        )  # fmt: skip
-        written = dict(_write(rows, missing, output, settings))
-    totals = Totals()
-    with output.failure_file() as failures:
+    with _connection(address) as ray:
+        return _run(ray, job, output, actors, part_rows)
+
+
+def _run(ray: Any, job: Job, output: Output, actors: int, part_rows: int) -> Totals:
+    listing = open_listing(job.photos, job.reading)
+    provenance = Provenance({**job.settings, "shard": None}, listing.photos_from)
+    finished = Finished(output, provenance)
+    with account(output, finished, provenance, may_be_empty=False) as counts:
+        parts = list(split(listing, part_rows))
+        kept = {part.index: header for part in parts if (header := _kept(part, finished))}
+        missing = {part.index: part for part in parts if part.index not in kept}
+        written = {}
+        if missing:
+            rows = ray.data.from_arrow(_table(missing.values())).map_batches(
+                _Embedder, fn_constructor_args=(job,), batch_size=8 * job.batch,
+                batch_format="numpy", concurrency=actors, num_cpus=job.cpus, zero_copy_batch=True,
+            )  # fmt: skip
+            written = dict(_write(rows, missing, output, provenance))
         for part in parts:
             header = kept.get(part.index) or written[part.index]
-            note_part(totals, failures, part, header)
-            totals.resumed += header.rows if part.index in kept else 0
-            totals.embedded += header.rows if part.index in written else 0
-        if totals.parts == 0:
-            raise DataError(f"data: PHOTOS must hold one at least, got none ({totals.line()})")
-        finished.retire(totals.parts)
-        close(output, failures, settings, totals)
-    finished.forget()
-    if output.is_file:
-        output.join(settings, about(totals))
-    return totals
+            counts.add(part, header, resumed=header.rows if part.index in kept else 0)
+    return counts.totals
 
 
-def _connected(address: str) -> Any:
+@contextmanager
+def _connection(address: str) -> Iterator[Any]:
+    """Ray's module, connected; a connection that was there before stays.
+
+    What Ray prints, such as the end of a node, goes to stderr: results go to stdout.
+    """
     try:
         import ray
         import ray.data
@@ -113,16 +106,21 @@ def _connected(address: str) -> Any:
             "embed: --ray needs Ray, which is not installed: pip install 'lraee[ray]'"
         ) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not ray.is_initialized():
+    is_new = not ray.is_initialized()
+    with redirect_stdout(sys.stderr):
         try:
-            ray.init(address=address, log_to_driver=False, **_loopback(address))
+            if is_new:
+                ray.init(address=address, log_to_driver=False, **_loopback(address))
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise DataError(
                 f"embed: --ray must be a cluster that runs, got {address}; ray start --head"
             ) from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    return ray
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        try:
+            yield ray
+        finally:
+            if is_new:
+                ray.shutdown()
 
 
 def _loopback(address: str) -> dict[str, str]:
@@ -212,7 +210,7 @@ def _candidate(rows: Columns, i: int) -> Candidate:
 
 
 def _write(
-    rows: Any, missing: Mapping[int, Part], output: Output, settings: Settings
+    rows: Any, missing: Mapping[int, Part], output: Output, provenance: Provenance
 ) -> Iterator[tuple[int, PartHeader]]:
     """Each part as soon as all its candidates are there; a row that comes again changes nothing."""
     open_parts: dict[int, dict[int, Row | Skipped]] = {}
@@ -222,7 +220,7 @@ def _write(
             results = open_parts.setdefault(index, {})
             results[int(batch["slot"][i])] = _result(batch, i, part)
             if len(results) == len(part.candidates):
-                yield index, _write_one(part, open_parts.pop(index), output, settings)
+                yield index, _write_one(part, open_parts.pop(index), output, provenance)
 
 
 def _result(batch: Columns, i: int, part: Part) -> Row | Skipped:
@@ -235,9 +233,9 @@ def _result(batch: Columns, i: int, part: Part) -> Row | Skipped:
 
 
 def _write_one(
-    part: Part, results: Mapping[int, Row | Skipped], output: Output, settings: Settings
+    part: Part, results: Mapping[int, Row | Skipped], output: Output, provenance: Provenance
 ) -> PartHeader:
     in_order = [results[slot] for slot in range(len(part.candidates))]
     rows = [result for result in in_order if isinstance(result, Row)]
     failures = [result for result in in_order if isinstance(result, Skipped)]
-    return write_part(output.part(part.index), part, rows, failures, settings)
+    return write_part(output.part(part.index), part, rows, failures, provenance)

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import binascii
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lraee.measurement.machine import available_cpus
+from lraee.measurement.machine import limit_threads
 from lraee.serving.admission import Admission
 from lraee.serving.batching import Batcher, Kind, Result
 from lraee.serving.encoder import ClipEncoder
@@ -65,8 +64,7 @@ class Service:
 
     def start(self) -> None:
         """Start every worker; the model's threads are bounded by the CPU quota."""
-        threads = max(1, math.floor(available_cpus()))
-        torch.set_num_threads(min(threads, torch.get_num_threads()))
+        limit_threads()
         for model in self.models.values():
             model.batcher.start()
 

@@ -6,6 +6,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EINVAL, ENOTSUP
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,5 +104,8 @@ def replace_file(path: Path, data: bytes) -> None:
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (EINVAL, ENOTSUP):  # some network mounts flush files alone
+                raise
         finally:
             os.close(folder)

@@ -2,7 +2,16 @@
 libraries.
 """
 
-from lraee.towers import hugging_face, open_clip, open_clip_text, openai_clip, text, timm
+from lraee.towers import (
+    hugging_face,
+    hugging_face_text,
+    open_clip,
+    open_clip_hf_text,
+    open_clip_text,
+    openai_clip,
+    text,
+    timm,
+)
 from lraee.towers.families import register
 
 register(open_clip.FAMILY)
@@ -12,3 +21,5 @@ register(timm.TRUNK)
 for family in hugging_face.FAMILIES:
     register(family)
 text.register(open_clip_text.FAMILY)
+text.register(open_clip_hf_text.FAMILY)
+text.register(hugging_face_text.FAMILY)

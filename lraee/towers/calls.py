@@ -2,18 +2,33 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lraee.layers.gradients import is_traced
+from lraee.layers.modules import NO_SCRIPT
 from lraee.towers.families import tower_spec
 
 
-def require_no_script() -> None:
-    """Raises NotImplementedError inside torch.jit.trace and ONNX export: they lack int8 blocks."""
-    if is_traced() or torch.onnx.is_in_onnx_export():
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_for_onnx() -> bool:
+    """Whether ONNX is exported; torch.compile alone takes the question for False."""
+    return bool(torch.onnx.is_in_onnx_export())
+
+
+def require_plain_call() -> None:
+    """Raises NotImplementedError inside tracers and transforms of functions.
+
+    TorchScript and ONNX lack int8 blocks; vmap has no rule for them, grad and jvp no derivative.
+    """
+    if is_traced() or _is_for_onnx():
+        raise NotImplementedError(NO_SCRIPT)
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
-            "encode_image: an int8 tower must not be traced for TorchScript or ONNX, which have no"
-            " int8 blocks; use torch.export inside lraee.full_depth, or convert the float model"
-            " (lraee.restore)"
+            "encode_image: an int8 tower must be called outside torch.func's transforms (vmap,"
+            " grad, jvp) and forward-mode derivatives, which its operators have no rules for; call"
+            " it on a batch, or transform the float model (lraee.restore)"
         )
 
 

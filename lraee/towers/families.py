@@ -288,9 +288,14 @@ def require_supported(tower: nn.Module, scheme: Scheme, others: Iterable[str] = 
         path = f"{family.name_of(spec.blocks)}.{i}"
         linears = supported_linears(block, family.read_block, path)
         known |= {f"{spec.block_name(i)}.{linear.path}" for linear in linears}
+    require_kept(scheme, known)
+
+
+def require_kept(scheme: Scheme, names: Iterable[str]) -> None:
+    """Raises ValueError where the scheme keeps a linear float that is none of these."""
     for kept in scheme.keep_float:
-        if kept not in known:
-            example = min(known, default="")
+        if kept not in names:
+            example = min(names, default="")
             raise ValueError(
                 f"Scheme: keep_float must name linears such as {example!r}, got {kept!r}"
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
+import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -64,6 +65,20 @@ def tokenizer(name: str) -> Tokenizer:
     """List of texts -> int64 [n, context]."""
     result: Tokenizer = open_clip.get_tokenizer(name)
     return result
+
+
+def count_tokens(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+    """Tokens of each text without the padding after it, int64 [n], of ids [n, L].
+
+    Tokenizers of CLIP pad with 0. Those of transformers name their padding; where it is the end of
+    a text as well, the first one counts.
+    """
+    inner = getattr(tokenizer, "tokenizer", None)
+    padding = getattr(inner, "pad_token_id", None) or 0
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    counts = places.mul(tokens != padding).amax(1)
+    ends_in_padding = inner is not None and getattr(inner, "eos_token_id", None) == padding
+    return (counts + ends_in_padding).clamp(max=tokens.shape[1])
 
 
 def create(name: str, pretrained: str | None) -> Pretrained:

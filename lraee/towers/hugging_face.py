@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee.layers.modules import Adapter, library_class
+from lraee.towers import text_encoder
 from lraee.towers.families import Family, find_tower
 from lraee.towers.hugging_face_blocks import read_block
 from lraee.towers.hugging_face_checks import forget_recorders
@@ -127,7 +128,12 @@ def encode_image(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit embeddings [n, E] of token ids [n, T], all of them valid, by a model of both."""
+    """Unit embeddings [n, E] of token ids [n, T] by a model of both; a tower that pads its texts
+    with a token that is to be masked masks it, others are given all of them as valid.
+    """
+    known = text_encoder.encode(model, tokens)
+    if known is not None:
+        return F.normalize(known, dim=-1)
     owners = (unwrapped(model), find_tower(model))
     owner = next((each for each in owners if hasattr(each, "get_text_features")), None)
     if owner is None:

@@ -13,7 +13,7 @@ from lraee.layers.modules import library_class
 from lraee.layers.spec import BlockSpec
 from lraee.ops.backend import Backend
 from lraee.towers import open_clip
-from lraee.towers.text import TextFamily, TextMask, TextPooling, TextSpec
+from lraee.towers.text import TextFamily, TextMask, TextPooling, TextSpec, TextSteps
 
 NAME = "open_clip TextTransformer"
 _PARTS = ("token_embedding", "transformer", "ln_final", "text_projection")
@@ -108,19 +108,11 @@ def is_plain(owner: nn.Module) -> bool:
     return not has_class_token and not any(getattr(owner, name, False) for name in options)
 
 
-def refusal(model: nn.Module) -> str | None:
-    """Why the text tower of a model of open_clip has no int8 form."""
-    text = model._modules.get("text")
-    config = getattr(getattr(text, "transformer", None), "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind in ("mt5", "t5"):
-        return (
-            f"it has a {kind} text tower, which adds a position bias to the scores of attention;"
-            " INT8 has no kernel for that"
-        )
-    if kind is not None:
-        return f"it has a {kind} text tower with key masks, for which INT8 has no kernel"
-    return None
+def encode(owner: nn.Module, text: Tensor) -> Tensor:
+    """Ids [B, L] -> embeddings [B, E], by the class's own method."""
+    kind = cast(Any, library_class(owner))
+    is_flat = getattr(kind, "encode_text", None) is CLIP.encode_text
+    return cast(Tensor, (kind.encode_text if is_flat else kind.forward)(owner, text))
 
 
 FAMILY = TextFamily(
@@ -128,10 +120,8 @@ FAMILY = TextFamily(
     find=find,
     read=read,
     read_block=read_block,
-    embed=embed,
-    run_blocks=run_blocks,
-    norm=norm,
-    project=project,
+    encode=encode,
+    steps=TextSteps(embed, run_blocks, norm, project),
     is_plain=is_plain,
-    refusal=refusal,
+    models=("CLIP", "CustomTextCLIP", "SigLIP, PE, MobileCLIP, ViTamin of open_clip"),
 )

@@ -18,8 +18,9 @@ from lraee.layers.modules import Adapter, is_hooked
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
+from lraee.towers import compiled
 from lraee.towers import cuda_graphs as graphs
-from lraee.towers.calls import embedding_size, require_no_script, require_numbers
+from lraee.towers.calls import embedding_size, require_numbers, require_plain_call
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
 from lraee.towers.segments import Segments, TowerParts
@@ -47,6 +48,10 @@ class RowwiseTower(Rowwise):
     segments: Segments
     cuda_graphs: bool = True
     """Whether calls on a GPU that ask for no more than numbers are CUDA graphs."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        compiled.register(self)  # a copy, or unpickled: a tower of its own
 
     # What a family gives
 
@@ -92,10 +97,11 @@ class RowwiseTower(Rowwise):
 
     def embed_images(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> embeddings [B, …]: all blocks, or as far as the exits say."""
-        require_no_script()
-        return without_gradient(self._embed_images(x), chain((x,), self.parameters()))
+        require_plain_call()
+        return without_gradient(compiled.embed(self, x), chain((x,), self.parameters()))
 
-    def _embed_images(self, x: Tensor) -> Tensor:
+    def run_images(self, x: Tensor) -> Tensor:
+        """See embed_images; autograd takes the result for a constant."""
         if x.dim() == 4 and x.shape[0] == 0:  # which libraries' own reshapes cannot tell
             one = x.new_zeros(1, *x.shape[1:])
             return self._run(None, one, EagerExecutor(self))[:0]
@@ -265,6 +271,7 @@ def make_rowwise(tower: nn.Module, backend: Backend) -> None:
     if type(tower) is spec.float_class:
         adapter, segments = family_of(tower).adapter, Segments.of(len(blocks_of(tower)))
         adapter.adopt(tower, rowwise_backend=backend, tower_spec=spec, segments=segments)
+    compiled.register(tower)
 
 
 def unmake_rowwise(tower: nn.Module) -> None:

@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +21,7 @@ import pytest
 from lraee.cli import main as cli
 from tests.cli.test_main import one_line, run
 from tests.image_files import encoded, folder
-from tests.serving.fake_encoder import contents, failures, rows
+from tests.serving.fake_encoder import contents, failures, folders, rows
 
 
 @pytest.fixture
@@ -80,6 +83,8 @@ def test_every_source_gives_the_same_rows(
     for name in ("p.zip", "*.tar", "list.txt"):
         embedded(tmp_path / name, "--out", tmp_path / f"{name}.parquet")
         assert vectors(tmp_path / f"{name}.parquet") == expected, name
+        begin_in = {"p.zip": tmp_path / "p.zip", "*.tar": tmp_path, "list.txt": None}[name]
+        assert folders(tmp_path / f"{name}.parquet") == {begin_in and str(begin_in)}
     stdin = io.TextIOWrapper(io.BytesIO(b"\0".join(map(os.fsencode, paths))))
     monkeypatch.setattr(sys, "stdin", stdin)
     from lraee.serving import listing
@@ -97,6 +102,12 @@ def test_shards_and_merge(photos: Path, tmp_path: Path) -> None:
     result = run("merge", tmp_path / "2", tmp_path / "1", "--out", tmp_path / "all.parquet")
     assert result.exit_code == 0 and "6 embedded, 3 skipped, 2 shards" in result.stdout
     assert vectors(tmp_path / "all.parquet") == vectors(tmp_path / "whole")
+    moved = photos.rename(tmp_path / "mount")
+    embedded(moved, "--out", tmp_path / "2", "--shard", "2/2")
+    result = run("merge", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "b.parquet")
+    assert result.exit_code == 0 and result.stderr == (
+        f"merge: the shards' photos lie in {photos}, {moved}; `lraee serve` needs --photos-from\n"
+    )
     result = run("merge", tmp_path / "2", "--out", tmp_path / "x")
     assert "merge: shards must be 1/2 to 2/2, got 2/2" in one_line(result)
 
@@ -177,27 +188,63 @@ def test_help_has_an_example(command: str) -> None:
     assert cli.app.registered_commands
 
 
+# Imports what a run needs, starts no thread, and forks for each line of arguments: SIGKILL then
+# ends a process of the command alone, and twenty of them need not import torch twenty times.
+LAUNCHER = """
+import json, os, sys
+import lraee.cli.main, lraee.serving.embed, lraee.serving.embed_model, pyarrow.parquet
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = ["lraee", *json.loads(line)]
+        lraee.cli.main.main()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", LAUNCHER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "all.parquet"])
-def test_killed_commands_go_on_to_the_same_files(tmp_path: Path, name: str) -> None:
-    """The command itself, killed after random times, ten times a kind of output."""
-    root = folder(tmp_path / "photos", count=200)
-    options = (str(root), "--no-progress", "--part-rows", "16", "--batch", "8", "--out")
+def test_killed_commands_go_on_to_the_same_files(
+    tmp_path: Path, name: str, launcher: subprocess.Popen[str]
+) -> None:
+    """The command itself, killed at random points, ten times a kind of output."""
+    assert launcher.stdin is not None and launcher.stdout is not None
+    root = folder(tmp_path / "photos", count=100)
+    options = (str(root), "--no-progress", "--part-rows", "8", "--batch", "8", "--out")
     whole = tmp_path / "whole" / name
     embedded(*options, whole)
     rng, deaths = random.Random(0), 0
     for k in range(10):
         out = tmp_path / str(k) / name
-        command = [sys.executable, "-m", "lraee", "embed", *options, str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        launcher.stdin.write(json.dumps(["embed", *options, str(out)]) + "\n")
+        launcher.stdin.flush()
+        child = int(launcher.stdout.readline())
         folder_of_parts = out.with_name(f"{name}.parts") if out.suffix else out
         want = rng.randint(0, 24)
-        while process.poll() is None:
-            if len(list(folder_of_parts.glob("part-*"))) >= want and folder_of_parts.exists():
-                process.send_signal(signal.SIGKILL)
+        for _ in range(300_000):
+            if folder_of_parts.exists() and len(list(folder_of_parts.glob("part-*"))) >= want:
                 break
-        process.communicate()
-        deaths += process.returncode == -signal.SIGKILL
+            if out.suffix and out.exists():
+                break  # it came to its end in between
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02 if want < 24 else 0)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        deaths += int(launcher.stdout.readline()) == signal.SIGKILL
         embedded(*options, out)
         assert contents(out) == contents(whole), k
     assert deaths >= 8
@@ -212,4 +259,6 @@ def test_files_open_without_lraee(photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "all.parquet")]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert output[0] == "6" and output[2] == "False"
-    assert pq.read_schema(tmp_path / "all.parquet").metadata.keys() == {b"lraee"}
+    assert pq.read_schema(tmp_path / "all.parquet").metadata.keys() == {
+        b"lraee", b"lraee.photos_from",
+    }  # fmt: skip

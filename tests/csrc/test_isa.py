@@ -58,8 +58,13 @@ def test_environment_forces_a_lower_level() -> None:
     assert _run("scalar").stdout.split() == ["scalar", "16.0"]
 
 
-def test_environment_with_an_unknown_level_fails_loudly() -> None:
-    result = _run("avx1024")
+# A level that is known and that this CPU lacks, if there is one
+ABSENT = [level for level in LEVELS if level not in _C.isa_levels()][:1]
+
+
+@pytest.mark.parametrize("level", ["avx1024", *ABSENT])
+def test_environment_with_a_level_that_is_not_there_fails_loudly(level: str) -> None:
+    result = _run(level)
     assert result.returncode != 0
     assert "LRAEE_ISA must name a level that this machine has (scalar" in result.stderr
-    assert "got 'avx1024'" in result.stderr
+    assert f"got '{level}'" in result.stderr

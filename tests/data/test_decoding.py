@@ -252,6 +252,13 @@ def test_time_is_checked_between_stages(monkeypatch: pytest.MonkeyPatch) -> None
         decode(encoded(1, "PNG"))
 
 
+def test_a_ppm_that_pillow_decodes_in_python_counts_as_slow() -> None:
+    header, limits = b"P6 100 100 %d\n", Limits(max_seconds=0.01)
+    assert decode(header % 255 + bytes(30_000), limits=limits).pixels.shape == (100, 100, 3)
+    with pytest.raises(DecodeError, match="would take 0.0 s to decode"):
+        decode(header % 65535 + bytes(60_000), limits=limits)
+
+
 def test_many_scans_of_a_progressive_jpeg_are_refused() -> None:
     data = saved(photo(1), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")

@@ -99,3 +99,10 @@ def test_a_wrong_isa_is_said_not_raised() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert run.stdout.startswith("nothing (LRAEE_ISA must name a level that this machine has")
+
+
+def test_towers_are_named() -> None:
+    result = doctor.examine()
+    assert any("CLIPModel" in line for line in result["towers"])
+    text = "; ".join(result["text_towers"])
+    assert all(name in text for name in ("HFTextEncoder", "RoBERTa", "Siglip2", "TextTransformer"))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lraee.measurement import machine
 
@@ -85,3 +86,16 @@ def test_cpus_of_a_quota(tmp_path: Path, files: dict[str, str], expected: float)
 
 def test_cpus_here() -> None:
     assert 0.1 <= machine.available_cpus() <= CORES
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(0.1, 1), (1.5, 1), (2.0, 2), (8.0, 3)])
+def test_threads_follow_the_quota_and_never_rise(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, expected: int
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(machine, "available_cpus", lambda: cpus)
+    torch.set_num_threads(3)  # as OMP_NUM_THREADS=3
+    try:
+        assert machine.limit_threads() == torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

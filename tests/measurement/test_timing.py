@@ -35,7 +35,9 @@ class Encoder(nn.Module):
 def test_each_form_gets_photos_of_its_type_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "WARM_S", 0.0)
     forms = timing.float_and_bfloat16(Encoder())
-    rows = timing.time_tower(forms, (5, 7), [1, 3], 0.0)
+    rows = timing.time_tower(
+        forms, (5, 7), [1, 3], 0.0, as_input=lambda model, photos: photos.to(model.weight.dtype)
+    )
     assert [(row.variant, row.batch) for row in rows] == [
         ("float32", 1),
         ("bfloat16", 1),

@@ -230,19 +230,6 @@ def test_what_is_refused() -> None:
         lraee.accelerate(model, text="int8")
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("mt5", "adds a position bias to the scores"), ("roberta", "with key masks, for which")],
-)
-def test_text_towers_of_transformers_are_refused(kind: str, reason: str) -> None:
-    model = make_model(custom_text=True)
-    model.text = nn.Module()
-    model.text.transformer = nn.Module()
-    model.text.transformer.config = type("Config", (), {"model_type": kind})()
-    with pytest.raises(NotImplementedError, match=f"got 'int8': it has a {kind} .*{reason}"):
-        lraee.accelerate(model, text="int8")
-
-
 def test_exits_take_classes_from_int8_texts() -> None:
     from tests.exits.random_exits import make_exits
 

@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import lraee
 from lraee.layers.batch_invariant import ByStep
@@ -70,10 +71,33 @@ def test_export_at_full_depth_and_refusal_with_exits(with_exits: nn.Module) -> N
         assert_same(program.module()(images[:3]), tower(images[:3]))
 
 
-def test_torchscript_and_onnx_say_what_to_do(with_exits: nn.Module) -> None:
+def test_torchscript_and_onnx_say_what_to_do(with_exits: nn.Module, tmp_path: Path) -> None:
     images = make_images(2)
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="torch.export inside"):
-        torch.jit.trace(with_exits.visual, images)
+    tower, told = with_exits.visual, pytest.raises(NotImplementedError, match="torch.export inside")
+    with torch.no_grad(), told:
+        torch.jit.trace(tower, images)
+    for module in (with_exits, tower, tower.transformer.resblocks[0]):
+        with told:
+            torch.jit.script(module)
+    with torch.no_grad(), lraee.full_depth(with_exits), told:
+        torch.onnx.export(tower, (images,), tmp_path / "a.onnx", dynamo=False)
+    pytest.importorskip("onnxscript")
+    with (
+        torch.no_grad(), lraee.full_depth(with_exits),
+        pytest.raises(Exception, match="torch.export inside"),
+    ):  # fmt: skip
+        torch.onnx.export(tower, (images,), tmp_path / "b.onnx", dynamo=True, verbose=False)
+
+
+def test_transforms_of_functions_say_what_to_do(model: nn.Module) -> None:
+    tower, images = lraee.accelerate(model).visual, make_images(2)
+    told = pytest.raises(NotImplementedError, match="outside torch.func's transforms")
+    with told:
+        torch.func.vmap(lambda image: tower(image[None])[0])(images)
+    with told:
+        torch.func.grad(lambda x: tower(x).sum())(images)
+    with told, forward_ad.dual_level():
+        tower(forward_ad.make_dual(images, torch.ones_like(images)))
 
 
 @torch.no_grad()

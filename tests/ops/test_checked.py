@@ -89,6 +89,11 @@ def _cases() -> dict[str, tuple[Call, list[Any], dict[str, Any]]]:
         "int8_attention_rope": (
             ops.int8_attention, [qkv], {"num_heads": 2, "rope": rope, "key_mask": qkv[:, :, 0] > 0},
         ),
+        "float_attention": (ops.float_attention, [qkv], {"num_heads": 2}),
+        "float_attention_rope": (
+            ops.float_attention, [qkv],
+            {"num_heads": 2, "causal": True, "rope": rope, "key_mask": qkv[:, :, 0] > 0},
+        ),
         "layer_norm_quantize_rms": (
             ops.layer_norm_quantize, [x, torch.ones(30), None], {"symmetric": True},
         ),
@@ -181,6 +186,7 @@ def test_flops_are_two_for_each_multiply_add() -> None:
         "int8_attention": 2 * 2 * (2 * 7 * 7 * 16),
         "int8_block": 2 * 2 * 5 * 32 * (4 * 32 + 2 * 48) + 2 * 2 * (2 * 5 * 5 * 32),
         "int8_attention_rope": 2 * 2 * (2 * 7 * 7 * 16),
+        "float_attention": 2 * 2 * (2 * 7 * 7 * 16),
         "gated_quantize": 0,
         "exit_probe": 2 * 3 * (20 * 16 + 16 * 12 + 5 * 12),
         "exit_probe_affine": 2 * 3 * (20 * 12 + 5 * 12),
@@ -250,6 +256,7 @@ def _errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Exception]
         ("int8_attention", {0: torch.zeros(2, 7, 50)}, {}, ValueError,
          r"int8_attention: qkv must have a last size of 3 \* num_heads \* d"),
         ("int8_attention", {}, {"num_heads": 0}, ValueError, r"num_heads = 0"),
+        ("float_attention", {}, {"num_heads": 3}, ValueError, r"float_attention: .* num_heads = 3"),
         ("int8_attention", {0: torch.zeros(2, 0, 48)}, {}, ValueError, r"at least one token"),
         ("int8_block", {1: block._replace(num_heads=3)}, {}, ValueError,
          r"num_heads = 3, got \[2, 5, 32\]"),

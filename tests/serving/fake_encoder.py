@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lraee.data.sources import DataError, Limits
-from lraee.serving.embed import Prepared, Totals, run
+from lraee.serving.account import Totals
+from lraee.serving.embed import Prepared, run
 from lraee.serving.listing import Listing, open_listing
 from lraee.serving.output import Output
+from lraee.serving.parts import read_about
 
 DIMENSIONS = 8
 
@@ -78,6 +80,12 @@ def rows(out: Path) -> pa.Table:
     paths = [out] if out.suffix == ".parquet" else sorted(out.glob("part-*.parquet"))
     tables = [pq.read_table(path).replace_schema_metadata() for path in paths]
     return pa.concat_tables(tables)
+
+
+def folders(out: Path) -> set[str | None]:
+    """Where the photos lie, as each file of an output says it."""
+    files = out.parent.glob(f"{out.stem}*.parquet") if out.suffix else out.glob("*.parquet")
+    return {read_about(path)[1] for path in files}
 
 
 def failures(out: Path) -> dict[str, str]:

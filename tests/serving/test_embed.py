@@ -18,6 +18,7 @@ from tests.serving.fake_encoder import (
     contents,
     embed,
     failures,
+    folders,
     killed_at,
     library,
     rows,
@@ -138,7 +139,31 @@ def test_names_are_stored_without_loss(tmp_path: Path) -> None:
     assert stored == ["a\0e9.jpg", "b\u202f.jpg", "e\u0301.jpg", "\u00e9.jpg"]
 
 
+def test_files_say_where_the_photos_lie(tmp_path: Path) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/p\xe9"))
+    root = library(place)
+    for out in (tmp_path / "out", tmp_path / "all.parquet"):
+        embed(root, out)
+        assert folders(out) == {str(place)}
+        keys = pq.read_schema(next(iter(out.glob("part-*")), out)).metadata
+        assert keys[b"lraee.photos_from"] == os.fsencode(tmp_path) + b"/p\0e9"
+
+
 # Going on
+
+
+def test_a_library_that_moved_is_not_embedded_again(tmp_path: Path) -> None:
+    root = library(tmp_path / "photos")
+    embed(root, tmp_path / "anew" / "out")
+    for out in (tmp_path / "out", tmp_path / "all.parquet"):
+        embed(root, out)
+    root.rename(tmp_path / "moved")
+    for out in (tmp_path / "out", tmp_path / "all.parquet"):
+        totals = embed(tmp_path / "moved", out, encoder := FakeEncoder())
+        assert (totals.embedded, totals.resumed) == (0, 52) and encoder.encoded == 3
+        assert folders(out) == {str(tmp_path / "moved")}
+        assert rows(out).equals(rows(tmp_path / "anew" / "out"))
+        assert not (out / "old").exists()
 
 
 def test_a_second_run_embeds_nothing(tmp_path: Path) -> None:
@@ -165,6 +190,16 @@ def test_changed_new_and_deleted_photos(tmp_path: Path) -> None:
     assert totals.embedded == 2 and totals.resumed == 50
     assert encoder.encoded == 5  # and three that are not finite
     assert not (out / "old").exists()
+
+
+def test_a_part_that_is_missing_leaves_those_behind_it(tmp_path: Path) -> None:
+    root, out = library(tmp_path / "photos"), tmp_path / "out"
+    embed(root, out)
+    before = contents(out)
+    (out / "part-00001.parquet").unlink()
+    totals = embed(root, out, encoder := FakeEncoder())
+    assert contents(out) == before and encoder.encoded <= 10
+    assert totals.embedded <= 10 and totals.embedded + totals.resumed == 52
 
 
 def test_fewer_photos_leave_no_part_behind(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from lraee.model.trace import trace
 from lraee.serving.encoder import ClipEncoder, ModelChoice
 from lraee.serving.server import create_app
 from lraee.serving.settings import Settings
-from lraee.zoo.opening import ModelError
+from lraee.zoo.opening import ModelError, Opened
 from tests.exits.random_exits import make_exits
 from tests.serving.conftest import PATIENT, running
 
@@ -86,3 +87,45 @@ def test_exits_are_served_and_counted(tmp_path: Path, photo_files: dict[str, byt
     assert counted == len(images) + 2
     for block, count in Counter(result.exit_block for result in alone).items():
         assert f'lraee_exits_total{{block="{block}",model="lraee-tiny"}}' in metrics and count
+
+
+def test_int8_texts_have_the_same_bits_in_any_batch() -> None:
+    """`lraee serve --text int8`: texts go together, and a row is that of the text alone."""
+    encoder = ModelChoice("lraee-tiny", text="int8").open()
+    texts = ["a dog", "a photo of a red truck on a road", "art", "a dog", "a bowl of soup"]
+    alone = [encoder.encode("text", [text])[0] for text in texts]
+    assert encoder.batch_limit("text") > len(texts)
+    with running(create_app([encoder], Settings(**PATIENT))) as server, server.client() as client:
+        answer = client.post("/v1/embeddings", json={"model": "lraee-tiny", "input": texts}).json()
+    for row, result in zip(answer["data"], alone, strict=True):
+        assert np.array_equal(np.array(row["embedding"], np.float32), result.embedding)
+    tokens = encoder.opened.tokenizer(texts).count_nonzero()
+    assert answer["usage"]["prompt_tokens"] == sum(r.tokens for r in alone) == int(tokens)
+    floats = ModelChoice("lraee-tiny").open().encode("text", texts)
+    cosines = [a.embedding @ b.embedding for a, b in zip(alone, floats, strict=True)]
+    assert 0.99 < min(cosines) < 1
+
+
+class _Words:
+    """A tokenizer as open_clip holds one of transformers: it pads with 1, as RoBERTa's."""
+
+    tokenizer = SimpleNamespace(pad_token_id=1, eos_token_id=2)
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        ids = torch.ones(len(texts), 14, dtype=torch.int64)
+        for row, text in zip(ids, texts, strict=True):
+            n = len(text.split())
+            row[0], row[1 : n + 1], row[n + 1] = 0, 7, 2
+        return ids
+
+
+def test_tokens_are_counted_by_the_padding_of_the_tokenizer() -> None:
+    from tests.towers.text_models import hf_encoder
+
+    model: Any = hf_encoder()
+    preprocess = zoo.load("lraee-tiny")[1]
+    opened = Opened("tiny", model, preprocess, preprocess, _Words(), ())
+    fast = accelerate(model, text="int8")
+    encoder = ClipEncoder("tiny", opened, fast, is_text_invariant=True)
+    results = encoder.encode("text", ["one", "two words", "three small words"])
+    assert [result.tokens for result in results] == [3, 4, 5]

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 
 from lraee.data.sources import DataError
-from lraee.serving.embed import Shard, Totals
-from lraee.serving.merge import merge
+from lraee.serving.embed import Shard
+from lraee.serving.merge import Merged, merge
 from lraee.serving.output import Output
-from tests.serving.fake_encoder import FakeEncoder, embed, failures, library, rows
+from tests.serving.fake_encoder import FakeEncoder, embed, failures, folders, library, rows
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def shards(tmp_path: Path) -> list[Path]:
     return outs
 
 
-def joined(paths: list[Path], out: Path) -> Totals:
+def joined(paths: list[Path], out: Path) -> Merged:
     with Output(out) as output:
         return merge(paths, output)
 
@@ -27,11 +27,21 @@ def joined(paths: list[Path], out: Path) -> Totals:
 @pytest.mark.parametrize("name", ["out", "all.parquet"])
 def test_shards_make_the_whole(tmp_path: Path, shards: list[Path], name: str) -> None:
     embed(tmp_path / "photos", tmp_path / "whole")
-    totals = joined([shards[2], shards[0], shards[1]], tmp_path / name)
+    merged = joined([shards[2], shards[0], shards[1]], tmp_path / name)
+    totals = merged.totals
     got, whole = rows(tmp_path / name), rows(tmp_path / "whole")
     assert got.sort_by("path").equals(whole.sort_by("path"))
     assert failures(tmp_path / name) == failures(tmp_path / "whole")
     assert totals.embedded == 52 and totals.skipped.total() == 10
+    assert merged.photos_from == () and folders(tmp_path / name) == {str(tmp_path / "photos")}
+
+
+def test_shards_of_two_folders_say_no_folder(tmp_path: Path, shards: list[Path]) -> None:
+    library(tmp_path / "mount")
+    embed(tmp_path / "mount", tmp_path / "b", shard=Shard(3, 3))
+    merged = joined([*shards[:2], tmp_path / "b"], tmp_path / "out")
+    assert merged.photos_from == (str(tmp_path / "photos"), str(tmp_path / "mount"))
+    assert folders(tmp_path / "out") == {None} and len(rows(tmp_path / "out")) == 52
 
 
 def test_every_shard_must_be_there_once(tmp_path: Path, shards: list[Path]) -> None:

@@ -1,6 +1,8 @@
-"""Embedding on a real cluster of two nodes on this machine, one of which is killed."""
+"""`lraee embed --ray` on a real cluster of two nodes on this machine, one of which is killed."""
 
+import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -10,15 +12,8 @@ from typing import Any
 
 import pytest
 
-from lraee.data.sources import Limits
-from lraee.serving.embed import run as run_here
-from lraee.serving.embed_model import Choice, PhotoModel
-from lraee.serving.listing import open_listing
-from lraee.serving.output import Output
 from tests.image_files import encoded
-from tests.serving.fake_encoder import contents
-
-CHOICE = Choice("lraee-tiny", "0")
+from tests.serving.fake_encoder import contents, rows
 
 
 def photos(root: Path, count: int) -> Path:
@@ -32,7 +27,7 @@ def photos(root: Path, count: int) -> Path:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without CPUs for actors and two nodes, each with an object store of its own."""
+    """A head and a second node, each with a CPU and an object store of its own."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lraee[ray]'")
     from ray.cluster_utils import Cluster
 
@@ -51,33 +46,40 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
+def on_ray(photos: Path, out: Path, nodes: Any, *options: str) -> dict[str, Any]:
+    """What `lraee embed --ray` says that it did."""
+    command = [
+        sys.executable, "-m", "lraee", "embed", str(photos), "--out", str(out),
+        "--ray", nodes.address, "--part-rows", "50", "--batch", "8", "--json", *options,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout))
+
+
 @pytest.mark.slow
 def test_a_killed_node_changes_nothing(tmp_path: Path, cluster: Any) -> None:
-    from lraee.serving import ray as on_ray
-
     nodes, second = cluster
-    root = photos(tmp_path / "photos", 1200)
-    model = PhotoModel(CHOICE)
-    with Output(tmp_path / "here") as output:
-        run_here(open_listing([str(root)], Limits()), model, output, part_rows=50, progress=False)
-    job = on_ray.Job((str(root),), CHOICE, Limits(), model.settings, batch=8)
+    root, here, there = photos(tmp_path / "photos", 1200), tmp_path / "here", tmp_path / "there"
+    command = [sys.executable, "-m", "lraee", "embed", str(root), "--out", str(here)]
+    subprocess.run([*command, "--part-rows", "50", "--no-progress"], check=True)
     killed = threading.Event()
 
     def kill() -> None:
-        while not list((tmp_path / "there").glob("part-*")):
+        while not list(there.glob("part-*")):
             time.sleep(0.02)
         nodes.remove_node(second, allow_graceful=False)
         killed.set()
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    with Output(tmp_path / "there") as output:
-        totals = on_ray.run(job, output, address=nodes.address, actors=2, part_rows=50)
-    assert killed.is_set()
-    assert contents(tmp_path / "there") == contents(tmp_path / "here")
-    assert totals.skipped.total() == 133 and totals.embedded == 1200 - 133
-    (tmp_path / "there" / "part-00003.parquet").unlink()
-    with Output(tmp_path / "there") as output:
-        again = on_ray.run(job, output, address=nodes.address, actors=1, part_rows=50)
-    assert contents(tmp_path / "there") == contents(tmp_path / "here")
-    assert again.resumed > 0 and again.resumed + again.embedded == totals.embedded
+    totals = on_ray(root, there, nodes, "--actors", "2")
+    assert killed.is_set() and len(list(there.glob("part-*"))) > 20
+    assert contents(there) == contents(here)
+    paths = rows(there)["path"].to_pylist()
+    assert len(set(paths)) == len(paths) == totals["embedded"] == 1200 - 133
+    assert totals["skipped"] == 133
+    (there / "part-00003.parquet").unlink()
+    again = on_ray(root, there, nodes)
+    assert contents(there) == contents(here)
+    assert again["resumed"] > 1000 and again["resumed"] + again["embedded"] == 1200 - 133

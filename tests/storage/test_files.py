@@ -1,6 +1,8 @@
 """One file: read within limits through links, replaced whole and never through them."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,23 @@ def test_errors_become_one_line_about_the_file() -> None:
         with pytest.raises(CheckpointError) as caught, refusing(path, "copy"):
             raise error
         assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(("number", "is_taken"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_mount_whose_folders_cannot_be_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_taken: bool
+) -> None:
+    flush = os.fsync
+
+    def of_files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    if is_taken:
+        replace_file(tmp_path / "file", b"new")
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            replace_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"

@@ -1,4 +1,4 @@
-"""Definition of int8_attention."""
+"""Definitions of int8_attention and float_attention."""
 
 import math
 
@@ -52,6 +52,46 @@ def int8_attention(
             if len(keys):
                 y[b] = _attend(*image, keys, tokens if causal else None, qkv.dtype)[0]
     return y.transpose(1, 2).reshape(B, L, D).to(qkv.dtype)
+
+
+def float_attention(
+    qkv: Tensor,
+    num_heads: int,
+    causal: bool = False,
+    rope: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V of Q, K and V as they are, in float64, rounded once at the end.
+
+    Rotated queries and keys are computed in float32 and rounded to the type of qkv. A masked token
+    is no key; its own row of the result is that of a query.
+
+    Args:
+      qkv: float32, bfloat16 or float16 [B, L, 3 D]: Q, K, V side by side, each head by head.
+      num_heads: H, a divisor of D; d = D / H.
+      causal: token i sees tokens 0..i only.
+      rope: as in int8_attention.
+      key_mask: bool [B, L] or None: True where a token is a key. A query without keys gives 0.
+    Returns: [B, L, D] in the type of qkv. A NaN or Inf spoils its own image, no other; in a masked
+      token its own row alone.
+    """
+    B, L, D3 = qkv.shape
+    D = D3 // 3
+    d = D // num_heads
+    q, k, v = qkv.view(B, L, 3, num_heads, d).permute(2, 0, 3, 1, 4)
+    if rope is not None:
+        q, k = (_rotated(each.float(), rope).to(qkv.dtype) for each in (q, k))
+    hidden = torch.zeros(B, 1, L, L, dtype=torch.bool, device=qkv.device)
+    if causal:
+        hidden = hidden | torch.ones(L, L, dtype=torch.bool, device=qkv.device).triu(1)
+    if key_mask is not None:
+        hidden = hidden | ~key_mask[:, None, None, :]
+        k = torch.where(key_mask[:, None, :, None], k, 0.0)
+        v = torch.where(key_mask[:, None, :, None], v, 0.0)
+    logit = q.double() @ k.double().mT / math.sqrt(d)
+    p = torch.softmax(logit.masked_fill(hidden, -math.inf), dim=-1)
+    p = torch.where(hidden.all(-1, keepdim=True), 0.0, p)
+    return (p @ v.double()).transpose(1, 2).reshape(B, L, D).to(qkv.dtype)
 
 
 def _attend(

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -33,10 +34,10 @@ class Thumbnails:
     def jpeg(self, row: int) -> bytes:
         """One thumbnail; blocks. Raises: DataError where the photo cannot be read."""
         path = self._path(row)
-        try:
-            return path.read_bytes()
-        except OSError:
-            data = _shrink(self._library.read(row))
+        with suppress(OSError):
+            if is_whole(data := path.read_bytes()):
+                return data
+        data = _shrink(self._library.read(row))
         if self._can_write:
             self._keep(path, data)
         return data
@@ -54,6 +55,11 @@ class Thumbnails:
         except OSError as error:
             self._can_write = False
             _log.warning("thumbnails are not kept: %s", os.strerror(error.errno or 0))
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether a kept thumbnail has the two ends of a JPEG; else it is made again."""
+    return data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")
 
 
 def _shrink(data: bytes) -> bytes:
