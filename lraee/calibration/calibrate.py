@@ -111,7 +111,7 @@ def calibrate(
     )
     settings = {
         "recipe": asdict(recipe), "seed": seed, "base": acceleration.base_hash,
-        "scheme": asdict(acceleration.scheme), "classes": digest(classes), "labels": digest(labels),
+        "scheme": acceleration.scheme.fields, "classes": digest(classes), "labels": digest(labels),
         "logit_scale": task.logit_scale, "images": _digest_images(images, pair),
     }  # fmt: skip
     stages = Stages(None if folder is None else Path(folder), settings)

@@ -8,6 +8,7 @@ import typer
 from lraee.calibration.head_training import Training
 from lraee.cli import tables
 from lraee.cli.common import (
+    Checkpoint,
     ClassFile,
     Data,
     Limit,
@@ -30,8 +31,10 @@ def calibrate(
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
     scheme: Annotated[
-        str, typer.Option(help="int8, int8-patches or paper: how the tower is quantized.")
-    ] = "int8",
+        str | None,
+        typer.Option(help="int8, int8-patches or paper: how it is quantized. [default: int8]"),
+    ] = None,
+    checkpoint: Checkpoint = None,
     recipe: Annotated[str, typer.Option(help="best, or paper: LRA-EE as published.")] = "best",
     gate: Annotated[
         GateKind | None,
@@ -73,11 +76,16 @@ def calibrate(
     from lraee.data.batches import PhotoImages
     from lraee.data.classes import read_classes
     from lraee.data.photos import Photos
+    from lraee.layers.scheme import find_scheme
     from lraee.model.accelerate import accelerate
+    from lraee.model.checkpoint import load
+    from lraee.model.opened import require_one
     from lraee.towers.prompts import class_features
     from lraee.zoo.opening import open_model
 
     require_writable(out, is_folder=True)
+    require_one(scheme, checkpoint)
+    find_scheme(scheme or "int8")
     known = read_classes(classes) if classes else None
     if labels and known is None:
         raise typer.BadParameter("--labels needs --classes, which names the folders")
@@ -88,16 +96,26 @@ def calibrate(
     texts = None
     if not class_free:
         texts = class_features(opened.model, opened.tokenizer, names, progress=progress)
+    fast = (
+        accelerate(opened.model, scheme=scheme or "int8")
+        if checkpoint is None
+        else load(checkpoint, opened.model)
+    )
     exits = calibrate(
-        accelerate(opened.model, scheme=scheme), images, classes=texts,
+        fast, images, classes=texts,
         labels=images.labels if labels else None, gate=gate, recipe=recipe,
         training=training, budget=budget, epsilon=epsilon, delta=delta, num_exits=num_exits,
         seed=seed, is_timed=timed, folder=out / "unfinished", progress=progress,
     )  # fmt: skip
     exits.save(out)
-    line("model", f"{opened.title}, {scheme}, {'no' if texts is None else len(texts)} classes")
+    form, count = _form(scheme, checkpoint), "no" if texts is None else len(texts)
+    line("model", f"{opened.title}, {form}, {count} classes")
     line("photos", f"{len(images.names)}; {photos.report()}")
     for key, text in tables.card_lines(exits.card):
         line(key, text)
     console.print(tables.of_plans(exits))
     line("written", str(out))
+
+
+def _form(scheme: str | None, checkpoint: Path | None) -> str:
+    return scheme or "int8" if checkpoint is None else f"checkpoint {checkpoint.name}"

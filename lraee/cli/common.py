@@ -24,6 +24,12 @@ ClassFile = Annotated[
     typer.Option(exists=True, help='JSON with "wnids" (folder names) and "names" (words).'),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most this many photos, evenly spread.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, file_okay=False, help="From `lraee quantize` or lraee.save; has its scheme."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 app = typer.Typer(

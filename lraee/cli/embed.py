@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lraee.cli.common import AsJson, Model, Pretrained, Show, command
+from lraee.cli.common import AsJson, Checkpoint, Model, Pretrained, Show, command
 
 Scheme = Annotated[
     str | None,
@@ -34,6 +34,7 @@ def embed(
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
     scheme: Scheme = None,
+    checkpoint: Checkpoint = None,
     exits: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="From `lraee calibrate`.")
     ] = None,
@@ -74,6 +75,7 @@ def embed(
     from lraee.data.names import printable
     from lraee.data.sources import Limits
     from lraee.layers.scheme import find_scheme
+    from lraee.model.opened import require_one
     from lraee.serving.embed import Shard, run
     from lraee.serving.embed_model import DTYPES, MAX_SECONDS, Choice, PhotoModel, TextModel
     from lraee.serving.listing import TextListing, open_listing
@@ -89,6 +91,7 @@ def embed(
         share = None if shard is None else Shard.parse(shard)
         if scheme is not None:
             find_scheme(scheme)
+        require_one(scheme, checkpoint)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     limits = decoding.Limits(
@@ -99,7 +102,7 @@ def embed(
     with Output(out) as output:
         choice = Choice(
             model, _version(), pretrained, scheme=scheme, exits=exits, limits=limits, dtype=dtype,
-            mode="exact" if exact else "fast",
+            mode="exact" if exact else "fast", checkpoint=checkpoint,
         )  # fmt: skip
         if ray is not None:
             from lraee.serving import ray as on_ray

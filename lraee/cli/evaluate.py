@@ -8,6 +8,7 @@ import typer
 
 from lraee.cli import tables
 from lraee.cli.common import (
+    Checkpoint,
     ClassFile,
     Data,
     Limit,
@@ -30,7 +31,19 @@ def evaluate(
     pretrained: Pretrained = None,
     scheme: Annotated[
         list[str] | None,
-        typer.Option(help="int8, int8-patches or paper; again for more. Default: int8, paper."),
+        typer.Option(
+            help="int8, int8-patches, int8-calibrated (needs --calibration) or paper; again for"
+            " more. Default: int8, paper."
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="bfloat16, openvino (with NNCF, needs --calibration); again for more."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="128 photos of it calibrate; none of them in --data."),
     ] = None,
     exits: Annotated[
         Path | None,
@@ -54,11 +67,12 @@ def evaluate(
     """
     from lraee.data.classes import read_classes
     from lraee.data.photos import Photos
-    from lraee.evaluation import evaluate
+    from lraee.evaluation import evaluate, forms
     from lraee.evaluation.retrieval import search_all
     from lraee.exits.bundle import Exits
     from lraee.layers.scheme import find_scheme
     from lraee.model.accelerate import accelerate
+    from lraee.model.checkpoint import load
     from lraee.model.text import require_text_scheme
     from lraee.storage.json import write_json
     from lraee.towers.prompts import TEMPLATES, class_features
@@ -69,6 +83,7 @@ def evaluate(
         for name in schemes:
             find_scheme(name)
         require_text_scheme(text)
+        forms.require_forms(schemes, peer or [], has_photos=calibration is not None)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if out is not None:
@@ -77,7 +92,11 @@ def evaluate(
     photos = Photos(data, classes=known, limit=limit)
     opened = open_model(model, pretrained)
     models = {evaluate.FLOAT: opened.model}
-    models |= {name: accelerate(opened.model, scheme=name, text=text) for name in schemes}
+    images = None if calibration is None else forms.photos(calibration, opened, progress)
+    models |= {name: forms.of_scheme(opened.model, name, text, images) for name in schemes}
+    if checkpoint is not None:
+        models["checkpoint"] = load(checkpoint, opened.model)
+    models |= {name: forms.of_peer(opened.model, name, images) for name in peer or ()}
     learned = None if exits is None else Exits.load(exits)
     if learned is not None:
         models |= {
@@ -101,7 +120,9 @@ def evaluate(
             "lraee: no folder is named by a wnid of the classes: top-1 and top-5 are left out"
         )
     rows = evaluate.compare(embedded, models, class_rows, by_text)
+    settings: dict[str, object]
     settings = {"batch": batch, "limit": limit, "classes": len(names), "templates": len(TEMPLATES)}
+    settings |= {} if calibration is None else {"calibration": calibration.name}
     title = opened.title
     result = evaluate.report(rows, photos, embedded, model=title, data=data.name, **settings)
     if learned is not None:

@@ -16,6 +16,7 @@ from lraee.measurement.machine import limit_threads
 COMMANDS = (
     "doctor",
     "demo",
+    "quantize",
     "calibrate",
     "evaluate",
     "bench",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lraee.cli.common import command, line
+from lraee.cli.common import Checkpoint, command, line
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -36,6 +36,7 @@ def serve(
     exits: Annotated[
         Path | None, typer.Option(exists=True, help="From `lraee calibrate`, for one model.")
     ] = None,
+    checkpoint: Checkpoint = None,
     text: Annotated[
         str | None, typer.Option(help="int8: the text tower is quantized too. [default: float]")
     ] = None,
@@ -74,8 +75,10 @@ def serve(
     `lraee serve --model ViT-B-32__openai --host 0.0.0.0 --token-file token`
     """
     names = model or ["lraee-tiny"]
-    if len(names) > 1 and (pretrained or exits):
-        raise typer.BadParameter("--pretrained and --exits need one --model; write NAME__TAG")
+    if len(names) > 1 and (pretrained or exits or checkpoint):
+        raise typer.BadParameter(
+            "--pretrained, --exits and --checkpoint need one --model; write NAME__TAG"
+        )
     if text not in (None, "int8"):
         raise typer.BadParameter(f"--text must be int8, or left out, got {text!r}")
     _require_extra()
@@ -86,7 +89,7 @@ def serve(
     from lraee.serving.settings import Settings
 
     image_bytes = round(max_image_mb * (1 << 20))
-    _check_scheme(scheme)
+    _check_scheme(scheme, checkpoint)
     with _bind(host, port) as listener:
         settings = Settings(
             body_bytes=max(2 * image_bytes, 1 << 20), image_bytes=image_bytes, max_batch=max_batch,
@@ -100,7 +103,9 @@ def serve(
             library = Library(read_embeddings(photos), photos_from)
             library.require_photos()
         mode: Mode = "exact" if exact else "fast"
-        choices = [ModelChoice(each, pretrained, scheme, exits, text, mode) for each in names]
+        choices = [
+            ModelChoice(each, pretrained, scheme, exits, text, mode, checkpoint) for each in names
+        ]
         encoders = [choice.open() for choice in choices]
         kept = Path("thumbnails") if photos is None else photos.with_suffix(".thumbnails")
         app = create_app(encoders, settings, library, thumbnails=kept)
@@ -127,12 +132,14 @@ def _require_extra() -> None:
         ) from error
 
 
-def _check_scheme(name: str | None) -> None:
+def _check_scheme(name: str | None, checkpoint: Path | None) -> None:
     from lraee.layers.scheme import find_scheme
+    from lraee.model.opened import require_one
 
     try:
         if name not in (None, "float"):
             find_scheme(str(name))
+        require_one(name, checkpoint)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

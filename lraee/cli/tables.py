@@ -19,7 +19,11 @@ _FORMS: Figures = {
     "top1": ("top-1 %", 1.0, 2),
     "top5": ("top-5 %", 1.0, 2),
     "agreement": ("top-1 as float's %", 1.0, 2),
+    "error": ("relative error", 1.0, 4),
     "neighbours": ("nearest photo as float's %", 1.0, 2),
+    "neighbours_95": ("  95 % interval", 1.0, 1),
+    "neighbours_10": ("ten nearest as float's %", 1.0, 2),
+    "neighbours_10_95": ("  95 % interval", 1.0, 1),
     "cosine_mean": ("cosine with float's, mean", 1.0, 5),
     "cosine_p01": ("cosine, 1st percentile", 1.0, 5),
     "time_ms": ("ms per photo", 1.0, 2),
@@ -52,7 +56,9 @@ def _by_form(rows: Sequence[Mapping[str, Any]], figures: Figures) -> Table:
     return table
 
 
-def _number(value: float | None, factor: float, digits: int) -> str:
+def _number(value: float | Sequence[float] | None, factor: float, digits: int) -> str:
+    if isinstance(value, Sequence):
+        return " to ".join(_number(end, factor, digits) for end in value)
     return "" if value is None else f"{factor * value:.{digits}f}"
 
 

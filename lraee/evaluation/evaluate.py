@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from lraee.data.names import reason_counts
 from lraee.data.photos import Photos
 from lraee.data.sources import DataError
-from lraee.measurement import machine
+from lraee.evaluation.peers import Peer
+from lraee.measurement import intervals, machine
+from lraee.measurement.intervals import Interval
 from lraee.measurement.neighbours import other_neighbours
 from lraee.model.trace import ExitStats, Trace, has_exits, trace
 from lraee.towers.families import encode
 
-SCHEMA = "lraee.evaluate/2"
+SCHEMA = "lraee.evaluate/3"
 FLOAT = "float"
 
 
@@ -33,7 +35,13 @@ class Row:
         where the class texts are those of an int8 text tower.
       top1: zero-shot answers that are the label; None without labels, as top5.
       agreement: zero-shot answers equal to float's; None without class texts.
+      error: mean of |y - f| / |f - mean f| over photos, unit embeddings y of this form and f of
+        float.
       neighbours: photos whose nearest other photo by cosine is float's; None below 3 photos.
+      neighbours_95: its 95 % interval.
+      neighbours_10: of float's ten nearest photos those that are among this form's ten; None below
+        12 photos.
+      neighbours_10_95: its 95 % interval.
       cosine_mean: of the embedding with float's, and its 1st percentile over photos.
       time_ms: per photo, median over batches, all forms taking turns on each batch.
       weight_bytes: of the image tower.
@@ -45,7 +53,11 @@ class Row:
     top1: float | None
     top5: float | None
     agreement: float | None
+    error: float
     neighbours: float | None
+    neighbours_95: Interval | None
+    neighbours_10: float | None
+    neighbours_10_95: Interval | None
     cosine_mean: float
     cosine_p01: float
     time_ms: float
@@ -133,7 +145,7 @@ def compare(
     forms = {name: (name, class_rows) for name in models} | dict(texts or {})
     base = embedded.embeddings[FLOAT]
     base_top = None if class_rows is None else (base @ class_rows.T).argmax(dim=1)
-    base_near = other_neighbours(base, 1) if len(base) >= 3 else None
+    spread = (base - base.mean(dim=0)).norm(dim=1).clamp(min=1e-12)
     known = [i for i, label in enumerate(embedded.labels) if label is not None]
     labels = torch.tensor([embedded.labels[i] for i in known], dtype=torch.int64)
     rows = []
@@ -141,16 +153,13 @@ def compare(
         rows_of = embedded.embeddings[name]
         finite = rows_of.isfinite().all(dim=1)
         y = rows_of.nan_to_num(0.0, 0.0, 0.0)
-        top1 = top5 = agreement = neighbours = None
+        top1 = top5 = agreement = None
         if text_rows is not None and base_top is not None:
             ranked = (y @ text_rows.T).topk(min(5, len(text_rows)), dim=1).indices
             agreement = _percent((ranked[:, 0] == base_top) & finite)
             if known:
                 right = (ranked[known] == labels[:, None]) & finite[known, None]
                 top1, top5 = _percent(right[:, 0]), _percent(right.any(dim=1))
-        if base_near is not None:
-            near = other_neighbours(y, 1) == base_near
-            neighbours = _percent(near[:, 0] & finite)
         cosine = (y * base).sum(dim=1)
         rows.append(
             Row(
@@ -158,7 +167,8 @@ def compare(
                 top1,
                 top5,
                 agreement,
-                neighbours,
+                float(((y - base).norm(dim=1) / spread).mean()),
+                *_nearest(y, base, finite),
                 cosine.mean().item(),
                 cosine.quantile(0.01).item() if len(cosine) < 1 << 24 else cosine.min().item(),
                 1e3 * statistics.median(embedded.seconds_per_photo[name]),
@@ -170,8 +180,32 @@ def compare(
     return rows
 
 
+def _nearest(
+    y: Tensor, base: Tensor, finite: Tensor
+) -> tuple[float | None, Interval | None, float | None, Interval | None]:
+    """Shares of the nearest and of the ten nearest photos that are float's, each with interval."""
+    n = len(base)
+    if n < 3:
+        return None, None, None, None
+    same = (other_neighbours(y, 1) == other_neighbours(base, 1))[:, 0] & finite
+    first = _percent(same), _in_percent(intervals.of_share(int(same.sum()), n))
+    if n < 12:
+        return *first, None, None
+    both = other_neighbours(y, 10)[:, :, None] == other_neighbours(base, 10)[:, None]
+    shared = both.any(dim=2).float().mean(dim=1) * finite
+    return *first, 100 * float(shared.mean()), _in_percent(intervals.of_mean(shared))
+
+
+def _in_percent(interval: Interval) -> Interval:
+    return 100 * interval[0], 100 * interval[1]
+
+
 def tower_bytes(model: nn.Module) -> int:
-    """Bytes of the image tower's parameters and buffers, shared memory counted once."""
+    """Bytes of the image tower's parameters and buffers, shared memory counted once; of a peer
+    what it says.
+    """
+    if isinstance(model, Peer):
+        return model.weight_bytes
     tower = cast(nn.Module, model.visual)
     storages = [t.untyped_storage() for t in (*tower.parameters(), *tower.buffers())]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -94,7 +93,7 @@ def to_parts(exits: ExitsData) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "chosen": exits.chosen,
         "logit_scale": float(exits.logit_scale),
         "copy_share": float(exits.compaction.copy_share),
-        "scheme": asdict(exits.scheme),
+        "scheme": exits.scheme.fields,
         "base_hash": exits.base_hash,
         "card": dict(exits.card),
     }

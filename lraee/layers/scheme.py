@@ -1,7 +1,8 @@
 """How a tower becomes integers: the scheme, weights ahead of time, activations at run time."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ SITES: tuple[Site, ...] = get_args(Site)
 Rounding = Literal["row", "row_symmetric", "batch", "batch_7bit"]
 """Where one step of an activation holds, and over which range (see quantize_activation)."""
 
+FROM_IMAGES = "images"
+_DIGEST = re.compile("[0-9a-f]{64}")
 _CLIP_RATIOS = tuple(1.0 - 0.02 * i for i in range(1, 26))
 
 
@@ -37,6 +40,8 @@ class Scheme:
       clip_weights: search, per output channel, the range with the least squared weight error.
       keep_float: linears left float, by block and path in it: the last word of the block list's
         path, the block's number, the linear, such as "blocks.11.mlp.fc2".
+      calibration: empty; "images", which accelerate(calibration=…) is to be given; of a calibrated
+        tower the sha256 of its linears and norms.
     """
 
     weights: Literal["channel", "tensor"] = "channel"
@@ -46,6 +51,7 @@ class Scheme:
     symmetric: tuple[Site, ...] = ()
     clip_weights: bool = False
     keep_float: tuple[str, ...] = ()
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError on a value that is none of the choices."""
@@ -55,6 +61,21 @@ class Scheme:
         _require_choice("patch_embedding", self.patch_embedding, ("float", "int8"))
         for site in self.symmetric:
             _require_choice("symmetric", site, SITES)
+        if self.calibration not in ("", FROM_IMAGES) and not _DIGEST.fullmatch(self.calibration):
+            raise ValueError(
+                f"Scheme: calibration must be empty, {FROM_IMAGES!r} or a sha256, got"
+                f" {self.calibration!r}"
+            )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The options as JSON; calibration only where there is one, so that older versions read
+        the file of any other scheme.
+        """
+        fields = asdict(self)
+        return (
+            fields if self.calibration else {k: v for k, v in fields.items() if k != "calibration"}
+        )
 
     def rounding(self, site: Site) -> Rounding:
         """How the input of this linear is quantized."""
@@ -69,6 +90,8 @@ INT8 = Scheme()
 INT8_PATCHES = Scheme(patch_embedding="int8")
 """INT8, and the patch embedding as well: a few per cent of the FLOPs of a ViT-B/32, a tenth of its
 time on a CPU where it is float."""
+INT8_CALIBRATED = Scheme(calibration=FROM_IMAGES)
+"""INT8, its weights and norms calibrated on images: accelerate(model, calibration=images)."""
 PAPER = Scheme(weights="tensor", activations="batch", attention="float")
 """The numerics of torch.ao.quantization.quantize_dynamic on all linears of the tower.
 
@@ -76,10 +99,12 @@ torch's own pass would leave half of them float: of open_clip's nn.MultiheadAtte
 neither in_proj_weight (a raw parameter) nor out_proj (NonDynamicallyQuantizableLinear).
 """
 
-SINCE = {"patch_embedding": "float"}
+SINCE = {"patch_embedding": "float", "calibration": ""}
 """Options that older files lack, and what they stand for there."""
 
-_NAMED = {"int8": INT8, "int8-patches": INT8_PATCHES, "paper": PAPER}
+_NAMED = {
+    "int8": INT8, "int8-patches": INT8_PATCHES, "int8-calibrated": INT8_CALIBRATED, "paper": PAPER,
+}  # fmt: skip
 
 
 def find_scheme(scheme: str | Scheme) -> Scheme:

@@ -8,7 +8,7 @@ that is cut off leaves the checkpoint that was there before, see storage.sealed.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lraee.exits import serialization
 from lraee.exits.bundle import Exits, one_class
-from lraee.model.accelerate import add_exits, assemble, checked_tower
+from lraee.layers.scheme import Scheme
+from lraee.model.accelerate import add_exits, assemble, checked_tower, replace_exits
 from lraee.model.acceleration import (
     Acceleration,
     acceleration_of,
@@ -28,6 +29,7 @@ from lraee.model.acceleration import (
     weight_dtypes,
 )
 from lraee.ops.backend import Backend
+from lraee.quantization.calibrated import other_shapes, others_of
 from lraee.storage import sealed
 from lraee.storage.files import require
 from lraee.storage.schema import DIGEST, NAME, Spec, Specs, choice, nullable, record, sized, table
@@ -61,9 +63,13 @@ _EXITS = "exits."  # before the names of the exits' tensors
 _VERSIONS = ("lraee", "torch", "open_clip_torch")
 
 
-def _specs(shapes: Mapping[str, Sequence[int]], exits: Any) -> Specs:
-    """What the tensors must be: of linears of these shapes [N, K], and of the fields of exits."""
-    specs: Specs = {}
+def _specs(
+    shapes: Mapping[str, Sequence[int]], exits: Any, others: Mapping[str, tuple[int, ...]]
+) -> Specs:
+    """What the tensors must be: of linears of these shapes [N, K], of the fields of exits, and the
+    biases and norms of a calibrated tower.
+    """
+    specs: Specs = {name: Spec(torch.float32, shape) for name, shape in others.items()}
     for name, (N, K) in shapes.items():
         specs |= sized(f"{name}.", _LINEAR, {"N": N, "K": K})
     own = {} if exits is None else serialization.tensor_specs(exits)
@@ -99,12 +105,16 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for name, linear in linears.items()
         for own in _LINEAR
     }
+    held = {} if tower is None else others_of(tower, record.scheme)
+    others = {name: sealed.own_copy(tensor) for name, tensor in held.items()}
+    other_sizes = {name: tuple(tensor.shape) for name, tensor in others.items()}
+    tensors |= others
     exits = _current_exits(tower, record)
     exits_fields, exits_tensors = (None, {}) if exits is None else serialization.to_parts(exits)
     tensors |= {_EXITS + name: tensor for name, tensor in exits_tensors.items()}
     fields = {
         "versions": {name: version(name) for name in _VERSIONS},
-        "scheme": asdict(record.scheme),
+        "scheme": record.scheme.fields,
         "backend": record.backend,
         "base_sha256": record.base_hash,
         "state_sha256": tower_hash(model.state_dict()),
@@ -114,8 +124,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         fields["text"] = {"scheme": "int8", "base_sha256": record.text.base_hash}
     shapes = {name: tuple(linear.w_q.shape) for name, linear in linears.items()}
     sealed.write(
-        Path(directory), FORMAT, fields, tensors, lambda checked: _specs(shapes, checked["exits"])
-    )
+        Path(directory), FORMAT, fields, tensors,
+        lambda checked: _specs(shapes, checked["exits"], other_sizes),
+    )  # fmt: skip
 
 
 def _require_uncast(parts: Iterable[nn.Module], skeletons: Sequence[nn.Module]) -> None:
@@ -148,7 +159,11 @@ def _current_exits(tower: nn.Module | None, record: Acceleration) -> Exits | Non
 
 
 def load(
-    directory: str | os.PathLike[str], model: Model, *, backend: Backend | None = None
+    directory: str | os.PathLike[str],
+    model: Model,
+    *,
+    backend: Backend | None = None,
+    exits: Exits | str | os.PathLike[str] | None = None,
 ) -> Model:
     """The accelerated model that was saved, bit for bit, built from its float original.
 
@@ -159,6 +174,8 @@ def load(
       directory: where lraee.save wrote.
       model: the float model that was accelerated, text tower included; it stays as it is.
       backend: as in accelerate; None takes the one of the saved model.
+      exits: from lraee.calibrate on this model, or where Exits.save put them; they take the place
+        of those that were saved.
     Raises: CheckpointError on files or float weights that are not those that were saved;
       TypeError, NotImplementedError, ValueError or RuntimeError as accelerate.
     """
@@ -177,8 +194,15 @@ def load(
             require(not unknown, "scheme.keep_float must name linears of the model", unknown)
             shapes = {n: shape for n, shape in of_text.items() if n not in scheme.keep_float}
             shapes |= {} if tower is None else int8_shapes(tower, scheme)
-            specs = _specs(shapes, fields["exits"])
+            others = {} if tower is None else other_shapes(tower, scheme)
+            specs = _specs(shapes, fields["exits"], others)
         tensors = saved.tensors(specs)
+        calibrated = _calibrated(tensors, scheme, of_text)
+        if calibrated is not None:
+            with saved.refusing():
+                digest = tower_hash(calibrated)
+                rule = "scheme.calibration must be the sha256 of the tensors"
+                require(digest == scheme.calibration, rule, digest)
 
     def stored(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         w_q, w_scale = (tensors[f"{name}.{own}"].to(weight.device) for own in _LINEAR)
@@ -191,16 +215,29 @@ def load(
         base_hash=base_hash,
         text_hash=None if text is None else fields["text"]["base_sha256"],
         quantize=stored,
+        calibrated=calibrated,
     )
     with saved.refusing():
-        exits = _exits(fields, tensors)
-        if exits is not None:
-            add_exits(fast, exits)
+        own_exits = _exits(fields, tensors)
+        if own_exits is not None:
+            add_exits(fast, own_exits)
         state_hash = tower_hash(fast.state_dict())
         rule = "state_sha256 must be that of the given model with these int8 weights"
         rule += " (another text tower?)"
         require(state_hash == fields["state_sha256"], rule, state_hash, _ADVICE)
+    if exits is not None:
+        replace_exits(fast, exits if isinstance(exits, Exits) else Exits.load(exits))
     return fast
+
+
+def _calibrated(
+    tensors: Mapping[str, Tensor], scheme: Scheme, text: Mapping[str, Any]
+) -> dict[str, Tensor] | None:
+    """Linears and norms of a calibrated tower among the tensors of its checkpoint."""
+    if not scheme.calibration:
+        return None
+    others = (_EXITS, *(f"{name}." for name in text))
+    return {name: t for name, t in tensors.items() if not name.startswith(others)}
 
 
 def _text_shapes(model: nn.Module, fields: dict[str, Any]) -> dict[str, tuple[int, int]]:

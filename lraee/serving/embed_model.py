@@ -14,9 +14,8 @@ from torch import Tensor
 from lraee.data import preprocess
 from lraee.data.decoding import Limits, Mode
 from lraee.data.sources import DataError
-from lraee.exits.bundle import Exits
-from lraee.model.accelerate import accelerate
 from lraee.model.acceleration import acceleration_of
+from lraee.model.opened import accelerated
 from lraee.model.trace import has_exits, trace
 from lraee.serving.embed import Prepared
 from lraee.storage.files import CheckpointError
@@ -42,6 +41,7 @@ class Choice:
       limits: what is refused undecoded.
       dtype: of the column `embedding`.
       version: lraee's.
+      checkpoint: where lraee.save wrote, or None; it has a scheme of its own.
     """
 
     model: str
@@ -52,6 +52,7 @@ class Choice:
     mode: Mode = "fast"
     limits: Limits = Limits(max_seconds=MAX_SECONDS)
     dtype: str = "float32"
+    checkpoint: Path | None = None
 
     def settings(self, opened: Opened, **more: Any) -> dict[str, Any]:
         """As the metadata of a file has it."""
@@ -72,9 +73,12 @@ class PhotoModel:
     def __init__(self, choice: Choice, opened: Opened | None = None) -> None:
         self._choice = choice
         self._opened = opened or open_model(choice.model, choice.pretrained)
-        exits = None if choice.exits is None else Exits.load(choice.exits)
-        scheme = choice.scheme or (exits.scheme if exits else "int8")
-        self._model = accelerate(self._opened.model, scheme=scheme, exits=exits, inplace=True)
+        self._model = accelerated(
+            self._opened.model,
+            scheme=choice.scheme,
+            exits=choice.exits,
+            checkpoint=choice.checkpoint,
+        )
         try:
             self._preprocess = preprocess.from_transform(
                 self._opened.preprocess, mode=choice.mode, limits=choice.limits
@@ -92,11 +96,17 @@ class PhotoModel:
             self._opened,
             kind="photos",
             weights=about.base_hash,
-            scheme=asdict(about.scheme),
-            exits=_exits_hash(self._choice.exits),
+            scheme=about.scheme.fields,
+            exits=_file_hash(self._choice.exits, "exits.json"),
+            **self._checkpoint,
             preprocess=_rules(self._preprocess),
             dimensions=self.encode([black])[0].shape[1],
         )
+
+    @property
+    def _checkpoint(self) -> dict[str, str | None]:
+        folder = self._choice.checkpoint
+        return {} if folder is None else {"checkpoint": _file_hash(folder, "lraee.json")}
 
     def prepare(self, data: bytes) -> Prepared:
         """Pixels float32 [3, H, W] of one photo; raises DataError."""
@@ -156,11 +166,11 @@ def _rules(rules: preprocess.Preprocess) -> dict[str, Any]:
     return {**about, "limits": asdict(rules.limits), "table": table}
 
 
-def _exits_hash(folder: Path | None) -> str | None:
-    """sha256 of exits.json, which names the hash of its tensors."""
+def _file_hash(folder: Path | None, name: str) -> str | None:
+    """sha256 of the file of this name, which holds the hash of its tensors."""
     if folder is None:
         return None
     try:
-        return hashlib.sha256((folder / "exits.json").read_bytes()).hexdigest()
+        return hashlib.sha256((folder / name).read_bytes()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"load: {folder}: must hold exits.json") from error
+        raise CheckpointError(f"load: {folder}: must hold {name}") from error

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from lraee.data.decoding import Mode
 from lraee.data.preprocess import from_transform
 from lraee.data.sources import DataError
-from lraee.exits.bundle import Exits
-from lraee.model.accelerate import accelerate
 from lraee.model.acceleration import acceleration_of
+from lraee.model.opened import accelerated
 from lraee.model.trace import has_exits, trace
 from lraee.serving.batching import Kind, Result
 from lraee.towers import hub
@@ -36,6 +35,7 @@ class ModelChoice:
       text: as in `accelerate`: "int8", or None for the float text tower.
       mode: how images are decoded: "fast" scales JPEG while it is decoded, "exact" gives the pixels
         of the model's own transform.
+      checkpoint: where lraee.save wrote, or None; it has a scheme and a text tower of its own.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ModelChoice:
     exits: Path | None = None
     text: str | None = None
     mode: Mode = "fast"
+    checkpoint: Path | None = None
 
     def open(self) -> "ClipEncoder":
         """The model, accelerated. Raises: ModelError and what `accelerate` raises, in one line."""
@@ -54,11 +55,15 @@ class ModelChoice:
         served = Path(name).name + (f"__{tag}" if tag else "")
         if self.scheme == "float":
             return ClipEncoder(served, opened, opened.model, mode=self.mode)
-        exits = None if self.exits is None else Exits.load(self.exits)
-        scheme = self.scheme or (exits.scheme if exits else "int8")
-        options: dict[str, Any] = {} if self.text is None else {"text": self.text}
-        fast = accelerate(opened.model, scheme=scheme, exits=exits, inplace=True, **options)
-        is_invariant = self.text is not None
+        fast = accelerated(
+            opened.model,
+            scheme=self.scheme,
+            exits=self.exits,
+            text=self.text,
+            checkpoint=self.checkpoint,
+        )
+        about = acceleration_of(fast)
+        is_invariant = about is not None and about.text is not None
         return ClipEncoder(served, opened, fast, mode=self.mode, is_text_invariant=is_invariant)
 
 

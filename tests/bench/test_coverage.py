@@ -28,6 +28,13 @@ def test_small_towers_of_every_structure_are_supported(family: str) -> None:
     assert row.error is not None and 0 < row.error < 0.06
 
 
+@pytest.mark.parametrize("family", ["clip", "eva02"])
+def test_calibrated_is_compared_with_int8(family: str) -> None:
+    row = coverage.examine(case(family), 2, is_calibrated=True)
+    assert row.reason is None
+    assert row.error is not None and 0 < row.error < 1
+
+
 def test_every_library_lists_its_models_once() -> None:
     for name, cases in LIBRARIES.items():
         listed = [each.name for each in cases()]

@@ -27,7 +27,9 @@ def shown(table: Table) -> str:
 
 
 FORM: dict[str, Any] = {
-    "scheme": "float", "top1": 61.239, "top5": None, "agreement": 100.0, "neighbours": None,
+    "scheme": "float", "top1": 61.239, "top5": None, "agreement": 100.0, "error": 0.0123456,
+    "neighbours": None, "neighbours_95": None, "neighbours_10": 97.5,
+    "neighbours_10_95": (96.04, 98.96),
     "cosine_mean": 0.9999999, "cosine_p01": 0.99991234, "time_ms": 3.14159,
     "weight_bytes": 345_600_000, "flops_saved": None, "not_finite": 0,
 }  # fmt: skip
@@ -40,6 +42,9 @@ def test_forms() -> None:
     assert rows_of(table) == [
         ["top-1 %", "61.24", ""],
         ["top-1 as float's %", "100.00", "100.00"],
+        ["relative error", "0.0123", "0.0123"],
+        ["ten nearest as float's %", "97.50", "97.50"],
+        ["  95 % interval", "96.0 to 99.0", "96.0 to 99.0"],
         ["cosine with float's, mean", "1.00000", "1.00000"],
         ["cosine, 1st percentile", "0.99991", "0.99991"],
         ["ms per photo", "3.14", "3.14"],

@@ -71,6 +71,12 @@ def test_figures_by_hand() -> None:
     assert base.top5 == fast.top5 == 100  # two classes are within five
     # nearest of float: 0-2, 1-2, 2-0, 3-1; of int8: 0-2, 1-0, 2-0, 3-1
     assert base.neighbours == 100 and fast.neighbours == 75
+    # Wilson's interval of 3 of 4; ten neighbours need twelve photos
+    assert fast.neighbours_95 == pytest.approx((30.06, 95.44), abs=0.01)
+    assert fast.neighbours_10 is fast.neighbours_10_95 is None
+    spread = (floats - floats.mean(0)).norm(dim=1)
+    assert base.error == 0
+    assert fast.error == pytest.approx(((int8 - floats).norm(dim=1) / spread).mean().item())
     cosines = (floats * int8).sum(dim=1)
     assert fast.cosine_mean == pytest.approx(cosines.mean().item())
     # 1st percentile of four: linear between the two smallest, at 3 * 0.01
@@ -79,6 +85,25 @@ def test_figures_by_hand() -> None:
     assert (base.time_ms, fast.time_ms) == (3.0, 1.0)
     assert base.weight_bytes == linear_bytes(nn.Linear(3, 4))
     assert base.not_finite == fast.not_finite == 0
+
+
+def test_ten_neighbours_by_hand() -> None:
+    """Photos on an arc: each has its ten nearest around it. Two photos change places in int8."""
+    angles = torch.linspace(0, 1.5, 13)
+    floats = torch.stack([angles.cos(), angles.sin()], 1)
+    int8 = floats[[12, *range(1, 12), 0]]
+    base, fast = compare(embedded_by_hand(floats, int8, [None] * 13), models(), None)
+    assert base.neighbours_10 == 100 and base.neighbours_10_95 == (100, 100)
+
+    def nearest(rows: Tensor) -> list[set[int]]:
+        scores = rows @ rows.T
+        scores.fill_diagonal_(-2)
+        return [set(row.topk(10).indices.tolist()) for row in scores]
+
+    shared = [len(a & b) / 10 for a, b in zip(nearest(floats), nearest(int8), strict=True)]
+    assert fast.neighbours_10 == pytest.approx(100 * sum(shared) / 13) and min(shared) < 1
+    low, high = fast.neighbours_10_95 or (0, 0)
+    assert low < fast.neighbours_10 < high
 
 
 def test_other_class_texts_are_rows_of_their_own() -> None:
@@ -161,7 +186,7 @@ def test_report_is_whole_json(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     write_json(actual, path)
     read = json.loads(path.read_text())
-    assert read["schema"] == "lraee.evaluate/2" and read["settings"] == {"batch": 32}
+    assert read["schema"] == "lraee.evaluate/3" and read["settings"] == {"batch": 32}
     assert (read["photos"], read["labelled"], read["skipped"]) == (6, 0, 1)
     assert read["skipped_first"][0]["name"] == "bad.jpg"
     assert [row["scheme"] for row in read["rows"]] == ["float", "int8"]

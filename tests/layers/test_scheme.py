@@ -40,7 +40,9 @@ def test_named_schemes():
 
 def test_unknown_scheme_names_the_choices():
     with pytest.raises(
-        ValueError, match=r"scheme must be one of int8, int8-patches, paper or a Scheme, got 'i'"
+        ValueError,
+        match=r"scheme must be one of int8, int8-patches, int8-calibrated, paper or a Scheme"
+        r", got 'i'",
     ):
         find_scheme("i")
     with pytest.raises(TypeError, match="scheme must be a str or a Scheme, got int"):
@@ -53,6 +55,10 @@ def test_unknown_scheme_names_the_choices():
         ({"weights": "row"}, "weights must be one of channel, tensor, got 'row'"),
         ({"activations": "row"}, "activations must be one of token, batch, got 'row'"),
         ({"attention": "fp8"}, "attention must be one of int8, float, got 'fp8'"),
+        (
+            {"calibration": "photos"},
+            "calibration must be empty, 'images' or a sha256, got 'photos'",
+        ),
         ({"symmetric": ("qkv",)}, "symmetric must be one of in_proj, out_proj, c_fc, c_proj"),
     ],
 )

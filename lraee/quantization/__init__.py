@@ -1,0 +1,1 @@
+"""Weights and norms of the int8 blocks, calibrated on images."""

@@ -1,0 +1,91 @@
+"""Weights rounded against the inputs that they meet, and the range that they are rounded in."""
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.001
+"""Of the mean of the gram's diagonal, added to it."""
+
+_BLOCK = 128
+RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+"""Ranges that are tried, of the largest weight of a row."""
+
+
+def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """U float64 [K, K], upper, with U^T U = (gram + damping * mean(diag gram) * I)^-1.
+
+    Args:
+      gram: float64 [K, K], positive semi-definite.
+      damping: raised tenfold where rounding has left the matrix without a Cholesky factor.
+    """
+    K = len(gram)
+    mean = float(gram.diagonal().mean())
+    identity = torch.eye(K, dtype=torch.float64)
+    if not mean > 0:
+        return identity
+    while True:
+        lower, info = torch.linalg.cholesky_ex(gram + identity * (damping * mean))
+        if not info:
+            break
+        damping *= 10
+    inverse = torch.cholesky_inverse(lower)
+    upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    return identity if info else upper
+
+
+def round_weight(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+    """The int8 weight, w_q * w_scale[:, None], for whose inputs' gram x @ weight^T changes least.
+
+    Per output row, the range among RATIOS of max|row| whose rounding by GPTQ loses least.
+
+    Args:
+      weight: float32 [N, K].
+      gram: float64 [K, K], sum of x^T x over the quantized inputs.
+      damping: see upper_factor.
+    Returns: w_q int8 [N, K], w_scale float32 [N].
+    """
+    U = upper_factor(gram, damping).float()
+    full = weight.abs().amax(1) / 127
+    full = torch.where(full < torch.finfo(torch.float32).tiny, 1.0, full)
+    best_scale = full
+    best_q, least = gptq(weight, U, full)
+    for ratio in RATIOS[1:]:
+        w_q, loss = gptq(weight, U, full * ratio)
+        is_better = loss < least
+        best_q[is_better] = w_q[is_better]
+        best_scale = torch.where(is_better, full * ratio, best_scale)
+        least = torch.where(is_better, loss, least)
+    return best_q, best_scale
+
+
+def gptq(weight: Tensor, U: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight ~ w_q * w_scale[:, None], rounded column by column.
+
+    Column k = 0, 1, … in order: w_q[:, k] = clamp(round(weight[:, k] / w_scale), -127, 127); its
+    error, times U[k, j] / U[k, k], is taken from every later column j, so that they make up for it.
+    Errors of 128 columns reach the rest in one product.
+
+    Args:
+      weight: float32 [N, K].
+      U: float32 [K, K], from upper_factor.
+      w_scale: float32 [N].
+    Returns: w_q int8 [N, K]; the loss, d (gram + damping) d^T per row d of the difference, [N].
+    Source: Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1.
+    """
+    weight = weight.float().clone()
+    N, K = weight.shape
+    w_q = torch.empty(N, K, dtype=torch.int8)
+    loss = torch.zeros(N)
+    for start in range(0, K, _BLOCK):
+        end = min(start + _BLOCK, K)
+        columns = weight[:, start:end].T.contiguous()  # rows of a column lie together
+        errors = torch.empty_like(columns)
+        inner = U[start:end, start:end]
+        for k in range(end - start):
+            steps = torch.round(columns[k] / w_scale).clamp_(-127, 127)
+            w_q[:, start + k] = steps.to(torch.int8)
+            errors[k] = (columns[k] - steps * w_scale) / inner[k, k]
+            columns[k + 1 :] -= inner[k, k + 1 :, None] * errors[k]
+        weight[:, end:] -= errors.T @ U[start:end, end:]
+        loss += errors.square().sum(0)
+    return w_q, loss
