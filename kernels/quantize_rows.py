@@ -76,7 +76,7 @@ def empty_quantized(M: int, K: int, device: torch.device) -> Quantized:
 
 
 def quantize_rows(x: Tensor, symmetric: bool, *, config: RowConfig | None = None) -> Quantized:
-    """x ~ (x_q - x_zero) * x_scale with one step and zero point per row; see lraee.ops.reference.
+    """x ~ (x_q - x_zero) * x_scale with one scale and zero point per row; see lraee.ops.reference.
 
     Args:
       x: float32, bfloat16 or float16 [M, K].

@@ -118,7 +118,7 @@ class Int8Head(TypedBuffers):
     """One exit's head and gate, run by the operator exit_probe.
 
     Args:
-      weights: float; quantized here, one step per output channel.
+      weights: float; quantized here, one scale per output channel.
       gate: float32 [4], factors of confidence, margin and variance, and a constant.
       backend: which implementation of exit_probe to run on.
     """

@@ -141,8 +141,9 @@ class _Builder:
             folded = weight if in_scale is None else weight.detach().float() * in_scale
             w_q, w_scale = quantize_weight(folded, self._scheme, self._backend)
         return Int8Linear(
-            w_q, w_scale, bias, dtype=weight.dtype, rounding=self._scheme.rounding(linear.site),
-            in_scale=in_scale, has_two_terms=self._has_two_terms(linear), backend=self._backend,
+            w_q, w_scale, bias, dtype=weight.dtype,
+            granularity=self._scheme.granularity(linear.site), in_scale=in_scale,
+            has_two_terms=self._has_two_terms(linear), backend=self._backend,
         )  # fmt: skip
 
     def _in_scale(self, linear: Linear) -> Tensor | None:

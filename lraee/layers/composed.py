@@ -136,7 +136,7 @@ class Composed(Watch):
         gamma, beta = norm.weight.float(), norm.bias.float()
         if linear.in_scale is not None:
             gamma, beta = gamma / linear.in_scale, beta / linear.in_scale
-        symmetric = linear.rounding == "row_symmetric"
+        symmetric = linear.granularity == "row_symmetric"
         return operators(self._backend).layer_norm_quantize(  # type: ignore[no-any-return]
             x, gamma, beta, norm.eps, symmetric
         )

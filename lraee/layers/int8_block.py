@@ -32,9 +32,9 @@ class Int8Block(Adapter):
     calls none of them: it runs the operator int8_block, or, where its structure is more than that
     operator computes, the smaller operators one after the other (see `Composed`). It runs the float
     class's own forward over the int8 children where a child carries a hook, so that the hook sees
-    what it would have seen, and where the scheme cannot be fused (a linear kept float, one step per
-    batch). All ways agree within rounding: fused, LayerNorm reaches its quantizer, and each sum its
-    activation or residual, in float32 instead of x's type.
+    what it would have seen, and where the scheme cannot be fused (a linear kept float, one scale
+    per batch). All ways agree within rounding: fused, LayerNorm reaches its quantizer, and each sum
+    its activation or residual, in float32 instead of x's type.
     """
 
     block_spec: BlockSpec
@@ -155,7 +155,7 @@ class Int8Block(Adapter):
         """Whether each image has the same bits in any batch: no scale is the batch's."""
         linears = [self.get_submodule(linear.path) for linear in self.block_spec.linears]
         return self.attention_module.is_int8 and all(
-            isinstance(m, Int8Linear) and m.rounding.startswith("row") for m in linears
+            isinstance(m, Int8Linear) and m.granularity.startswith("row") for m in linears
         )
 
     def _can_fuse(self) -> bool:
@@ -191,7 +191,7 @@ class Wiring(Watch):
         paths = (spec.norm_1.path, spec.norm_2.path)
         self._norms = [cast(nn.LayerNorm, block.get_submodule(path)) for path in paths]
         self._scales = [place_of(block, name) for name in (spec.scale_1, spec.scale_2)]
-        self._symmetric = [linear.rounding == "row_symmetric" for linear in linears]
+        self._symmetric = [linear.granularity == "row_symmetric" for linear in linears]
         self._num_heads, self._activation = spec.attention.num_heads, spec.mlp.activation
         self._backend = block.int8_backend
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lraee.kernels.operands import PackedLinear
 from lraee.layers.gradients import without_gradient
-from lraee.layers.scheme import Rounding, quantize_activation
+from lraee.layers.scheme import Granularity, quantize_activation
 from lraee.ops.backend import Backend, operators, require_backend
 from lraee.ops.checked import Activation
 from lraee.ops.reference import Quantized
@@ -19,7 +19,7 @@ _WEIGHT_KEY = "w_q"
 
 
 class Int8Linear(nn.Module):
-    """y = x @ w.T + bias with w int8, one step per output, and x quantized when it arrives.
+    """y = x @ w.T + bias with w int8, one scale per output, and x quantized when it arrives.
 
     The weight lies in the layout that its device's implementation reads (lraee.ops.pack_weight).
     state_dict, pickle and deepcopy carry it as plain int8 [N, K] under the key `w_q`, so that what
@@ -41,7 +41,7 @@ class Int8Linear(nn.Module):
         bias: Tensor | None,
         *,
         dtype: torch.dtype = torch.float32,
-        rounding: Rounding = "row",
+        granularity: Granularity = "row",
         in_scale: Tensor | None = None,
         has_two_terms: bool = False,
         backend: Backend = "auto",
@@ -53,7 +53,7 @@ class Int8Linear(nn.Module):
           w_scale: float32 [N], real value of one step of w_q.
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
-          rounding: how the input is quantized, see lraee.layers.scheme.quantize_activation.
+          granularity: how the input is quantized, see lraee.layers.scheme.quantize_activation.
           in_scale: float32 [K] that the input is divided by, w_q being of the weight times it, see
             lraee.layers.scheme.folded_scale; None for ones.
           has_two_terms: `forward` takes its input in two terms of int8, as gated_quantize has them.
@@ -61,7 +61,7 @@ class Int8Linear(nn.Module):
         """
         super().__init__()
         self.out_features, self.in_features = w_q.shape
-        self.rounding: Rounding = rounding
+        self.granularity: Granularity = granularity
         self.has_two_terms = has_two_terms
         self.backend: Backend = backend
         w, w_sum = operators(backend).pack_weight(w_q)
@@ -86,7 +86,7 @@ class Int8Linear(nn.Module):
     def quantize(self, x: Tensor) -> Quantized:
         """Rows [M, K] of this layer's input, in int8."""
         x = x if self.in_scale is None else x.float() / self.in_scale
-        return quantize_activation(x, self.rounding, self.backend)
+        return quantize_activation(x, self.granularity, self.backend)
 
     def _multiply_two_terms(self, x: Tensor) -> Tensor:
         """X @ w.T + bias of rows [M, K] in two terms."""
@@ -144,7 +144,7 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         has_bias = self.bias is not None
-        return f"{self.in_features}, {self.out_features}, bias={has_bias}, {self.rounding}"
+        return f"{self.in_features}, {self.out_features}, bias={has_bias}, {self.granularity}"
 
     # Moving, saving, loading
 

@@ -13,8 +13,8 @@ from lraee.ops.reference import Quantized
 Site = Literal["in_proj", "out_proj", "c_fc", "c_proj"]
 SITES: tuple[Site, ...] = get_args(Site)
 
-Rounding = Literal["row", "row_symmetric", "batch", "batch_7bit"]
-"""Where one step of an activation holds, and over which range (see quantize_activation)."""
+Granularity = Literal["row", "row_symmetric", "batch", "batch_7bit"]
+"""Where one scale of an activation holds, and over which range (see quantize_activation)."""
 
 FROM_IMAGES = "images"
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -31,10 +31,10 @@ class Scheme:
     """Which parts of a tower are quantized, and with how fine a step.
 
     Args:
-      weights: one step per output channel, or per tensor.
-      activations: one step per token, or for the whole batch at once.
+      weights: one scale per output channel, or per tensor.
+      activations: one scale per token, or for the whole batch at once.
       attention: Q K^T in int8, or all of attention in float.
-      patch_embedding: in float, or in int8 with one step per patch.
+      patch_embedding: in float, or in int8 with one scale per patch.
       symmetric: linears whose input is quantized without a zero point. The zero point costs
         nothing at run time, so none by default.
       clip_weights: search, per output channel, the range with the least squared weight error.
@@ -77,7 +77,7 @@ class Scheme:
             fields if self.calibration else {k: v for k, v in fields.items() if k != "calibration"}
         )
 
-    def rounding(self, site: Site) -> Rounding:
+    def granularity(self, site: Site) -> Granularity:
         """How the input of this linear is quantized."""
         if self.activations == "batch":
             # torch passes reduce_range to its dynamic linear always; qnnpack alone ignores it
@@ -194,24 +194,24 @@ def _clip(weight: Tensor, w_q: Tensor, full_scale: Tensor) -> tuple[Tensor, Tens
     return best_q, best_scale
 
 
-def quantize_activation(x: Tensor, rounding: Rounding, backend: Backend) -> Quantized:
+def quantize_activation(x: Tensor, granularity: Granularity, backend: Backend) -> Quantized:
     """X ~ (x_q - x_zero) * x_scale.
 
     Args:
       x: float32, bfloat16 or float16 [M, K].
-      rounding: row, row_symmetric: one step per row, see lraee.ops.reference.quantize_rows;
-        batch, batch_7bit: one step and zero point for all rows, as quantize_batch.
+      granularity: row, row_symmetric: one scale per row, see lraee.ops.reference.quantize_rows;
+        batch, batch_7bit: one scale and zero point for all rows, as quantize_batch.
       backend: what quantizes rows.
     Returns: x_q int8 [M, K], x_scale float32 [M], x_zero int32 [M].
     """
-    if rounding in ("batch", "batch_7bit"):
-        return quantize_batch(x, reduce_range=rounding == "batch_7bit")
-    symmetric = rounding == "row_symmetric"
+    if granularity in ("batch", "batch_7bit"):
+        return quantize_batch(x, reduce_range=granularity == "batch_7bit")
+    symmetric = granularity == "row_symmetric"
     return operators(backend).quantize_rows(x, symmetric=symmetric)  # type: ignore[no-any-return]
 
 
 def quantize_batch(x: Tensor, *, reduce_range: bool) -> Quantized:
-    """One step and zero point for the whole batch, as torch's quantized::linear_dynamic takes them.
+    """One scale and zero point for the batch, as torch's quantized::linear_dynamic takes them.
 
     torch counts steps in u8, 0..255 or 0..127 with reduce_range; here each is 128 less, in x_q and
     x_zero alike, which leaves x_q - x_zero as it was. One NaN or Inf makes every row NaN.

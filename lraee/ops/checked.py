@@ -20,7 +20,7 @@ Activation = Literal["none", "gelu", "gelu_tanh", "quick_gelu"]
 
 
 def quantize_rows(x: Tensor, *, symmetric: bool) -> Quantized:
-    """x ~ (x_q - x_zero) * x_scale with one step and zero point per row.
+    """x ~ (x_q - x_zero) * x_scale with one scale and zero point per row.
 
     Numbers, NaN and zero rows: see lraee.ops.reference.quantize_rows.
 
@@ -99,7 +99,7 @@ def int8_linear(
     Args:
       x_q: int8 [M, K], contiguous rows (any row stride).
       x_scale: float32 [M], real value of one step of x_q.
-      x_zero: int32 [M], the step that stands for 0; None means 0 in every row.
+      x_zero: int32 [M], the integer that stands for 0; None means 0 in every row.
       linear: packed weight of logical shape [N, K] with its scales, sums, bias and layer_scale; see
         PackedLinear and pack_weight.
       residual: out_dtype [M, N] or None.

@@ -101,7 +101,7 @@ def of_float_attention(
 def of_embedding(z: Tensor, head: ProbeHead) -> Tensor | float:
     """Largest error of exit_probe's embedding, 0 where no gelu is before it.
 
-    erf of both errs by some units of float32 of max(|h|, 1), so the step of the hidden row may
+    erf of both errs by some units of float32 of max(|h|, 1), so the scale of the hidden row may
     differ by that much, and a hidden value next to a tie may fall to the other side: with 32 units
     in each of 130 values of step 0.03 two such values in a row are all that can be expected.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lraee.layers.scheme import Rounding
+from lraee.layers.scheme import Granularity
 from lraee.ops.reference import quantize_rows
 
 SEARCH_ROWS = 512
@@ -58,7 +58,7 @@ def no_fold(K: int) -> Fold:
     return Fold(torch.zeros(K), torch.ones(K))
 
 
-def search(rows: Tensor, weight: Tensor, rounding: Rounding, *, may_shift: bool) -> Fold:
+def search(rows: Tensor, weight: Tensor, granularity: Granularity, *, may_shift: bool) -> Fold:
     """The shift and scale with the least squared error of the outputs, rounding to nearest.
 
     The error has a part of each side: of the inputs, |(x - Q(x)) @ W^T|^2, and of the weight, whose
@@ -67,7 +67,7 @@ def search(rows: Tensor, weight: Tensor, rounding: Rounding, *, may_shift: bool)
     Args:
       rows: float32 [M, K], inputs of the linear; statistics come of all, the errors of SEARCH_ROWS.
       weight: float32 [N, K].
-      rounding: of the inputs: row or row_symmetric.
+      granularity: of the inputs: row or row_symmetric.
       may_shift: whether the linear has a bias, which takes the shift.
     """
     some = rows[:: max(1, len(rows) // SEARCH_ROWS)][:SEARCH_ROWS]
@@ -75,7 +75,7 @@ def search(rows: Tensor, weight: Tensor, rounding: Rounding, *, may_shift: bool)
     best, least = no_fold(rows.shape[1]), torch.inf
     for fold in _candidates(rows, weight, may_shift):
         x = fold.inputs(some)
-        x_q, x_scale, x_zero = quantize_rows(x, symmetric=rounding == "row_symmetric")
+        x_q, x_scale, x_zero = quantize_rows(x, symmetric=granularity == "row_symmetric")
         wrong = ((x_q.float() - x_zero[:, None]) * x_scale[:, None] - x) * fold.scale
         error = float(((wrong @ product) * wrong).sum())
         folded = fold.weight(weight)

@@ -266,8 +266,8 @@ class PlainBlock:
         self, rows: Tensor, product: _Product, linear: Linear, may_shift: bool | None = None
     ) -> Fold:
         may_shift = product.bias is not None if may_shift is None else may_shift
-        rounding = self._scheme.rounding(linear.site)
-        return search(rows, product.weight, rounding, may_shift=may_shift)
+        granularity = self._scheme.granularity(linear.site)
+        return search(rows, product.weight, granularity, may_shift=may_shift)
 
     def _moments(self, product: _Product) -> Moments:
         N, K = product.weight.shape
@@ -283,7 +283,7 @@ class PlainBlock:
         name = f"{self._name}.{linear.path}"
         return Int8Linear(
             tensors[f"{name}.w_q"], tensors[f"{name}.w_scale"], tensors.get(f"{name}.bias"),
-            rounding=self._scheme.rounding(linear.site),
+            granularity=self._scheme.granularity(linear.site),
         )  # fmt: skip
 
     def _stored(self, norm: _Affine, spec: Norm, tensors: Tensors) -> _Affine:
@@ -292,14 +292,14 @@ class PlainBlock:
 
     def _normed(self, rows: Tensor, norm: _Affine, linear: Linear) -> Quantized:
         """Rows [M, D] of the stream as the linear reads them."""
-        is_symmetric = self._scheme.rounding(linear.site) == "row_symmetric"
+        is_symmetric = self._scheme.granularity(linear.site) == "row_symmetric"
         x: Quantized = self._ops.layer_norm_quantize(
             rows.contiguous(), norm.gamma, norm.beta, norm.eps, is_symmetric
         )
         return x
 
     def _requantized(self, rows: Tensor, linear: Linear) -> Quantized:
-        is_symmetric = self._scheme.rounding(linear.site) == "row_symmetric"
+        is_symmetric = self._scheme.granularity(linear.site) == "row_symmetric"
         x: Quantized = self._ops.quantize_rows(rows.contiguous(), is_symmetric)
         return x
 

@@ -168,7 +168,7 @@ def run_policy(model: nn.Module, policy: Policy, images: Tensor) -> tuple[Tensor
     Attention and MLPs that an image skips are not run and its dropped patches are absent from then
     on, so each image goes through the tower by itself: its embedding does not depend on the
     others. The policy is charged; where it skips nothing, the share is a little below 0. A scheme
-    with one step per batch has one per image here.
+    with one scale per batch has one per image here.
 
     Args:
       model: the CLIP model of the policy, float or from lraee.accelerate; exits are not used.

@@ -314,7 +314,7 @@ def test_paper_block_is_linears_with_torch_numerics():
     y = x + block.ls_1(fast.attn.out_proj(y))
     expected = y + block.ls_2(fast.mlp.c_proj(block.mlp.gelu(fast.mlp.c_fc(block.ln_2(y)))))
     assert_same(fast(x), expected)
-    assert {m.rounding for m in fast.modules() if hasattr(m, "rounding")} == {"batch_7bit"}
+    assert {m.granularity for m in fast.modules() if hasattr(m, "granularity")} == {"batch_7bit"}
 
 
 def test_train_is_refused():

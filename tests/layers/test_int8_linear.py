@@ -23,11 +23,11 @@ def make_linear(N=24, K=33, *, bias=True, seed=0, **options):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rounding", ["row", "row_symmetric"])
-def test_forward_is_the_operators(backend, bias, rounding):
-    linear, w_q = make_linear(bias=bias, rounding=rounding, backend=backend)
+@pytest.mark.parametrize("granularity", ["row", "row_symmetric"])
+def test_forward_is_the_operators(backend, bias, granularity):
+    linear, w_q = make_linear(bias=bias, granularity=granularity, backend=backend)
     x = torch.randn(2, 5, 33, generator=generator(1))
-    x_q, x_scale, x_zero = reference.quantize_rows(x.view(10, 33), rounding == "row_symmetric")
+    x_q, x_scale, x_zero = reference.quantize_rows(x.view(10, 33), granularity == "row_symmetric")
     plain = PackedLinear(w_q, linear.w_scale, w_q.sum(1, dtype=torch.int32), linear.bias)
     expected = reference.int8_linear(x_q, x_scale, x_zero, plain)
     assert_same(linear(x), expected.view(2, 5, 24))

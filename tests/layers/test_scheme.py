@@ -67,10 +67,10 @@ def test_scheme_refuses(options, message):
         Scheme(**options)
 
 
-def test_rounding_by_site():
+def test_granularity_by_site():
     scheme = Scheme(symmetric=("c_fc",))
-    assert scheme.rounding("c_fc") == "row_symmetric"
-    assert scheme.rounding("c_proj") == "row"
+    assert scheme.granularity("c_fc") == "row_symmetric"
+    assert scheme.granularity("c_proj") == "row"
 
 
 # Weights
@@ -128,8 +128,8 @@ def _weight_error(weight, scheme):
 
 def test_activation_rows_are_the_operator():
     x = torch.randn(7, 19, generator=generator(3))
-    for rounding, symmetric in (("row", False), ("row_symmetric", True)):
-        result = quantize_activation(x, rounding, "auto")
+    for granularity, symmetric in (("row", False), ("row_symmetric", True)):
+        result = quantize_activation(x, granularity, "auto")
         for actual, expected in zip(result, reference.quantize_rows(x, symmetric), strict=True):
             assert_same(actual, expected)
 
@@ -181,14 +181,14 @@ def test_paper_linear_is_that_of_torch(engine, seed):
     y = _torch_dynamic(linear)(x)
 
     w_q, w_scale = quantize_weight(linear.weight, PAPER)
-    ours = Int8Linear(w_q, w_scale, linear.bias, rounding=PAPER.rounding("c_fc"))
+    ours = Int8Linear(w_q, w_scale, linear.bias, granularity=PAPER.granularity("c_fc"))
     result = ours(x)
     largest = result.abs() + linear.bias.abs()
     assert_within(result, y, 6 * EPS32 * largest, engine=engine)
 
 
 def test_paper_reduces_the_range_where_torch_does(engine):
-    assert PAPER.rounding("c_fc") == ("batch" if engine == "qnnpack" else "batch_7bit")
+    assert PAPER.granularity("c_fc") == ("batch" if engine == "qnnpack" else "batch_7bit")
 
 
 def test_torch_leaves_the_attention_of_open_clip_float():

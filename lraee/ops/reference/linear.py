@@ -69,7 +69,7 @@ def int8_linear(
     Args:
       x_q: int8 [M, K].
       x_scale: float32 [M], real value of one step of x_q.
-      x_zero: int32 [M], the step that stands for 0; None means 0 in every row.
+      x_zero: int32 [M], the integer that stands for 0; None means 0 in every row.
       linear: see PackedLinear; w int8 [N, K] (plain layout).
       residual: out_dtype [M, N] or None.
       activation: none, gelu (erf), gelu_tanh or quick_gelu.

@@ -63,7 +63,7 @@ def steady_sigmoid(x: Tensor) -> Tensor:
 
 
 def quantize_rows(x: Tensor, symmetric: bool) -> Quantized:
-    """x ~ (x_q - x_zero) * x_scale with one step and zero point per row.
+    """x ~ (x_q - x_zero) * x_scale with one scale and zero point per row.
 
     symmetric: x_scale = max|x| / 127, x_zero = 0, x_q = clamp(round(x / x_scale), -127, 127).
     asymmetric: lo = min(0, min x), hi = max(0, max x), x_scale = (hi - lo) / 255,
