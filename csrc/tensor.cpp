@@ -24,8 +24,8 @@ void append(std::string& line, Dtype dtype) {
       {kBool, "bool"},
       {{aoti_torch_dtype_complex64()}, "complex64"},
   }};
-  for (const auto& [known, name] : names) {
-    if (known == dtype) return append(line, name);
+  for (const auto& [value, name] : names) {
+    if (value == dtype) return append(line, name);
   }
   line += "another type";
 }

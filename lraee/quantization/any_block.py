@@ -70,9 +70,11 @@ class AnyBlock:
     def _round(self, module: Int8Linear, linear: Linear) -> Tensors:
         name = f"{self._name}.{linear.path}"
         weight = self._weights[name].detach().float().cpu()
+        if module.in_scale is not None:
+            weight = weight * module.in_scale.cpu()
         N, K = weight.shape
         sums = Moments(K, N, has_target=False)
-        is_exact = self._has_two_terms(linear)
+        is_exact = module.has_two_terms
         where = slice(0, 0)
 
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -93,13 +95,6 @@ class AnyBlock:
         put_linear(module, tensors, name)
         return tensors
 
-    def _has_two_terms(self, linear: Linear) -> bool:
-        """Whether its input is quantized in two terms of int8, nearly exactly."""
-        attention, mlp = self._spec.attention, self._spec.mlp
-        if linear is attention.out_proj:
-            return attention.inner_norm is not None
-        return linear is mlp.fc2 and (mlp.is_gated or mlp.gate is not None)
-
     def _run(self, where: slice) -> Tensor:
         z = as_input(self._fast, self._streams.int8[where])
         return self._fast.run_blocks(z, self._i, self._i + 1)
@@ -116,6 +111,8 @@ def put_linear(module: Int8Linear, tensors: Tensors, name: str) -> None:
     own = {"w_q": tensors[f"{name}.w_q"], "w_scale": tensors[f"{name}.w_scale"]}
     if module.bias is not None:
         own["bias"] = tensors[f"{name}.bias"]
+    if module.in_scale is not None:
+        own["in_scale"] = module.in_scale
     module.load_state_dict(own)
 
 

@@ -210,6 +210,8 @@ def find_text(model: nn.Module) -> TextTower | None:
     torch.compile's module and DataParallel.
     """
     model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):  # no family can be read through it
+        return None
     for family in FAMILIES:
         path = family.find(model)
         if path is not None:

@@ -189,7 +189,7 @@ def test_wrong_usage(
         (("--recipe", "worst"), "recipe must be one of best, paper or a Recipe, got 'worst'"),
         (("--recipe", "paper"), "labels must be given for training 'both', got None"),
         (("--class-free", "--gate", "learned"), "classes must be given for a learned gate"),
-        (("--scheme", "int4"), "scheme must be one of int8, int8-patches, paper"),
+        (("--scheme", "int4"), "scheme must be one of int8, int8-patches, int8-calibrated, paper"),
         (("--limit", 20), "images must be at least 100, got"),
     ],
 )

@@ -118,5 +118,5 @@ def test_float64_is_refused() -> None:
     model = make_model(vision=VISION, embed_dim=E)
     with pytest.raises(NotImplementedError, match=r"has weights of torch\.float64"):
         lraee.accelerate(copy.deepcopy(model).double())
-    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got Double"):
+    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got float64"):
         _encode(lraee.accelerate(model).double(), make_images(2))
