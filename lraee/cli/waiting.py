@@ -8,6 +8,7 @@ and importing lraee loads torch; so the command begins anew with it.
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """A user who set one of them has chosen."""
@@ -22,6 +23,13 @@ def is_requested(arguments: Sequence[str]) -> bool:
     is_help = any(word in ("-h", "--help") for word in arguments)
     is_chosen = any(name in os.environ for name in VARIABLES)
     return is_long and not is_help and not is_chosen and sys.platform == "linux"
+
+
+def is_own_process(command: Sequence[str]) -> bool:
+    """Whether this command line is `lraee …` or `python -m lraee …`: a program that calls the
+    command's main must not begin anew itself.
+    """
+    return "lraee" in {Path(word).name for word in command[1:]}
 
 
 def restart() -> None:

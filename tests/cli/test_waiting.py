@@ -35,6 +35,13 @@ def test_long_commands_request_it(
         monkeypatch.delenv(name)
 
 
+def test_a_program_that_calls_main_does_not_begin_anew() -> None:
+    assert waiting.is_own_process(["python", "/usr/bin/lraee", "embed", "photos"])
+    assert waiting.is_own_process(["python", "-X", "utf8", "-m", "lraee", "embed"])
+    assert not waiting.is_own_process(["python", "-c", "from lraee.cli.main import main", "embed"])
+    assert not waiting.is_own_process(["python", "-m", "pytest", "tests/cli"])
+
+
 def test_the_process_stays_the_same_and_keeps_its_input() -> None:
     script = (
         "import importlib.util, os, sys\n"
