@@ -1,5 +1,6 @@
 """The commands `lraee serve` and `lraee index`: what they refuse, and what they say."""
 
+import asyncio
 import builtins
 import socket
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import typer
 
+from lraee.cli import serve
 from lraee.cli.serve import _allowed_hosts, _token
 from tests.cli.test_main import one_line, run
 from tests.serving import embeddings
@@ -65,6 +67,27 @@ def test_a_port_in_use_is_one_line_before_any_model_is_loaded() -> None:
         "lraee: error: serve: --host and --port must be free to listen on, got"
         f" 127.0.0.1:{port}: Address already in use"
     )
+
+
+def test_answers_leave_without_nagles_algorithm() -> None:
+    """With it every answer waited 40 ms, for its body is a write of its own."""
+
+    async def no_delay() -> int:
+        accepted: asyncio.Queue[int] = asyncio.Queue()
+
+        async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            accepted.put_nowait(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with serve._bind("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(answer, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                result = await accepted.get()
+                writer.close()
+        return result
+
+    assert asyncio.run(no_delay()) == 1
 
 
 def test_photos_of_another_kind_are_one_line(tmp_path: Path) -> None:
