@@ -13,7 +13,7 @@ from pathlib import Path
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """A user who set one of them has chosen."""
 
-COMMANDS = ("calibrate", "embed", "evaluate", "report")
+COMMANDS = ("calibrate", "embed", "evaluate", "quantize", "report")
 """Minutes of large batches. `serve` answers one image at a time, where waking a thread counts."""
 
 
