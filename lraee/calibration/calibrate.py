@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lraee.calibration.collect import Images, Pair
+from lraee.calibration.gate_fitting import require_scikit_learn
 from lraee.calibration.head_training import Training
 from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task, digest
 from lraee.calibration.plans import Goal
@@ -101,6 +102,8 @@ def calibrate(
     if kind not in get_args(GateKind):
         kinds = ", ".join(get_args(GateKind))
         raise ValueError(f"calibrate: gate must be one of {kinds}, got {kind!r}")
+    if kind in ("learned", "agreement"):
+        require_scikit_learn()
     labels = _checked_labels(labels, classes, images)
     if kind == "agreement" and num_exits == 1:
         raise ValueError("calibrate: num_exits must be at least 2 for an agreement gate, got 1")

@@ -8,6 +8,16 @@ from lraee.exits.gate import GateKind, unit
 from lraee.ops.reference import lane_sum
 
 
+def require_scikit_learn() -> None:
+    """Raises ImportError, one line, where it is missing: to be asked before minutes of work."""
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"calibrate: scikit-learn must be installed: pip install 'lraee[calibrate]' ({error})"
+        ) from error
+
+
 def fit_weights(kind: GateKind, split: ExitTable, subset: Subset) -> tuple[Weights, ...]:
     """The gate of each exit of the subset, fitted on the split."""
     rows = []
@@ -38,12 +48,9 @@ def fit_logistic(features: Tensor, is_right: Tensor) -> tuple[Tensor, float]:
       the log odds of the share with one row of each kind added.
     Raises: ImportError if scikit-learn is missing.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError(
-            f"calibrate: scikit-learn must be installed: pip install 'lraee[calibrate]' ({error})"
-        ) from error
+    require_scikit_learn()
+    from sklearn.linear_model import LogisticRegression
+
     finite = features.isfinite().all(1)
     x, y = features[finite].double(), is_right[finite]
     right, count = int(y.sum()), len(y)

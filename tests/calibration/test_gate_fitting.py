@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lraee
 from lraee.calibration.gate_fitting import fit_logistic
 from tests.support import assert_same, assert_within, generator
 
@@ -77,3 +78,12 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ImportError, match=r"pip install 'lraee\[calibrate\]'"):
         fit_logistic(torch.zeros(2, 3), torch.tensor([True, False]))
+
+
+def test_calibrate_says_so_before_it_runs_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setattr("lraee.calibration.calibrate.Pair", None)  # the model and its images
+    model, _, _ = lraee.zoo.load("lraee-tiny")
+    classes = torch.nn.functional.normalize(torch.randn(4, 256), dim=1)
+    with pytest.raises(ImportError, match=r"pip install 'lraee\[calibrate\]'"):
+        lraee.calibrate(model, torch.zeros(64, 3, 56, 56), classes=classes)
