@@ -193,7 +193,7 @@ def _nearest(
         return *first, None, None
     both = other_neighbours(y, 10)[:, :, None] == other_neighbours(base, 10)[:, None]
     shared = both.any(dim=2).float().mean(dim=1) * finite
-    return *first, 100 * float(shared.mean()), _in_percent(intervals.of_mean(shared))
+    return *first, 100 * float(shared.mean()), _in_percent(intervals.of_mean_share(shared))
 
 
 def _in_percent(interval: Interval) -> Interval:

@@ -19,10 +19,10 @@ def of_share(hits: int, n: int) -> Interval:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def of_mean(values: Tensor) -> Interval:
-    """mean +- 1.96 standard errors of float [n]; one value has no width."""
+def of_mean_share(values: Tensor) -> Interval:
+    """mean +- 1.96 standard errors of shares [n], within 0 and 1; one value has no width."""
     mean = float(values.double().mean())
     if len(values) < 2:
         return mean, mean
     half = _Z * float(values.double().std()) / math.sqrt(len(values))
-    return mean - half, mean + half
+    return max(0.0, mean - half), min(1.0, mean + half)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lraee.measurement.intervals import of_mean, of_share
+from lraee.measurement.intervals import of_mean_share, of_share
 
 
 def test_wilson() -> None:
@@ -16,8 +16,11 @@ def test_wilson() -> None:
     assert of_share(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
 
 
-def test_mean() -> None:
-    """Four values of standard deviation 2 have a standard error of 1."""
-    values = torch.tensor([1.0, 1.0, 1.0, 1.0]) + torch.tensor([3**0.5, -(3**0.5)] * 2)
-    assert of_mean(values) == pytest.approx((1 - 1.96, 1 + 1.96), abs=1e-4)
-    assert of_mean(torch.tensor([0.3])) == pytest.approx((0.3, 0.3))
+def test_a_mean_of_shares_is_its_normal_interval_within_0_and_1() -> None:
+    values = torch.tensor([0.4, 0.5, 0.6])  # spread 0.1
+    half = 1.96 * 0.1 / 3**0.5
+    assert of_mean_share(values) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)
+    assert of_mean_share(torch.tensor([0.3])) == pytest.approx((0.3, 0.3))
+    least, most = of_mean_share(torch.tensor([1.0, 1.0, 0.9]))
+    assert least < 0.97 and most == 1.0
+    assert of_mean_share(torch.tensor([0.0, 0.1, 0.0]))[0] == 0.0
