@@ -114,18 +114,9 @@ def accelerate(
     """
     scheme = _requested(find_scheme(scheme), calibration)
     tower = checked_tower(model, scheme, backend, text)
-    if tower is None and (exits is not None or check is not None):
-        name, what = ("exits", "an image tower") if exits is not None else ("check", "images")
-        raise ValueError(
-            f"accelerate: {name} must be None for a model without {what},"
-            f" got {type(model).__name__}"
-        )
+    if tower is None:
+        _require_none(model, exits=exits, check=check, calibration=calibration)
     calibrated = None
-    if calibration is not None and tower is None:
-        raise ValueError(
-            "accelerate: calibration must be None for a model without an image tower, got"
-            f" {type(model).__name__}"
-        )
     if calibration is not None and tower is not None:
         calibrated, scheme = _calibrate(tower, scheme, backend, Calibration.of(calibration))
     if exits is not None and not isinstance(exits, Exits):
@@ -183,6 +174,17 @@ def assemble(
     if calibrated is not None:
         put(find_tower(fast), calibrated)
     return fast
+
+
+def _require_none(model: nn.Module, **options: object) -> None:
+    """Raises ValueError on the first option that a model without an image tower has no use for."""
+    for name, value in options.items():
+        if value is not None:
+            what = "images" if name == "check" else "an image tower"
+            raise ValueError(
+                f"accelerate: {name} must be None for a model without {what},"
+                f" got {type(model).__name__}"
+            )
 
 
 # Calibration
