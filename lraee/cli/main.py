@@ -21,6 +21,7 @@ COMMANDS = (
     "evaluate",
     "bench",
     "selftest",
+    "tune",
     "report",
     "embed",
     "merge",
