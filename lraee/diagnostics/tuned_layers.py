@@ -28,10 +28,9 @@ class Epilogue:
 
     @property
     def name(self) -> str:
-        """As a table of tilings names it, such as "none", "gelu" or "layer_scale+residual"."""
-        parts = [self.activation] if self.activation != "none" else []
-        parts += ["layer_scale"] * self.has_layer_scale + ["residual"] * self.has_residual
-        return "+".join(parts) or "none"
+        """As a table of tilings names it, such as "gelu" or "none+layer_scale+residual"."""
+        parts = ["layer_scale"] * self.has_layer_scale + ["residual"] * self.has_residual
+        return "+".join([self.activation, *parts])
 
 
 @dataclass(frozen=True)

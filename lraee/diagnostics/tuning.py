@@ -21,11 +21,11 @@ from lraee.diagnostics import product_families as families
 from lraee.diagnostics.guarded_process import failure
 from lraee.diagnostics.product_families import ProductFamily
 from lraee.diagnostics.selftest_sizes import Target
-from lraee.diagnostics.selftest_timing import captured, cpu_interleaved, cuda_interleaved
+from lraee.diagnostics.selftest_timing import captured, cuda_interleaved
 from lraee.diagnostics.tuned_layers import Operands, TunedLayer
 from lraee.kernels import int8_linear as launcher
 from lraee.kernels.configs import Shape
-from lraee.measurement.timing import Timing
+from lraee.measurement.timing import Timing, timed_rounds
 from lraee.ops import error_bounds, reference
 
 ANY_M = 1 << 31
@@ -88,9 +88,12 @@ class Tuned:
 
 
 def rounds_on(target: Target, budget_s: float) -> Rounds:
-    """Interleaved rounds on this device, of calls as they are replayed from a graph."""
+    """Interleaved rounds on this device, of calls as they are replayed from a graph.
+
+    In the interpreter one round, of the calls themselves.
+    """
     if target.device.type != "cuda":
-        return cpu_interleaved
+        return partial(timed_rounds, rounds=1)
 
     def rounds(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         graphs = {name: captured(call, target.device) for name, call in calls.items()}
