@@ -19,6 +19,7 @@ from lraee.kernels.configs import (
     Config,
     PieceConfig,
     Shape,
+    epilogue_name,
     pick,
     piece_config,
 )
@@ -222,7 +223,12 @@ def _launch(
     x_q = x_q if K <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
-    config = config or pick(Shape(M, N, K), device.arch(x_q.device))
+    config = config or pick(
+        Shape(M, N, K), device.arch(x_q.device),
+        epilogue_name(activation, has_layer_scale=layer_scale is not None,
+                      has_residual=residual is not None, quantizes=quantizing is not None),
+        device.gpu_name(x_q.device),
+    )  # fmt: skip
     if space is None and (config.split_k > 1 or quantizing is not None):
         space = workspace.of_current_stream(x_q.device)
     row_blocks = triton.cdiv(M, config.block_m)
