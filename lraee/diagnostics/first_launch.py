@@ -29,7 +29,7 @@ def main(name: str, device: str) -> None:
     for M in rows:
         shape = Shape(M, layer.N, layer.K)
         given = Operands.of(layer, M, 1, torch.float16, target.device)
-        expected = tuning.product(given, families.present_pick(shape, target.arch))
+        expected = tuning.product(given, families.present_pick(shape, target, layer.epilogue.name))
         for config in family.candidates(shape, target.arch, 1):
             y = tuning.product(given, config)
             if not torch.equal(y, expected):

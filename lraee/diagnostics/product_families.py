@@ -7,12 +7,13 @@ shared.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
-from typing import Any
 
+from lraee.diagnostics.selftest_sizes import Target
+from lraee.kernels import device
 from lraee.kernels.archs import Arch
 from lraee.kernels.configs import Config, Shape, legal, pick, predicted_us
 
-Space = Callable[[Shape, Arch], Iterator[Any]]
+Space = Callable[[Shape, Arch], Iterator[Config]]
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class ProductFamily:
 
     name: str
     space: Space
-    cost: Callable[[Any, Shape, Arch], float]
+    cost: Callable[[Config, Shape, Arch], float]
     is_proven: bool = False
 
-    def candidates(self, shape: Shape, arch: Arch, most: int | None = None) -> list[Any]:
+    def candidates(self, shape: Shape, arch: Arch, most: int | None = None) -> list[Config]:
         """Its legal configs, those that should be fastest first; at most so many."""
         configs = self.space(shape, arch)
         return sorted(configs, key=lambda one: self.cost(one, shape, arch))[:most]
@@ -53,16 +54,11 @@ FAMILIES: tuple[ProductFamily, ...] = (
 )
 
 
-def family_of(config: Any) -> ProductFamily:
-    """The family whose kernel this config launches."""
-    return FAMILIES[0]
+def numbers(config: Config) -> list[int]:
+    """The config as a table holds it: its numbers, the grouping of tiles left out."""
+    return [*astuple(config)][:6]
 
 
-def numbers(config: Any) -> list[int]:
-    """The config as a table holds it: the numbers of its fields, the grouping of tiles left out."""
-    return [*astuple(config)][:6] if isinstance(config, Config) else [*astuple(config)]
-
-
-def present_pick(shape: Shape, arch: Arch) -> Any:
-    """What runs now for this shape."""
-    return pick(shape, arch)
+def present_pick(shape: Shape, target: Target, epilogue: str) -> Config:
+    """What runs now for this shape, by the user's table where there is one."""
+    return pick(shape, target.arch, epilogue, device.gpu_name(target.device))

@@ -1,11 +1,8 @@
 """Which table of tilings each GPU reads, and for which towers float16 is faster there."""
 
-from importlib import metadata
-from typing import Any
-
 import torch
 
-from lraee.kernels import user_cache
+from lraee.kernels import tuned, user_cache
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.measured import MEASURED
 from lraee.measurement import float16
@@ -29,23 +26,17 @@ def _device_count() -> int:
 def _tiling_line(index: int) -> str:
     gpu = torch.cuda.get_device_name(index)
     major, minor = torch.cuda.get_device_capability(index)
-    capability, table = 10 * major + minor, user_cache.read("tilings")
-    if table is not None and (reason := _why_not_used(table, gpu)) is None:
-        rows = table["rows"]
-        return f"cuda:{index} of `lraee tune`, {len(rows)} rows, {str(table.get('date'))[:10]}"
-    own = "" if table is None else f"; the table of `lraee tune` is {reason}"
+    table, capability = tuned.table(gpu), 10 * major + minor
+    count = sum(map(len, table.rows.values()))
+    reason = "" if table.reason is None else f"; {table.reason}"
+    if count:
+        date = (user_cache.read(tuned.NAME) or {}).get("date")
+        when = f" of {date[:10]}" if isinstance(date, str) else ""
+        return f"cuda:{index} the table of `lraee tune`{when}, {count} rows{reason}"
     if capability in MEASURED:
-        return f"cuda:{index} measured on one {ARCHS[capability].part} (kernels/measured.py){own}"
-    return f"cuda:{index} chosen by a cost model; `lraee tune` measures them here{own}"
-
-
-def _why_not_used(table: dict[str, Any], gpu: str) -> str | None:
-    """Why a table in the user's cache does not hold here, or None."""
-    if table.get("gpu") != gpu:
-        return f"of another GPU ({str(table.get('gpu'))[:80]})"
-    if table.get("triton") != metadata.version("triton"):
-        return f"of another Triton ({str(table.get('triton'))[:20]})"
-    return None if isinstance(table.get("rows"), list) else "damaged"
+        part = ARCHS[capability].part
+        return f"cuda:{index} measured on one {part} (kernels/measured.py){reason}"
+    return f"cuda:{index} chosen by a cost model{reason}"
 
 
 def float_lines() -> list[str]:

@@ -18,14 +18,13 @@ from lraee.diagnostics.tuned_layers import tuned_tower
 from lraee.diagnostics.tuning import Effort, Rounds, Tuned
 from lraee.kernels import configs, register, user_cache
 from lraee.kernels import device as devices
+from lraee.kernels import tuned as tuned_table
 from lraee.kernels.archs import DEFAULT_ARCH
 from lraee.measurement import float16, machine
 from lraee.measurement.float16 import TowerTime
 from lraee.towers.families import find_tower
 
 SCHEMA = "lraee.tune/1"
-TABLE = "tilings"
-"""The name of the table in the user's cache."""
 LINEARS_SHARE = 0.8
 """Of the budget, where the tower is timed as well."""
 
@@ -134,7 +133,8 @@ def run(
     gpu = str(describe(target)["gpu"])
     stored = _store_tilings(gpu, tuned) if is_gpu else None
     towers: tuple[TowerTime, ...] = ()
-    configs.pick.cache_clear()
+    for cached in (tuned_table.table, configs.pick):
+        cached.cache_clear()
     if has_tower:  # with the table that was just stored
         timing = tower_times.time_tower(
             tower, target, rounds, effort.batches, budget_s=(1 - share) * budget_s
@@ -149,7 +149,7 @@ def _store_tilings(gpu: str, tuned: tuple[Tuned, ...]) -> Path:
     """Writes the table; rows of other shapes of this GPU and Triton stay."""
     rows = tuning.table_rows(tuned)
     header = {"gpu": gpu, "triton": metadata.version("triton")}
-    before = user_cache.read(TABLE) or {}
+    before = user_cache.read(tuned_table.NAME) or {}
     shapes = {_shape_of(row) for row in rows}
     if {name: before.get(name) for name in header} == header and isinstance(
         before.get("rows"), list
@@ -157,7 +157,9 @@ def _store_tilings(gpu: str, tuned: tuple[Tuned, ...]) -> Path:
         rows = [
             row for row in before["rows"] if isinstance(row, dict) and _shape_of(row) not in shapes
         ] + rows
-    path: Path = user_cache.write(TABLE, {**header, "date": str(date.today()), "rows": rows})
+    path: Path = user_cache.write(
+        tuned_table.NAME, {**header, "date": str(date.today()), "rows": rows}
+    )
     return path
 
 

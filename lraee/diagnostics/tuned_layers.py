@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lraee.kernels.configs import epilogue_name
 from lraee.kernels.operands import PackedLinear
 from lraee.layers.spec import BlockSpec
 from lraee.measurement.float16 import tower_key
@@ -29,8 +30,10 @@ class Epilogue:
     @property
     def name(self) -> str:
         """As a table of tilings names it, such as "gelu" or "none+layer_scale+residual"."""
-        parts = ["layer_scale"] * self.has_layer_scale + ["residual"] * self.has_residual
-        return "+".join([self.activation, *parts])
+        name: str = epilogue_name(
+            self.activation, has_layer_scale=self.has_layer_scale, has_residual=self.has_residual
+        )
+        return name
 
 
 @dataclass(frozen=True)

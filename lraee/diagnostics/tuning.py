@@ -24,7 +24,7 @@ from lraee.diagnostics.selftest_sizes import Target
 from lraee.diagnostics.selftest_timing import captured, cuda_interleaved
 from lraee.diagnostics.tuned_layers import Operands, TunedLayer
 from lraee.kernels import int8_linear as launcher
-from lraee.kernels.configs import Shape
+from lraee.kernels.configs import Config, Shape
 from lraee.measurement.timing import Timing, timed_rounds
 from lraee.ops import error_bounds, reference
 
@@ -158,12 +158,12 @@ def _tune_shape(
 ) -> Tuned:  # fmt: skip
     shape = Shape(M, layer.N, layer.K)
     given = Operands.of(layer, M, effort.copies, dtype, target.device)
-    chosen = families.present_pick(shape, target.arch)
+    chosen = families.present_pick(shape, target, layer.epilogue.name)
     expected = product(given, chosen)
     difference = definition_difference(given, expected)
     assert difference is None, f"{shape}: {difference}"
     tried: list[TimedConfig] = []
-    usable: list[Any] = []
+    usable: list[Config] = []
     for family in families.FAMILIES:
         for config in family.candidates(shape, target.arch, effort.most):
             if config == chosen:
@@ -184,12 +184,12 @@ def _tune_shape(
 
 
 def _in_groups(
-    given: Operands, chosen: Any, configs: Sequence[Any], rounds: Rounds, share_end: float
-) -> list[tuple[Any, Timing]]:
+    given: Operands, chosen: Config, configs: Sequence[Config], rounds: Rounds, share_end: float
+) -> list[tuple[Config, Timing]]:
     """Times of the pick and of candidates, in groups that each hold the pick; the pick's from the
     last, in which it meets the fastest of all groups.
     """
-    medians: list[tuple[float, Any]] = []
+    medians: list[tuple[float, Config]] = []
     for start in range(0, len(configs), AT_ONCE):
         for config, timing in _times(given, (chosen, *configs[start : start + AT_ONCE]), rounds):
             medians.append((timing.median_ms, config))
@@ -201,20 +201,22 @@ def _in_groups(
     return _times(given, (chosen, *(config for _, config in others)), rounds)
 
 
-def _times(given: Operands, configs: Sequence[Any], rounds: Rounds) -> list[tuple[Any, Timing]]:
+def _times(
+    given: Operands, configs: Sequence[Config], rounds: Rounds
+) -> list[tuple[Config, Timing]]:
     calls = {str(config): partial(_through_weights, given, config) for config in configs}
     seconds = rounds(calls)
     per_call = len(given.linears)
     return [(config, Timing.of([s / per_call for s in seconds[str(config)]])) for config in configs]
 
 
-def _through_weights(given: Operands, config: Any) -> Tensor:
+def _through_weights(given: Operands, config: Config) -> Tensor:
     for linear in given.linears[:-1]:
         launcher.int8_linear(*given.x, linear, config=config, **given.options)
     return product(given, config)
 
 
-def product(given: Operands, config: Any) -> Tensor:
+def product(given: Operands, config: Config) -> Tensor:
     """The last weight's, in this config."""
     y: Tensor = launcher.int8_linear(*given.x, given.linears[-1], config=config, **given.options)
     return y
@@ -229,7 +231,7 @@ def definition_difference(given: Operands, y: Tensor) -> str | None:
     return error_bounds.first_difference(y[:CHECKED_ROWS].cpu(), expected, bound)
 
 
-def _bits_difference(given: Operands, config: Any, expected: Tensor) -> str | None:
+def _bits_difference(given: Operands, config: Config, expected: Tensor) -> str | None:
     try:
         y = product(given, config)
     except Exception as error:  # whatever a launch raises is why this config cannot be used
@@ -237,8 +239,8 @@ def _bits_difference(given: Operands, config: Any, expected: Tensor) -> str | No
     return None if torch.equal(y, expected) else "other bits than the kernel that runs now"
 
 
-def _timed(config: Any, timing: Timing) -> TimedConfig:
-    return TimedConfig(families.family_of(config).name, families.numbers(config), timing)
+def _timed(config: Config, timing: Timing) -> TimedConfig:
+    return TimedConfig(config.family, families.numbers(config), timing)
 
 
 def _is_faster(one: TimedConfig, pick: TimedConfig) -> bool:

@@ -18,6 +18,7 @@ from lraee.diagnostics.guarded_process import failure
 from lraee.diagnostics.selftest_sizes import Target
 from lraee.diagnostics.tuned_layers import Epilogue, Operands, TunedLayer, tuned_tower
 from lraee.diagnostics.tuning import Effort, TimedConfig, Tuned, tune
+from lraee.kernels import tuned as tuned_table
 from lraee.kernels import user_cache
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.configs import Config, Shape, legal, pick
@@ -35,6 +36,8 @@ FEW = Effort(batches=(1,), copies=2, most=3)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LRAEE_CACHE", str(tmp_path))
+    tuned_table.table.cache_clear()
+    pick.cache_clear()
     return tmp_path
 
 
@@ -137,10 +140,14 @@ def test_no_budget_no_work() -> None:
     assert tuned(clock(lambda name: 1.0), budget_s=0.0) == []
 
 
+def fresh_space(shape: Shape, arch: Any) -> Any:
+    return (replace(config, family="fresh") for config in families.simple_space(shape, arch))
+
+
 def test_a_new_family_is_launched_elsewhere_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fails there is refused with the reason, and what runs now stays."""
     simple = families.FAMILIES[0]
-    fresh = replace(simple, name="fresh", is_proven=False)
+    fresh = replace(simple, name="fresh", is_proven=False, space=fresh_space)
     monkeypatch.setattr(families, "FAMILIES", (simple, fresh))
     monkeypatch.setattr(tuning, "family_failure", lambda family, target: "no end within 90 s")
     (one,) = tuned(clock(lambda name: 1.0))
@@ -198,6 +205,14 @@ def test_the_table_keeps_other_shapes_of_this_gpu_alone(cache: Path) -> None:
     table = user_cache.read("tilings")
     assert table is not None and [row["N"] for row in table["rows"]] == [40]
     assert table["gpu"] == "another GPU" and table["triton"]
+
+
+def test_pick_reads_what_tune_writes() -> None:
+    gpu, other = "a GPU", Config(32, 32, 64, 4, 3)
+    tune_run._store_tilings(gpu, (Tuned(LAYER, 50, timed(2, other), timed(1, other), ()),))
+    assert pick(Shape(77, 40, 96), TARGET.arch, LAYER.epilogue.name, gpu) == other
+    assert pick(Shape(77, 40, 96), TARGET.arch, "none", gpu) != other
+    assert tuned_table.reason(gpu) is None
 
 
 # The command
