@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     print(
         f"{results.written} lines in {options.out / FILE}: {len(outcome.measured)} measured,"
-        f" {len(outcome.known)} known before, {len(outcome.failed)} failed,"
+        f" {len(outcome.present)} known before, {len(outcome.failed)} failed,"
         f" {len(outcome.no_time)} without time"
     )
     if outcome.no_time:

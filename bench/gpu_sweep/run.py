@@ -74,7 +74,7 @@ class Outcome:
     """What a run did: names of items by what became of them."""
 
     measured: list[str] = field(default_factory=list)
-    known: list[str] = field(default_factory=list)
+    present: list[str] = field(default_factory=list)
     no_time: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -103,7 +103,7 @@ def sweep(
         for item in step.items(context):
             name = f"{step.name} {item.shape}".rstrip()
             if all(results.has(step.name, item.shape, variant) for variant in item.variants):
-                outcome.known.append(name)
+                outcome.present.append(name)
                 continue
             start = clock()
             if start + longest > end:

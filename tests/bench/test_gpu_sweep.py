@@ -115,7 +115,7 @@ def test_an_item_is_begun_only_if_it_fits(results: Results) -> None:
     assert outcome.measured == ["step 0", "step 1"]
     assert outcome.no_time == ["step 2", "step 3", "step 4"]
     outcome = run(step, results, 10.0, iter([1.0] * 3))
-    assert outcome.known == ["step 0", "step 1"] and len(outcome.measured) == 3
+    assert outcome.present == ["step 0", "step 1"] and len(outcome.measured) == 3
 
 
 def test_an_item_that_fails_ends_itself_alone(results: Results, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_every_step_runs_without_a_gpu(results: Results, tmp_path: Path) -> None
     assert len(compiled) == 1
     # What was measured is known to the next run, whose items are all there by their variants
     again = sweep(steps, DRY, results, float("inf"))
-    assert again.measured == [] and len(again.known) == len(outcome.measured)
+    assert again.measured == [] and len(again.present) == len(outcome.measured)
 
 
 @pytest.mark.slow
