@@ -20,7 +20,8 @@ from lraee.kernels.configs import (
     float_config,
     segments_at_once,
 )
-from lraee.kernels.int8_linear import gather_partials, tile_of
+from lraee.kernels.epilogue import tile_of
+from lraee.kernels.int8_linear import gather_partials
 from lraee.kernels.workspace import Workspace
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lraee.kernels import device, launch, live_rows, workspace
-from lraee.kernels.common import activate, convert
+from lraee.kernels.common import convert
 from lraee.kernels.configs import (
     WORKSPACE_TICKETS,
     Config,
@@ -23,22 +23,11 @@ from lraee.kernels.configs import (
     pick,
     piece_config,
 )
+from lraee.kernels.epilogue import before_residual, tile_of
 from lraee.kernels.operands import PackedLinear
 from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
 from lraee.kernels.tickets import arrive, draw, last_to_arrive, leave, wait_for
 from lraee.kernels.workspace import Workspace
-
-
-@triton.jit
-def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile of program pid: GROUP_M rows of tiles at a time, so that neighbours share w in L2."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    return first_m + within % rows, within // rows
 
 
 @triton.jit
@@ -49,20 +38,12 @@ def _store_output(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y = act((acc - x_zero * w_sum) * (x_scale * w_scale) + bias) * layer_scale + residual."""
-    col_mask = offs_n < N
-    mask = (offs_m < M)[:, None] & col_mask[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
-    if HAS_ZERO:
-        w_sum = tl.load(w_sum_ptr + offs_n, mask=col_mask, other=0)
-        acc -= x_zero[:, None] * w_sum[None, :]
-    w_scale = tl.load(w_scale_ptr + offs_n, mask=col_mask, other=0.0)
-    y = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=col_mask, other=0.0)[None, :]
-    y = activate(y, ACTIVATION)
-    if HAS_LAYER_SCALE:
-        layer_scale = tl.load(layer_scale_ptr + offs_n, mask=col_mask, other=0.0)
-        y *= layer_scale.to(tl.float32)[None, :]
+    y = before_residual(
+        acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr, offs_n, N,
+        HAS_ZERO, HAS_BIAS, HAS_LAYER_SCALE, ACTIVATION,
+    )  # fmt: skip
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows * stride_rm + offs_n[None, :], mask=mask, other=0.0)
         y += residual.to(tl.float32)
