@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import device, launch, live_rows, workspace
+from lraee.kernels import device, first_use, launch, live_rows, workspace
 from lraee.kernels.common import convert
 from lraee.kernels.configs import (
     WORKSPACE_TICKETS,
@@ -24,6 +24,7 @@ from lraee.kernels.configs import (
     piece_config,
 )
 from lraee.kernels.epilogue import before_residual, tile_of
+from lraee.kernels.int8_linear_persistent import int8_linear_persistent
 from lraee.kernels.operands import PackedLinear
 from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
 from lraee.kernels.tickets import arrive, draw, last_to_arrive, leave, wait_for
@@ -198,22 +199,31 @@ def _launch(
     (M, K), N = x_q.shape, linear.N
     w, w_scale, w_sum, bias, layer_scale = linear
     assert w.shape == (N, K), f"int8_linear: w must have the CUDA layout [{N}, {K}], got {w.shape}"
-    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     if not M or not N:
-        return y
+        return torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     x_q = x_q if K <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
+    if config is None and x_q.is_cuda and device.arch(x_q.device).capability == 90:
+        first_use.begin(x_q.device, str(device.gpu_name(x_q.device)))
     config = config or pick(
         Shape(M, N, K), device.arch(x_q.device),
         epilogue_name(activation, has_layer_scale=layer_scale is not None,
-                      has_residual=residual is not None, quantizes=quantizing is not None),
+                      has_residual=residual is not None, quantizes=quantizing is not None,
+                      is_float32=out_dtype is torch.float32),
         device.gpu_name(x_q.device),
     )  # fmt: skip
+    if config.family != "simple":
+        assert quantizing is None, f"int8_linear: {config.family} quantizes no rows"
+        return int8_linear_persistent(
+            x_q, x_scale, x_zero, linear, config=config, residual=residual, activation=activation,
+            out_dtype=out_dtype,
+        )  # fmt: skip
     if space is None and (config.split_k > 1 or quantizing is not None):
         space = workspace.of_current_stream(x_q.device)
     row_blocks = triton.cdiv(M, config.block_m)
     programs = row_blocks * triton.cdiv(N, config.block_n) * config.split_k
+    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     absent, live = w_scale, live_rows.current()
     # Launches that quantize nothing must not compile anew for another piece or width
     q: Quantized = (absent, absent, absent)
