@@ -53,7 +53,7 @@ def _run(options: argparse.Namespace) -> None:
     from bench.gpu_sweep import equality_steps, kernel_steps, machine_steps, tower_steps
     from bench.gpu_sweep.lines import Results, kernels_hash
     from bench.gpu_sweep.run import Context, sweep
-    from lraee.diagnostics import tune_run
+    from lraee.diagnostics import product_families, tune_run
     from lraee.diagnostics.selftest import describe
 
     try:
@@ -70,6 +70,9 @@ def _run(options: argparse.Namespace) -> None:
         options.out / FILE, kernels_hash(), metadata.version("triton"),
         str(describe(target)["gpu"]), tuple(options.done),
     )  # fmt: skip
+    for family in product_families.FAMILIES:
+        # Before the first product: a check that begins beside the timings would disturb them
+        product_families.failure(family, target)
     outcome = sweep(
         chosen, context, results, start + options.budget_s,
         report=lambda line: print(f"{time.monotonic() - start:6.1f} s  {line}", flush=True),

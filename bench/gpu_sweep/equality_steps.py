@@ -29,12 +29,13 @@ def verdict(difference: str | None) -> Mapping[str, Values]:
 
 
 def families_alone(context: Context) -> Iterator[Item]:
-    """The first launch of each family in a process of its own, which may hang."""
+    """The check of each family at first use, which is made in a process of its own: it may hang."""
     for family in families.FAMILIES:
-        yield Item(
-            family.name,
-            lambda family=family: verdict(tuning.family_failure(family, context.target)),  # type: ignore[misc]
-        )
+        yield Item(family.name, partial(_family_alone, context, family))
+
+
+def _family_alone(context: Context, family: ProductFamily) -> Mapping[str, Values]:
+    return verdict(families.failure(family, context.target))
 
 
 def products(context: Context) -> Iterator[Item]:
