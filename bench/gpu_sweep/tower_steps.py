@@ -108,8 +108,8 @@ def _ncu(context: Context, name: str) -> Mapping[str, Values]:
         return {"": {"absent": "no ncu"}}
     command = [
         program, "--clock-control", "none", "--csv", "--kernel-name", OURS, "--launch-skip", "10",
-        "--launch-count", str(NCU_KERNELS), sys.executable, "-m", "bench.gpu_tower", "--tower", name, "--batch",
-        "32", "--budget-s", "0.1",
+        "--launch-count", str(NCU_KERNELS), sys.executable, "-m", "bench.gpu_tower",
+        "--tower", name, "--batch", "32", "--budget-s", "0.1",
     ]  # fmt: skip
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=NCU_TIMEOUT_S, env=os.environ, check=False
