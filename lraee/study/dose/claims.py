@@ -101,15 +101,19 @@ _VERBS = {True: "holds", False: "fails", None: "inconclusive"}
 def in_words(rows: Sequence[Verdict]) -> str:
     """The ranges of doses with one verdict, and what full depth loses there."""
     parts = []
-    for holds, group in groupby(rows, key=lambda row: row["holds"]):
+    for word, group in groupby(rows, key=_verdict_word):
         own = list(group)
         losses = [row["quantization_loss"] for row in own]
         low, high = (_one_digit(each) for each in (min(losses), max(losses)))
         doses = f"{own[0]['dose']:g}" + (f" to {own[-1]['dose']:g}" if len(own) > 1 else "")
         points = low if low == high else f"{low} to {high}"
-        parts.append(f"{_VERBS[holds]} at dose {doses} (loss {points} points)")
+        parts.append(f"{word} at dose {doses} (loss {points} points)")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _verdict_word(row: Verdict) -> str:
+    return _VERBS[row["holds"]] if row["difference"] else NOT_MEASURED
 
 
 def _one_digit(value: float) -> str:

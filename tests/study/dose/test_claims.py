@@ -3,7 +3,7 @@
 from lraee.study import findings
 from lraee.study.dose import schema
 from lraee.study.dose.claims import QUESTIONS, in_words
-from lraee.study.dose.schema import Claim, Verdict
+from lraee.study.dose.schema import Claim, Estimate, Verdict
 from tests.dose_cells import DOSES, report
 
 RESCUE = "Exits are right more often than full depth: they rescue more than they lose"
@@ -41,7 +41,8 @@ def test_what_was_not_measured_says_so() -> None:
 
 
 def verdict(dose: float, loss: float, is_true: bool | None) -> Verdict:
-    return {"dose": dose, "quantization_loss": loss, "difference": None, "interval": None,
+    difference: Estimate = {"value": loss, "error": 1.0, "seeds": [loss]}
+    return {"dose": dose, "quantization_loss": loss, "difference": difference, "interval": None,
             "holds": is_true, "note": ""}  # fmt: skip
 
 
@@ -52,4 +53,6 @@ def test_words_name_the_range_and_the_loss_in_it() -> None:
         "Fails at dose 1 (loss 0.0 points); inconclusive at dose 8 to 16 (loss 0.4 to 2.0"
         " points); holds at dose 32 (loss 5.7 points)."
     )
+    rows[0]["difference"] = None
+    assert in_words(rows).startswith("Not measured at dose 1 (loss")
     assert in_words([]) == ""
