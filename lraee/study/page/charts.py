@@ -121,10 +121,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes of their own beside others of the same scales."""
+    """Axes of their own beside others of the same scales; `level` is a line y = c and its name."""
 
     title: str
     curves: Sequence[Curve]
+    level: tuple[float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -292,18 +293,24 @@ def _draw_panels(drawn: Any, chart: Curves) -> None:
 
 def _draw_references(drawn: Any, chart: Curves) -> None:
     """y = 0 and y = x within the limits that the points need."""
-    for axes in drawn.axes:
-        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        axes.axhline(0.0, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-        axes.annotate(
-            chart.zero, (1.0, 0.0), xycoords=("axes fraction", "data"), xytext=(-3, 3),
-            textcoords="offset points", fontsize=9, ha="right",
-        )  # fmt: skip
+    levels = [panel.level[0] for panel in chart.panels if panel.level]
+    (left, right), (low, high) = drawn.axes[0].get_xlim(), drawn.axes[0].get_ylim()
+    space = 0.06 * (high - low)
+    low, high = min([low, *(y - space for y in levels)]), max([high, *(y + space for y in levels)])
+    for axes, panel in zip(drawn.axes, chart.panels, strict=True):
+        for y, name in [(0.0, chart.zero), *([panel.level] if panel.level else [])]:
+            is_below = name == chart.zero and any(abs(level) < 2 * space for level in levels)
+            axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+            axes.annotate(
+                name, (1.0, y), xycoords=("axes fraction", "data"),
+                xytext=(-3, -11 if is_below else 3), textcoords="offset points", fontsize=9,
+                ha="right",
+            )  # fmt: skip
         end = min(right, high)
         axes.plot([0.0, end], [0.0, end], color=INK, linewidth=0.9, linestyle=(0, (5, 3)))
         axes.annotate(
-            chart.diagonal, (end, end), xytext=(-4, -4), textcoords="offset points", fontsize=9,
-            ha="right", va="top",
+            chart.diagonal, (0.6 * end, 0.6 * end), xytext=(-6, 2), textcoords="offset points",
+            fontsize=9, ha="right",
         )  # fmt: skip
         axes.set_xlim(left, right)
         axes.set_ylim(low, high)

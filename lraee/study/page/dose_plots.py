@@ -27,6 +27,7 @@ def of_curve(report: DoseReport) -> Curves:
                 for rows in [_rows(report, name, recipe)]
                 if rows
             ],
+            _as_many(report, recipe),
         )
         for recipe in RECIPES
     ]
@@ -36,6 +37,12 @@ def of_curve(report: DoseReport) -> Curves:
         "rescued \u2212 lost, above float, points", panels, zero="float control",
         diagonal="all that was lost",
     )  # fmt: skip
+
+
+def _as_many(report: DoseReport, recipe: str) -> tuple[float, str] | None:
+    """How far above the float control a margin is 0."""
+    control = _rows(report, "float", recipe)
+    return (-control[0]["margin"]["value"], "as many rescued as lost") if control else None
 
 
 def _rows(report: DoseReport, name: str, recipe: str) -> list[Rescue]:
