@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -25,6 +25,7 @@ from lraee.data.batches import PhotoImages
 from lraee.data.photos import Photos
 from lraee.exits.class_token import ClassTokenWeights, in_proj_of
 from lraee.exits.gate import unit
+from lraee.layers.int8_block import Int8Block
 from lraee.measurement import machine
 from lraee.measurement.intervals import of_share
 from lraee.measurement.neighbours import neighbours
@@ -61,20 +62,21 @@ def row(
     """Searches of all queries [n, E] in an index [n, E]; wanted: what float and full depth find."""
     n = len(queries)
     ranked = neighbours(unit(queries.float()), unit(index.float()), 5, torch.arange(n))
-    shares: list[float] = []
-    for each in wanted:
-        hits = ranked == each[:, None]
-        shares += [
-            100 * float(hits[:, 0].double().mean()),
-            100 * float(hits.any(1).double().mean()),
-        ]
-    low, high = of_share(round(shares[2] * n / 100), n)
-    return Row(way, block, 100 * saved, *shares, (100 * low, 100 * high))
+    as_float, as_full = (ranked == each[:, None] for each in wanted)
+    low, high = of_share(int(as_full[:, 0].sum()), n)
+    shares = [
+        100 * float(hits.double().mean())
+        for each in (as_float, as_full)
+        for hits in (each[:, 0], each.any(1))
+    ]
+    interval = (100 * low, 100 * high)
+    return Row(way, block, 100 * saved, shares[0], shares[1], shares[2], shares[3], interval)
 
 
 def own_projections(tower: Any, block: int) -> ClassTokenWeights:
     """Keys and values as the blocks after the exit have them, nothing fitted."""
-    linears = [in_proj_of(each) for each in list(blocks_of(tower))[block + 1 :]]
+    later = [cast(Int8Block, each) for each in list(blocks_of(tower))[block + 1 :]]
+    linears = [in_proj_of(each) for each in later]
     D = tower_spec(tower).width
     w = torch.stack([linear.weight[D:].float() for linear in linears])
     b = torch.stack(
