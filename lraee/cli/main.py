@@ -22,6 +22,7 @@ COMMANDS = (
     "evaluate",
     "bench",
     "selftest",
+    "tune",
     "report",
     "embed",
     "merge",
