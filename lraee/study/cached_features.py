@@ -179,7 +179,7 @@ class CachedFeatures:
                     for block, head in modules.items()
                 ]
 
-        return joined(batches())
+        return joined(batches(), int(rows.sum()))
 
     def class_tokens(self) -> Tensor:
         """After each block, float32 [n, depth, D]."""
