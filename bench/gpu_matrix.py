@@ -28,16 +28,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench.launches import Launch, launches_of, meta, meta_linear
-from lraee.kernels import configs
+from lraee.kernels import configs, live_rows
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
+from lraee.kernels.exit_decide import agreement_score, exit_decide, exit_merge, exit_move
 from lraee.kernels.exit_probe import exit_probe
+from lraee.kernels.exit_state import ExitState
 from lraee.kernels.float_attention import float_attention
 from lraee.kernels.float_linear import float_linear
 from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.measured import MEASURED
 from lraee.kernels.operands import AttentionOperands, Norm, PackedLinear, ProbeHead
 from lraee.kernels.quantize_rows import quantize_rows
@@ -201,6 +204,38 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
         yield f"B={B} L={L} D={D} E={E} class token", two_layers
     B, L, D, E = 32, 50, 768, 512
     yield f"B={B} L={L} D={D} E={E}", probe(B, L, D, D, meta_linear(D, D), meta_linear(E, D))
+    for B, L, D, E in ((1, 50, 768, 512), (32, 257, 1024, 768)):
+        with live_rows.using(LiveRows(meta(1, dtype=torch.int32), B)):
+            live = probe(B, L, D, 2 * D, meta_linear(512, 2 * D), meta_linear(E, 512))
+        yield f"B={B} L={L} D={D} E={E} live rows", live
+
+
+def exit_cells() -> Iterator[tuple[str, Launch]]:
+    """Decisions on the device: of one image, which moves nothing, and of many; every gate."""
+    single, whole = torch.float32, torch.int32
+    for B, L, D, E, m in ((1, 50, 768, 512, 2), (8, 197, 768, 512, 2), (128, 257, 1024, 768, 2)):
+        z = meta(B, L, D, dtype=torch.float16)
+        result, numbers = meta(B, E, dtype=torch.float16), meta(m, 4)
+        state = ExitState.allocate(meta(1, dtype=whole), numbers, result, compares=True)
+        part = meta(B, dtype=single)
+        probe = (meta(B, E), meta(B, dtype=torch.int64), part, part, part, part)
+        for gate, e in (
+            ("given", 0),
+            ("given", 1),
+            ("patience", 0),
+            ("patience", 1),
+            ("static", 0),
+        ):
+            call = partial(exit_decide, state, e, probe, gate, 6)
+            yield f"B={B} {gate} exit {e}", launches_of(call)[0]
+        for e in (0, 1):
+            yield (
+                f"E={E} exit {e}",
+                launches_of(partial(agreement_score, state, e, probe[0], part))[0],
+            )
+        if B > 1:
+            yield f"B={B} L={L} D={D}", launches_of(partial(exit_move, state, 0, probe[0], z))[0]
+        yield f"B={B} E={E}", launches_of(partial(exit_merge, state, result, 12))[0]
 
 
 def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
@@ -208,7 +243,7 @@ def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     recorded = set()
     for sub in (
         linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(),
-        float_attention_cells(), probe_cells(),
+        float_attention_cells(), probe_cells(), exit_cells(),
     ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"

@@ -21,6 +21,7 @@ from lraee.ops.reference import Probe
 from lraee.towers import compiled
 from lraee.towers import cuda_graphs as graphs
 from lraee.towers.calls import embedding_size, require_numbers, require_plain_call
+from lraee.towers.device_exits import run_on_device
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
 from lraee.towers.segments import Segments, TowerParts
@@ -108,6 +109,8 @@ class RowwiseTower(Rowwise):
         router = self._active_router(x)
         if self._is_for_graphs(x):
             with graphs.of(self, x.device) as held:
+                if router is not None and router.blocks and held.can_capture():
+                    return run_on_device(self, router, x, held)
                 scale = None if router is None else router.logit_scale
                 return self._run(router, x, GraphExecutor(self, held, scale))
         executor = EagerExecutor(self)

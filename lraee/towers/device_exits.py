@@ -1,0 +1,132 @@
+"""A whole tower with exits as one function of its images: one CUDA graph, no wait of the host.
+
+Blocks and probes run on all rows of the batch's bucket, and skip those beyond the count that the
+last exit left on the device (lraee.kernels.live_rows). Few rows do not fill a GPU, and a probe is a
+chain of dependent parts: there it runs on a stream of its own beside the next block, and images
+that exit leave one block later. Either way each image gets the bits of the eager router.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lraee.exits.gate import Gate
+from lraee.exits.on_device import DeviceRouting, gate_numbers
+from lraee.exits.router import Router
+from lraee.kernels import live_rows
+from lraee.ops.reference import Probe
+from lraee.towers.cuda_graphs import Graphs, bucket_of
+from lraee.towers.segments import Segments, TowerParts
+from lraee.towers.spec import TowerSpec
+
+Beside = Callable[[Callable[[], None]], Callable[[], None]]
+"""Starts work; what it returns is called before its results are read."""
+
+MOST_ROWS_BESIDE = 512
+"""Rows of tokens up to which a probe runs beside the next block.
+
+There a block takes about as long for fewer rows (ViT-B/32 on an H200: 21 us for 50 rows, 31 us for
+400), so what an exit would save of that block is less than the 9 us that a probe takes alone.
+"""
+
+
+def is_beside(images: int, tokens: int) -> bool:
+    """Whether probes run beside the next block, for so many images of a bucket."""
+    return images * tokens <= MOST_ROWS_BESIDE
+
+
+@dataclass(frozen=True)
+class DeviceExits:
+    """The exits of a tower in one function.
+
+    Args:
+      gate: its kind alone is read; thresholds and weights are in `numbers`.
+      blocks: after how many blocks each exit stands, one at least.
+      depth: blocks of the tower.
+      embedding_size: E.
+      images: int32 [1], images of the call; rows behind them are padding.
+      numbers: see lraee.kernels.exit_state.
+      beside: how probes run beside the next block; None where they run before it.
+    """
+
+    gate: Gate
+    blocks: tuple[int, ...]
+    depth: int
+    embedding_size: int
+    images: Tensor
+    numbers: Tensor
+    beside: Beside | None
+
+    def run(self, tower: TowerParts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images [R, …] -> embeddings [R, E], and depth and trace of ExitState, in input order."""
+        z = tower.embed(x)
+        result = torch.empty((len(x), self.embedding_size), dtype=z.dtype, device=z.device)
+        tables = self.images, self.numbers, result
+        routing = DeviceRouting.start(self.gate, self.blocks, self.depth, tables)
+        done = 0
+        for e, block in enumerate(self.blocks):
+            with live_rows.using(routing.live(e)):
+                if done < block:
+                    z = tower.run_blocks(z, done, block)
+                z, embedding = self._pass(e, tower, routing, z)
+                done = block + 1 if self.beside else block
+            z = routing.move(e, embedding, z)
+        if done < self.depth:
+            with live_rows.using(routing.live(len(self.blocks))):
+                z = tower.run_blocks(z, done, self.depth)
+        return routing.merge(tower.finish(z))
+
+    def _pass(
+        self, e: int, tower: TowerParts, routing: DeviceRouting, z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens at exit e, or where it runs beside the next block after that; and embeddings."""
+        probes: list[Probe] = []
+
+        def decide() -> None:
+            probes.append(tower.probe(e, z))
+            routing.decide(e, probes[0])
+
+        if self.beside is None:
+            decide()
+            return z, probes[0][0]
+        join = self.beside(decide)
+        block = self.blocks[e]
+        after = tower.run_blocks(z, block, block + 1)
+        join()  # z is held until here: the probe reads it on another stream
+        return after, probes[0][0]
+
+
+class Tower(TowerParts, Protocol):
+    """A tower whose images may exit."""
+
+    tower_spec: TowerSpec
+    segments: Segments
+
+
+def run_on_device(tower: Tower, router: Router, x: Tensor, graphs: Graphs) -> Tensor:
+    """Images [B, …] -> embeddings [B, E]. The host waits for nothing, but for what a trace records.
+
+    Args:
+      router: of the tower, one exit at least.
+      x: 1 to cuda_graphs.BUCKETS[-1] images.
+      graphs: of the tower, inside their with statement.
+    """
+    B, blocks, depth = len(x), router.blocks, tower.segments.whole.last
+    is_late = is_beside(bucket_of(B), tower.tower_spec.tokens)
+    numbers = graphs.constant("gate", gate_numbers(router.gate), torch.float32)
+    whole = DeviceExits(
+        router.gate, blocks, depth, router.classes.shape[1],
+        images=graphs.constant("images", (B,), torch.int32),
+        numbers=numbers.view(len(blocks), 4),
+        beside=graphs.beside if is_late else None,
+    )  # fmt: skip
+    name = "exits", router.gate.kind, router.logit_scale
+    result, exit_depth, trace = graphs.run(name, partial(whole.run, tower), x)
+    record = router.new_record(B, depth)
+    if record is not None:
+        record.note_device(exit_depth.cpu(), trace.cpu(), blocks, is_late=is_late)
+    return result.clone()

@@ -1,0 +1,190 @@
+"""A whole tower with exits as one function: the embeddings, depths and scores of the eager router.
+
+Kernels run in Triton's interpreter, graphs by the stand-in of test_cuda_graphs.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lraee
+from lraee.exits import gate as gates
+from lraee.exits.gate import GateKind
+from lraee.exits.router import Compaction
+from lraee.kernels import live_rows
+from lraee.ops.reference.rows import square_root
+from lraee.towers import cuda_graphs, device_exits
+from tests.clip_models import make_images, make_model
+from tests.exits.random_exits import make_exits
+from tests.kernels import places
+from tests.support import assert_same
+from tests.towers.graph_stand_in import StandIn
+
+GATES: tuple[GateKind, ...] = ("learned", "confidence", "patience", "agreement", "static")
+BATCHES = (1, 3, 5, 4, 16, 2, 5)
+Work = Callable[[], None]
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch's square root is exact on CUDA, and one unit off in places on the CPU."""
+
+    def unit(embedding: Tensor) -> Tensor:
+        length = square_root(gates.lane_sum(embedding * embedding)).clamp(min=1e-12)
+        return embedding / length[:, None]
+
+    monkeypatch.setattr(gates, "unit", unit)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["before", "beside", "beside, late"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A probe runs before the next block; beside it, at once; or as late as it may."""
+    rows = 0 if request.param == "before" else 10**9
+    monkeypatch.setattr(device_exits, "MOST_ROWS_BESIDE", rows)
+    if request.param == "beside, late":
+        monkeypatch.setattr(cuda_graphs.Graphs, "beside", lambda held, work: _late(work))
+    return str(request.param)
+
+
+def _late(work: Work) -> Work:
+    live = live_rows.current()
+    assert live is not None
+
+    def join() -> None:
+        with live_rows.using(live):
+            work()
+
+    return join
+
+
+def small() -> nn.Module:
+    return make_model(vision={"layers": 4, "patch_size": 16})
+
+
+def compare(fast: Any, images: Tensor) -> list[int]:
+    """The same embeddings, depths and scores with graphs and without; the depths."""
+    with lraee.trace(fast) as there:
+        result = fast.encode_image(images)
+    fast.visual.cuda_graphs = False
+    with lraee.trace(fast) as here:
+        expected = fast.encode_image(images)
+    del fast.visual.cuda_graphs
+    assert_same(result, expected, B=len(images))
+    assert_same(there.exit_block, here.exit_block, B=len(images))
+    assert_same(there.scores, here.scores, B=len(images))
+    assert_same(there.features, here.features, B=len(images))
+    return [int(depth) for depth in here.exit_block]
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_every_gate(stand_in: StandIn, order: str, kind: GateKind) -> None:
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 2, 3), kind=kind))
+    depths, replays = set(), stand_in.replays
+    for seed, B in enumerate(BATCHES):
+        torch.manual_seed(seed)
+        images = make_images(B)
+        images[B // 2 :: 5] *= math.nan
+        depths.update(compare(fast, images))
+    assert stand_in.replays == replays + len(BATCHES)
+    assert len(depths) > (kind != "static"), depths
+
+
+def test_none_some_and_all_at_each_exit(stand_in: StandIn, order: str) -> None:
+    """Padding rows (5 of 6), and an exit right before the last block, which gives one token."""
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 2, 3)))
+    router, images = fast.visual.exits, make_images(5)
+    some = router.gate.thresholds
+    depths, captures = set(), stand_in.captures
+    for e in range(3):
+        for threshold in (math.inf, some[e], -math.inf):
+            thresholds = [some[i] if i < e else math.inf for i in range(3)]
+            thresholds[e] = threshold
+            router.gate = replace(router.gate, thresholds=tuple(thresholds))
+            depths.update(compare(fast, images))
+    assert depths == {1, 2, 3, 4}
+    assert stand_in.captures == captures + 1
+
+
+def test_flops_that_were_run(stand_in: StandIn, order: str) -> None:
+    """As by the eager router that always compacts; beside a probe one block more is run."""
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 3)))
+    fast.visual.exits.compaction = Compaction(0.0)
+    images = make_images(16)
+    stats = []
+    for has_graphs in (True, False):
+        fast.visual.cuda_graphs = has_graphs
+        with lraee.trace(fast) as t:
+            fast.encode_image(images)
+        stats.append(t.stats)
+    assert stats[0].expected_flops == stats[1].expected_flops == stats[1].run_flops
+    assert (stats[0].run_flops == stats[1].run_flops) == (order == "before")
+    assert stats[0].run_flops >= stats[1].run_flops and len(set(t.exit_block.tolist())) > 1
+
+
+def test_hooks_and_refusals_leave_it_to_the_router(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 3)))
+    images, calls = make_images(5), []
+    run = device_exits.DeviceExits.run
+    monkeypatch.setattr(
+        device_exits.DeviceExits, "run", lambda *given: calls.append(1) or run(*given)
+    )
+    handle = fast.visual.transformer.resblocks[3].register_forward_hook(lambda *_: None)
+    compare(fast, images)
+    handle.remove()
+    assert not calls
+    compare(fast, images)
+    assert calls
+
+    def refuse(*_: object) -> None:
+        raise cuda_graphs.CaptureError("no")
+
+    monkeypatch.setattr(cuda_graphs, "capture", refuse)
+    cuda_graphs.drop(fast.visual)
+    calls.clear()
+    for _ in range(2):  # the first call runs what could not be captured
+        compare(fast, images)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "B"),
+    [
+        ("learned", 0, 3),
+        pytest.param("learned", 10**9, 5, marks=pytest.mark.slow),
+        pytest.param("agreement", 0, 5, marks=pytest.mark.slow),
+        pytest.param("patience", 10**9, 5, marks=pytest.mark.slow),
+    ],
+)
+def test_all_kernels_in_the_interpreter(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, kind: GateKind, rows: int, B: int
+) -> None:
+    """Blocks and probes too, which skip rows of images that exited; five images fill a bucket of
+    six.
+    """
+    blocks = (1,) if B == 3 else (1, 2)
+    size = {"layers": len(blocks) + 1, "patch_size": 16, "width": 32}
+    model = make_model(vision=size)
+    exits = make_exits(model, blocks=blocks, kind=kind)
+    images = make_images(B)
+    images[1] = math.nan
+    monkeypatch.setattr(device_exits, "MOST_ROWS_BESIDE", rows)
+    with places.at("interpreter") as place:
+        fast = place.accelerate(model, exits)
+        result = fast.encode_image(images)
+        fast.visual.cuda_graphs = False
+        with lraee.trace(fast) as t:
+            assert_same(result, fast.encode_image(images))
+    assert len(set(t.exit_block.tolist())) > 1
