@@ -17,8 +17,8 @@ def exit_decide(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     Returns: exits int64 [X], survivors int64 [R - X].
     """
     rows = torch.arange(len(scores), device=scores.device)
-    leaves = scores >= threshold
-    stays = rows[~leaves]
-    survivors = rows[: len(stays)].clone()
-    survivors[leaves[: len(stays)]] = stays[stays >= len(stays)].flip(0)
-    return rows[leaves], survivors
+    exiting = scores >= threshold
+    remaining = rows[~exiting]
+    survivors = rows[: len(remaining)].clone()
+    survivors[exiting[: len(remaining)]] = remaining[remaining >= len(remaining)].flip(0)
+    return rows[exiting], survivors
