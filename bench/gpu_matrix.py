@@ -212,30 +212,27 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
 
 def exit_cells() -> Iterator[tuple[str, Launch]]:
     """Decisions on the device: of one image, which moves nothing, and of many; every gate."""
-    single, whole = torch.float32, torch.int32
-    for B, L, D, E, m in ((1, 50, 768, 512, 2), (8, 197, 768, 512, 2), (128, 257, 1024, 768, 2)):
-        z = meta(B, L, D, dtype=torch.float16)
-        result, numbers = meta(B, E, dtype=torch.float16), meta(m, 4)
-        state = ExitState.allocate(meta(1, dtype=whole), numbers, result, compares=True)
-        part = meta(B, dtype=single)
-        probe = (meta(B, E), meta(B, dtype=torch.int64), part, part, part, part)
-        for gate, e in (
-            ("given", 0),
-            ("given", 1),
-            ("patience", 0),
-            ("patience", 1),
-            ("static", 0),
-        ):
-            call = partial(exit_decide, state, e, probe, gate, 6)
-            yield f"B={B} {gate} exit {e}", launches_of(call)[0]
-        for e in (0, 1):
-            yield (
-                f"E={E} exit {e}",
-                launches_of(partial(agreement_score, state, e, probe[0], part))[0],
-            )
-        if B > 1:
-            yield f"B={B} L={L} D={D}", launches_of(partial(exit_move, state, 0, probe[0], z))[0]
-        yield f"B={B} E={E}", launches_of(partial(exit_merge, state, result, 12))[0]
+
+    def call(B: int, gate: str, e: int) -> tuple[ExitState, Any, Tensor]:
+        result, part = meta(B, 768, dtype=torch.float16), meta(B)
+        images = meta(1, dtype=torch.int32)
+        state = ExitState.allocate(images, meta(2, 4), result, compares=gate == "agreement")
+        probe = (meta(B, 768), meta(B, dtype=torch.int64), part, part, part, part)
+        return state, probe, meta(B, 257, 1024, dtype=torch.float16)
+
+    gates = (
+        (1, "given", 0), (1, "given", 1), (128, "given", 1), (128, "patience", 1),
+        (128, "static", 0),
+    )  # fmt: skip
+    for B, gate, e in gates:
+        state, probe, z = call(B, gate, e)
+        decide = partial(exit_decide, state, e, probe, gate, 6)
+        yield f"B={B} {gate}, exit {e}", launches_of(decide)[0]
+    yield "B=128 L=257 D=1024", launches_of(partial(exit_move, state, 0, probe[0], z))[0]
+    yield "E=768", launches_of(partial(exit_merge, state, state.result, 12))[0]
+    state, probe, _ = call(128, "agreement", 1)
+    score = partial(agreement_score, state, 1, probe[0], probe[2])
+    yield "E=768, exit 1", launches_of(score)[0]
 
 
 def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:

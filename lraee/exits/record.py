@@ -113,6 +113,16 @@ def recording(router: nn.Module) -> Iterator[list[Record]]:
         _records.reset(token)
 
 
+@contextmanager
+def not_recording() -> Iterator[None]:
+    """Lets calls of this thread go unrecorded."""
+    token = _records.set(None)
+    try:
+        yield
+    finally:
+        _records.reset(token)
+
+
 def is_switched_off(router: nn.Module) -> bool:
     """Whether this thread runs at full depth, inside `switched_off`."""
     return router in _switched_off.get()

@@ -94,6 +94,7 @@ class Graphs:
         tower = self._tower()
         assert tower is not None
         self._captured: dict[Hashable, Captured] = {}
+        self.checks: dict[Hashable, bool] = {}  # by callers: whether a graph gave the right bits
         self._state = _State(tower)
         self._refusal: str | None = None
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -110,7 +111,8 @@ class RowwiseTower(Rowwise):
         if self._is_for_graphs(x):
             with graphs.of(self, x.device) as held:
                 if router is not None and router.blocks and held.can_capture():
-                    return run_on_device(self, router, x, held)
+                    by_router = partial(self._run, router, x, EagerExecutor(self))
+                    return run_on_device(self, router, x, held, by_router)
                 scale = None if router is None else router.logit_scale
                 return self._run(router, x, GraphExecutor(self, held, scale))
         executor = EagerExecutor(self)

@@ -63,6 +63,7 @@ def test_one_graph_for_a_tower_with_exits(stand_in: StandIn) -> None:
     gate, images, captures = fast.visual.exits.gate, make_images(4), stand_in.captures
     for thresholds in ((-9.0, 9.0), (9.0, -9.0), (9.0, 9.0)):
         fast.visual.exits.gate = replace(gate, thresholds=thresholds)
+        fast.encode_image(images)  # the first call is checked
         before = stand_in.replays
         assert_same(*with_and_without(fast, images), thresholds=thresholds)
         assert (stand_in.captures, stand_in.replays) == (captures + 1, before + 1)
@@ -230,9 +231,11 @@ def test_graphs_on_a_gpu(on_gpu: tuple[Any, Any]) -> None:
         for seed, B in enumerate((*BATCHES, 128)):
             torch.manual_seed(seed)
             images = make_images(B).to("cuda")
+            fast.encode_image(images)  # the first call of a tower with exits is checked
             assert_same(*(part.cpu() for part in with_and_without(fast, images)), B=B)
         assert graphs._all[fast.visual]._captured
         assert not graphs._all[fast.visual]._refusal
+        assert all(graphs._all[fast.visual].checks.values())
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 Kernels run in Triton's interpreter, graphs by the stand-in of test_cuda_graphs.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -70,6 +71,7 @@ def small() -> nn.Module:
 
 def compare(fast: Any, images: Tensor) -> list[int]:
     """The same embeddings, depths and scores with graphs and without; the depths."""
+    fast.encode_image(images)  # the first call of a bucket is the router's
     with lraee.trace(fast) as there:
         result = fast.encode_image(images)
     fast.visual.cuda_graphs = False
@@ -93,7 +95,7 @@ def test_every_gate(stand_in: StandIn, order: str, kind: GateKind) -> None:
         images = make_images(B)
         images[B // 2 :: 5] *= math.nan
         depths.update(compare(fast, images))
-    assert stand_in.replays == replays + len(BATCHES)
+    assert stand_in.replays == replays + 2 * len(BATCHES)
     assert len(depths) > (kind != "static"), depths
 
 
@@ -123,6 +125,7 @@ def test_flops_that_were_run(stand_in: StandIn, order: str) -> None:
     stats = []
     for has_graphs in (True, False):
         fast.visual.cuda_graphs = has_graphs
+        fast.encode_image(images)
         with lraee.trace(fast) as t:
             fast.encode_image(images)
         stats.append(t.stats)
@@ -159,6 +162,33 @@ def test_hooks_and_refusals_leave_it_to_the_router(
     assert len(calls) == 1
 
 
+def test_the_first_call_is_checked(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line, and the router's bits from then on; a trace sees each call once."""
+    model = small()
+    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 3)))
+    images = make_images(4)
+    fast.visual.cuda_graphs = False
+    expected = fast.encode_image(images)
+    del fast.visual.cuda_graphs
+    merge = device_exits.DeviceRouting.merge
+
+    def wrong(routing: Any, y: Tensor) -> Any:
+        result, *rest = merge(routing, y)
+        return result.add_(1.0), *rest
+
+    monkeypatch.setattr(device_exits.DeviceRouting, "merge", wrong)
+    with caplog.at_level(logging.WARNING, "lraee"), lraee.trace(fast) as t:
+        for _ in range(3):
+            assert_same(fast.encode_image(images), expected)
+    assert len(t.exit_block) == 3 * 4
+    assert caplog.messages == [
+        "accelerate: exits must have the router's bits on the device, got others at batch 4"
+        " (learned gate): they are decided on the host, calls are slower; please report it"
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "B"),
     [
@@ -183,6 +213,8 @@ def test_all_kernels_in_the_interpreter(
     monkeypatch.setattr(device_exits, "MOST_ROWS_BESIDE", rows)
     with places.at("interpreter") as place:
         fast = place.accelerate(model, exits)
+        fast.encode_image(images)  # compared with the router's
+        assert list(cuda_graphs._all[fast.visual].checks.values()) == [True]
         result = fast.encode_image(images)
         fast.visual.cuda_graphs = False
         with lraee.trace(fast) as t:
