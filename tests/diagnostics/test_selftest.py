@@ -81,7 +81,7 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
 ) -> None:
     cases = list(selftest_cases.cases(Target(CPU, ARCHS[capability]), sizes))
     of_kernel = Counter(case.kernel for case in cases)
-    extra = {"int8_linear_quantized"}
+    extra = {"int8_linear_quantized", "exit_decide", "exit_agreement"}
     assert {*register.LAUNCHERS, *extra} <= of_kernel.keys()
     assert len(cases) == len({(case.kernel, case.config, case.shape) for case in cases})
     linears = [case for case in cases if case.kernel == "int8_linear"]
