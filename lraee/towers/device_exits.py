@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lraee.exits.gate import Gate
+from lraee.exits.head import Int8Head
 from lraee.exits.on_device import DeviceRouting, gate_numbers
 from lraee.exits.record import not_recording
 from lraee.exits.router import Router
 from lraee.kernels import live_rows
+from lraee.kernels.live_rows import LiveRows
 from lraee.ops.reference import Probe
 from lraee.towers.cuda_graphs import Graphs, bucket_of
 from lraee.towers.segments import Segments, TowerParts
@@ -39,6 +41,11 @@ its decision before the block 13 us (predicted). At 1,600 rows both are about ev
 """
 
 
+def always_exits(gate: Gate) -> bool:
+    """Whether every image exits at the one exit of a static gate, whose score is 0."""
+    return gate.kind == "static" and gate.thresholds[0] <= 0.0
+
+
 def is_beside(images: int, tokens: int) -> bool:
     """Whether probes run beside the next block, for so many images of a bucket."""
     return images * tokens <= MOST_ROWS_BESIDE
@@ -49,7 +56,8 @@ class DeviceExits:
     """The exits of a tower in one function.
 
     Args:
-      gate: its kind alone is read; thresholds and weights are in `numbers`.
+      gate: its kind is read, and whether a static one is open; other thresholds and weights are in
+        `numbers`.
       blocks: after how many blocks each exit stands, one at least.
       depth: blocks of the tower.
       embedding_size: E.
@@ -69,6 +77,8 @@ class DeviceExits:
     def run(self, tower: TowerParts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images [R, …] -> embeddings [R, E], and depth and trace of ExitState, in input order."""
         z = tower.embed(x)
+        if always_exits(self.gate):
+            return self._static(tower, z)
         result = torch.empty((len(x), self.embedding_size), dtype=z.dtype, device=z.device)
         tables = self.images, self.numbers, result
         routing = DeviceRouting.start(self.gate, self.blocks, self.depth, tables)
@@ -84,6 +94,16 @@ class DeviceExits:
             with live_rows.using(routing.live(len(self.blocks))):
                 z = tower.run_blocks(z, done, self.depth)
         return routing.merge(tower.finish(z))
+
+    def _static(self, tower: TowerParts, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every image exits: nothing is decided, and no block follows."""
+        block, capacity = self.blocks[0], len(z)
+        with live_rows.using(LiveRows(self.images, capacity)):
+            z = tower.run_blocks(z, 0, block)
+            embedding, _, *features, _ = tower.probe(0, z)
+        depth = torch.full((capacity,), block, dtype=torch.int32, device=z.device)
+        trace = torch.stack([torch.zeros_like(features[0]), *features], dim=1)
+        return embedding.to(z.dtype), depth, trace[:, None]
 
     def _pass(
         self, e: int, tower: TowerParts, routing: DeviceRouting, z: Tensor
@@ -133,7 +153,7 @@ def run_on_device(
       by_router: the same call, decided on the host.
     """
     bucket, kind = bucket_of(len(x)), router.gate.kind
-    key = "exits", kind, router.logit_scale, bucket, x.dtype, x.shape[1:]
+    key = "exits", kind, always_exits(router.gate), router.logit_scale, bucket, x.dtype, x.shape[1:]
     if graphs.checks.get(key) is False:
         return by_router()
     if key in graphs.checks:
@@ -155,7 +175,10 @@ def run_on_device(
 def _by_graph(tower: Tower, router: Router, x: Tensor, graphs: Graphs) -> Tensor:
     """See run_on_device; traced calls wait for their record."""
     B, blocks, depth = len(x), router.blocks, tower.segments.whole.last
-    is_late = is_beside(bucket_of(B), tower.tower_spec.tokens)
+    # Other heads than these launch products, which share memory with those of the block
+    is_probe = all(isinstance(head, Int8Head) for head in router.heads)
+    is_fixed = always_exits(router.gate)
+    is_late = is_probe and not is_fixed and is_beside(bucket_of(B), tower.tower_spec.tokens)
     numbers = graphs.constant("gate", gate_numbers(router.gate), torch.float32)
     whole = DeviceExits(
         router.gate, blocks, depth, router.classes.shape[1],
@@ -163,7 +186,7 @@ def _by_graph(tower: Tower, router: Router, x: Tensor, graphs: Graphs) -> Tensor
         numbers=numbers.view(len(blocks), 4),
         beside=graphs.beside if is_late else None,
     )  # fmt: skip
-    name = "exits", router.gate.kind, router.logit_scale
+    name = "exits", router.gate.kind, is_fixed, router.logit_scale
     result, exit_depth, trace = graphs.run(name, partial(whole.run, tower), x)
     record = router.new_record(B, depth)
     if record is not None:

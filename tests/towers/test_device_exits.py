@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lraee
 from lraee.exits import gate as gates
+from lraee.exits.class_token import ClassTokenWeights
 from lraee.exits.gate import GateKind
 from lraee.exits.router import Compaction
 from lraee.kernels import live_rows
@@ -114,6 +115,25 @@ def test_none_some_and_all_at_each_exit(stand_in: StandIn, order: str) -> None:
             depths.update(compare(fast, images))
     assert depths == {1, 2, 3, 4}
     assert stand_in.captures == captures + 1
+
+
+@pytest.mark.parametrize("has_probe", [True, False])
+def test_static_exits(stand_in: StandIn, order: str, has_probe: bool) -> None:
+    """Open, no block is run behind it; closed, it is run through. Exits for search too."""
+    model = small()
+    exits = make_exits(model, kind="static", blocks=(2,))
+    if not has_probe:
+        w, b = torch.randn(1, 128, 64) / 8, torch.randn(1, 128)
+        exits = replace(exits, heads={2: ClassTokenWeights(w, b, model.visual.output_dim)})
+    fast: Any = lraee.accelerate(model, exits=exits)
+    gate, images = fast.visual.exits.gate, make_images(5)
+    for threshold, depth in ((-math.inf, 2), (math.inf, 4), (0.0, 2)):
+        fast.visual.exits.gate = replace(gate, thresholds=(threshold,))
+        assert compare(fast, images) == [depth] * 5
+        assert all(cuda_graphs._all[fast.visual].checks.values())
+    with lraee.trace(fast) as t:
+        fast.encode_image(images)
+    assert t.stats.run_flops == t.stats.expected_flops
 
 
 def test_flops_that_were_run(stand_in: StandIn, order: str) -> None:
