@@ -151,8 +151,12 @@ class Graphs:
         held = self._constants.get(key)
         if held is None or held[0] != values:
             with torch.inference_mode(False), torch.no_grad():
-                new = torch.tensor(values, dtype=dtype)
-                tensor = new.to(self.device) if held is None else held[1].copy_(new)
+                if held is None:
+                    tensor = torch.tensor(values, dtype=dtype).to(self.device)
+                elif len(values) == 1:  # images of a call: without a wait for the stream
+                    tensor = held[1].fill_(values[0])
+                else:
+                    tensor = held[1].copy_(torch.tensor(values, dtype=dtype))
             held = self._constants[key] = values, tensor
         return held[1]
 
