@@ -28,16 +28,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench.launches import Launch, launches_of, meta, meta_linear
-from lraee.kernels import configs
+from lraee.kernels import configs, live_rows
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
+from lraee.kernels.exit_decide import agreement_score, exit_decide, exit_merge, exit_move
 from lraee.kernels.exit_probe import exit_probe
+from lraee.kernels.exit_state import ExitState
 from lraee.kernels.float_attention import float_attention
 from lraee.kernels.float_linear import float_linear
 from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.measured import MEASURED
 from lraee.kernels.operands import AttentionOperands, Norm, PackedLinear, ProbeHead
 from lraee.kernels.quantize_rows import quantize_rows
@@ -201,6 +204,35 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
         yield f"B={B} L={L} D={D} E={E} class token", two_layers
     B, L, D, E = 32, 50, 768, 512
     yield f"B={B} L={L} D={D} E={E}", probe(B, L, D, D, meta_linear(D, D), meta_linear(E, D))
+    for B, L, D, E in ((1, 50, 768, 512), (32, 257, 1024, 768)):
+        with live_rows.using(LiveRows(meta(1, dtype=torch.int32), B)):
+            live = probe(B, L, D, 2 * D, meta_linear(512, 2 * D), meta_linear(E, 512))
+        yield f"B={B} L={L} D={D} E={E} live rows", live
+
+
+def exit_cells() -> Iterator[tuple[str, Launch]]:
+    """Decisions on the device: of one image, which moves nothing, and of many; every gate."""
+
+    def call(B: int, gate: str, e: int) -> tuple[ExitState, Any, Tensor]:
+        result, part = meta(B, 768, dtype=torch.float16), meta(B)
+        images = meta(1, dtype=torch.int32)
+        state = ExitState.allocate(images, meta(2, 4), result, compares=gate == "agreement")
+        probe = (meta(B, 768), meta(B, dtype=torch.int64), part, part, part, part)
+        return state, probe, meta(B, 257, 1024, dtype=torch.float16)
+
+    gates = (
+        (1, "given", 0), (1, "given", 1), (128, "given", 1), (128, "patience", 1),
+        (128, "static", 0),
+    )  # fmt: skip
+    for B, gate, e in gates:
+        state, probe, z = call(B, gate, e)
+        decide = partial(exit_decide, state, e, probe, gate, 6)
+        yield f"B={B} {gate}, exit {e}", launches_of(decide)[0]
+    yield "B=128 L=257 D=1024", launches_of(partial(exit_move, state, 0, probe[0], z))[0]
+    yield "E=768", launches_of(partial(exit_merge, state, state.result, 12))[0]
+    state, probe, _ = call(128, "agreement", 1)
+    score = partial(agreement_score, state, 1, probe[0], probe[2])
+    yield "E=768, exit 1", launches_of(score)[0]
 
 
 def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
@@ -208,7 +240,7 @@ def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     recorded = set()
     for sub in (
         linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(),
-        float_attention_cells(), probe_cells(),
+        float_attention_cells(), probe_cells(), exit_cells(),
     ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lraee.diagnostics import selftest_inputs
 from lraee.diagnostics.guarded_memory import guarded_outputs, is_intact, poisoned, poisoned_all
+from lraee.diagnostics.selftest_exits import exit_cases
 from lraee.diagnostics.selftest_results import QUANTIZED, ROW_PADS, exact, first_of, label, short
 from lraee.diagnostics.selftest_rows import row_cases
 from lraee.diagnostics.selftest_sizes import Case, Difference, Sizes, Target
@@ -53,6 +54,7 @@ def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     yield from float_attention_cases(target, sizes)
     yield from block_cases(target, sizes)
     yield from probe_cases(target, sizes)
+    yield from exit_cases(target, sizes)
 
 
 def weight_cases(target: Target, sizes: Sizes) -> Iterator[Case]:

@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 
 from bench.launches import Launch, recorded
 from lraee.diagnostics.selftest_inputs import attention, linear, probe
+from lraee.kernels import live_rows
 from lraee.kernels.configs import Config, ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
@@ -24,6 +25,7 @@ from lraee.kernels.int8_linear import (
     int8_linear,
     int8_linear_quantized,
 )
+from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.operands import AttentionOperands
 from lraee.kernels.workspace import Workspace
 from lraee.ops import reference
@@ -136,6 +138,19 @@ def test_the_items_of_a_probe(H: int | None, B: int) -> None:
     given = probe(B, 5, 64, H, 40, 150, seed=B)
     expected = exit_probe(*given)
     check(lambda space: exit_probe(*given, config=config, space=space), {}, expected, seed=B)
+
+
+def test_the_items_of_a_probe_of_fewer_images() -> None:
+    """Programs of images that exited draw items too: 3 of 18, with one block of two left out."""
+    given = probe(18, 5, 64, 48, 40, 150, seed=3)
+    expected = [part[:3] for part in exit_probe(*given)]
+    images = torch.tensor([3], dtype=torch.int32)
+
+    def launch(space: Workspace) -> tuple[Tensor, ...]:
+        return tuple(part[:3] for part in exit_probe(*given, space=space))
+
+    with live_rows.using(LiveRows(images, 18)):
+        check(launch, {}, expected, seed=3)
 
 
 def test_parts_of_a_split_tile_are_summed_by_the_last() -> None:
