@@ -225,8 +225,18 @@ def subset(arch: Arch) -> Iterator[tuple[str, Launch]]:
             yield name, launch
 
 
-def compile_cell(launch: Launch, arch: Arch) -> Record:
-    """Compiles one launch for one architecture and reads its machine code."""
+@dataclass(frozen=True)
+class MachineCode:
+    """What one launch compiles to for one architecture: resources as cuobjdump prints them."""
+
+    usage: str
+    sass: str
+    shared: int
+    num_warps: int
+
+
+def machine_code(launch: Launch, arch: Arch) -> MachineCode:
+    """Compiles one launch for one architecture."""
     options = {**launch.options, "enable_fp_fusion": False}
     target = GPUTarget("cuda", arch.capability, 32)
     compiled = triton.compile(launch.source(), target=target, options=options)
@@ -235,13 +245,18 @@ def compile_cell(launch: Launch, arch: Arch) -> Record:
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("cuobjdump", "-sass", file.name)
-    result = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert result, usage
+    return MachineCode(usage, sass, compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def compile_cell(launch: Launch, arch: Arch) -> Record:
+    """Compiles one launch for one architecture and reads its machine code."""
+    code = machine_code(launch, arch)
+    result = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code.usage)
+    assert result, code.usage
     registers, stack, local = map(int, result.groups())
-    counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
-    shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
-    warps = _resident_warps(arch, registers, shared, num_warps)
-    return Record(registers, stack, local, shared, **counts, warps_per_sm=warps)
+    counts = {name: len(re.findall(pattern, code.sass)) for name, pattern in INSTRUCTIONS.items()}
+    warps = _resident_warps(arch, registers, code.shared, code.num_warps)
+    return Record(registers, stack, local, code.shared, **counts, warps_per_sm=warps)
 
 
 def _tool(name: str, *arguments: str) -> str:

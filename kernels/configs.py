@@ -243,8 +243,29 @@ def pick(shape: Shape, arch: Arch) -> Config:
 
 
 def row_config(M: int, K: int) -> RowConfig:
-    """quantize_rows: a row a program; 8 warps for wide or few rows (measured on an H200)."""
-    return RowConfig(1, num_warps=8 if K > 1024 or M <= 128 else 4)
+    """quantize_rows: a row a program, of a few warps where rows are few or wide."""
+    if M <= 128:
+        return RowConfig(1, num_warps=8 if K > 2048 else 4)
+    return RowConfig(1, num_warps=4 if K > 2048 else 1)
+
+
+HELD_VALUES = 64
+"""Values of a row that each thread holds, at most."""
+LONG_ROW_VALUES = 4096
+"""Values at a time of a row that is too long to be held."""
+
+
+def held_width(K: int, num_warps: int) -> int | None:
+    """Width of the tiles that hold a row of K values: 8, 4 or 2 of each thread, or None.
+
+    The widest one whose last tile leaves at most a sixteenth of the row empty: 8 values of two
+    bytes are one load, and empty ones take as many instructions as others.
+    """
+    threads = 32 * num_warps
+    if K > HELD_VALUES * threads:
+        return None
+    padded = {width: -(-K // width) * width for width in (8 * threads, 4 * threads, 2 * threads)}
+    return next((w for w, size in padded.items() if size * 16 <= K * 17), 2 * threads)
 
 
 @dataclass(frozen=True)
@@ -274,10 +295,16 @@ def piece_config(M: int, width: int, num_warps: int, group: int) -> PieceConfig:
 
 
 def chunk_config(M: int, D: int) -> RowConfig:
-    """layer_norm_quantize: a warp a row (measured on an H200), more for few rows or wide ones."""
+    """layer_norm_quantize: two rows a warp, one where they are wide, more warps where they are few.
+
+    An SM holds 32 programs, on sm_86 16: with two rows each, more rows are on their way, and gamma
+    and beta are read once for both.
+    """
     if D > 4096:
         return RowConfig(1, num_warps=4)
-    return RowConfig(1, num_warps=2 if M <= 512 else 1)
+    if M <= 512:
+        return RowConfig(1, num_warps=2)
+    return RowConfig(2 if D <= 1280 else 1, num_warps=1)
 
 
 def attention_config(

@@ -1,35 +1,40 @@
-"""int8_block for CUDA: seven launches.
-
-Float rows are quantized in the launch that made them.
-"""
+"""int8_block for CUDA: nine launches, or eight of few rows (see configs.quantizes_in_product)."""
 
 from torch import Tensor
 
-from lraee.kernels.int8_attention import int8_attention_quantized
+from lraee.kernels import device
+from lraee.kernels.configs import quantizes_in_product
+from lraee.kernels.float_attention import float_attention
+from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
-from lraee.kernels.operands import AttentionOperands, BlockOperands
+from lraee.kernels.operands import BlockOperands
+from lraee.kernels.quantize_rows import quantize_rows
 
 
 def int8_block(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:
     """A whole transformer block; see lraee.ops.reference."""
-    y: Tensor
     B, L, D = x.shape
     rows, dtype, symmetric = x.reshape(B * L, D), x.dtype, block.symmetric
     num_queries = 1 if first_only else L
 
     quantized = layer_norm_quantize(rows, *block.norm_1, symmetric[0])
     qkv = int8_linear(*quantized, block.in_proj, out_dtype=dtype).view(B, L, 3 * D)
-    attention = AttentionOperands(block.num_heads, block.causal, key_mask=block.key_mask)
-    quantized = int8_attention_quantized(
-        qkv, attention, symmetric=symmetric[1], num_queries=num_queries
+    attend = float_attention if block.attention == "float" else int8_attention
+    attended = attend(
+        qkv, block.num_heads, block.causal, None, block.key_mask, num_queries=num_queries
     )
+    quantized = quantize_rows(attended.view(B * num_queries, D), symmetric[1])
     rows = x[:, 0] if first_only else rows
     rows = int8_linear(*quantized, block.out_proj, residual=rows, out_dtype=dtype)
     quantized = layer_norm_quantize(rows, *block.norm_2, symmetric[2])
-    quantized = int8_linear_quantized(
-        *quantized, block.c_fc, symmetric=symmetric[3], activation=block.activation,
-        out_dtype=dtype,
-    )  # fmt: skip
-    y = int8_linear(*quantized, block.c_proj, residual=rows, out_dtype=dtype)
+    if quantizes_in_product(len(rows), device.arch(x.device)):
+        quantized = int8_linear_quantized(
+            *quantized, block.c_fc, symmetric=symmetric[3], activation=block.activation,
+            out_dtype=dtype,
+        )  # fmt: skip
+    else:
+        wide = int8_linear(*quantized, block.c_fc, activation=block.activation, out_dtype=dtype)
+        quantized = quantize_rows(wide, symmetric[3])
+    y: Tensor = int8_linear(*quantized, block.c_proj, residual=rows, out_dtype=dtype)
     return y.view(B, num_queries, D)
