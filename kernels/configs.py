@@ -8,6 +8,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+from lraee.kernels import tuned
 from lraee.kernels.archs import Arch
 from lraee.kernels.measured import MEASURED
 
@@ -27,7 +28,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Config:
-    """One tiling of int8_linear."""
+    """One tiling of int8_linear, and the family of kernels that it is for.
+
+    family: simple: a program a tile. persistent: a program an SM (int8_linear_persistent).
+    gluon: that on sm_90 in Gluon (int8_linear_gluon).
+    """
 
     block_m: int
     block_n: int
@@ -36,6 +41,7 @@ class Config:
     num_stages: int
     split_k: int = 1
     group_m: int = 8
+    family: str = "simple"
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,8 @@ def accumulators_per_thread(config: Config) -> int:
 
 def legal(config: Config, shape: Shape, arch: Arch) -> bool:
     """The single statement of what may be launched; pick, the tuner and the tests all call it."""
+    if config.family != "simple":
+        return False
     blocks = (config.block_m, config.block_n, config.block_k)
     if any(block & (block - 1) for block in blocks) or min(blocks) < 16:
         return False  # Triton: tiles are powers of two, products at least 16 wide
@@ -231,10 +239,35 @@ def measured(shape: Shape, arch: Arch) -> Config | None:
     return config if config is not None and legal(config, shape, arch) else None
 
 
+def epilogue_name(
+    activation: str, *, has_layer_scale: bool, has_residual: bool, quantizes: bool = False
+) -> str:
+    """What follows a product, as tables name it: "gelu", "none+layer_scale+residual".
+
+    Scales, zero points and bias are taken to be there always.
+    """
+    parts = {"layer_scale": has_layer_scale, "residual": has_residual, "quantized": quantizes}
+    return "+".join([activation, *(name for name, is_there in parts.items() if is_there)])
+
+
+def tuned_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) -> Config | None:
+    """The legal config that `lraee tune` found fastest for this layer on this GPU, if it did."""
+    row = None if gpu is None else tuned.row_of(gpu, shape.N, shape.K, shape.M, epilogue)
+    if row is None:
+        return None
+    config = Config(*row.config, family=row.family)
+    return config if legal(config, shape, arch) else None
+
+
 @functools.lru_cache(maxsize=4096)
-def pick(shape: Shape, arch: Arch) -> Config:
-    """The config measured for this shape, or the one of the table that the model finds fastest."""
-    config = measured(shape, arch)
+def pick(shape: Shape, arch: Arch, epilogue: str = "none", gpu: str | None = None) -> Config:
+    """The config to launch: that of the user's table, that of measured.py, or the model's choice.
+
+    Args:
+      epilogue: as epilogue_name has it; of use to the user's table alone.
+      gpu: name of the GPU, whose table is read; None reads none.
+    """
+    config = tuned_config(shape, arch, epilogue, gpu) or measured(shape, arch)
     if config is not None:
         return config
     rows = candidates(shape, arch)

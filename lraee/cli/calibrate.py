@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lraee.calibration.head_training import Training
+from lraee.calibration.kinds import Training
 from lraee.cli import tables
 from lraee.cli.common import (
     Checkpoint,
@@ -20,7 +20,7 @@ from lraee.cli.common import (
     line,
     require_writable,
 )
-from lraee.exits.gate import GateKind
+from lraee.exits.kinds import GateKind
 
 
 @command

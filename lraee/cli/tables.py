@@ -4,13 +4,15 @@ Names come from files: they are Text, in which rich sees no markup.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 from rich.text import Text
 
 from lraee.data.names import printable
-from lraee.exits.bundle import Exits
+
+if TYPE_CHECKING:
+    from lraee.exits.bundle import Exits
 
 Figures = Mapping[str, tuple[str, float, int]]
 """Key in a report's row -> title, factor, digits behind the point."""
@@ -75,7 +77,7 @@ def of_answers(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def of_plans(exits: Exits) -> Table:
+def of_plans(exits: "Exits") -> Table:
     """What each gate did on the images that thresholds were picked on."""
     table = Table("gate", "after blocks", "exits there, %", "FLOPs saved, %", "right, %", "full, %")
     for name, row in exits.card["plans"].items():
