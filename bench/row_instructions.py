@@ -18,7 +18,6 @@ import torch
 from bench.gpu_matrix import machine_code
 from bench.launches import Launch, launches_of, meta
 from lraee.kernels.archs import ARCHS
-from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.quantize_rows import quantize_rows
 

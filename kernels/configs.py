@@ -282,6 +282,27 @@ def row_config(M: int, K: int) -> RowConfig:
     return RowConfig(1, num_warps=4 if K > 2048 else 1)
 
 
+FEW_ROWS = 512
+"""Programs that each quantize a row: as many as a GPU runs at once; more would queue."""
+LAUNCH_LESS_US = 2.0
+"""The gap of 2.2 us between two launches and 1 us to start one (fitted to an H200), less four trips
+to L2 of 0.3 us for tickets."""
+MEMORY_SHARE = 0.75
+"""Of the bandwidth of a datasheet."""
+
+
+def quantizes_its_rows(M: int, K: int, arch: Arch) -> bool:
+    """Whether the launch that makes M float rows of K values quantizes them too, in a block.
+
+    The programs that do it, behind those of a product or of attention, run at half the speed of a
+    launch of their own, for the registers of that kernel leave half the warps. So it pays while
+    the rows take less than LAUNCH_LESS_US to read and to store. A block makes seven launches of few
+    rows and nine of many; eight between, for rows of fc1 are four times as wide as attention's.
+    """
+    moved_us = 3 * M * K / (MEMORY_SHARE * arch.bandwidth_gb_s * 1e3)
+    return M <= FEW_ROWS and moved_us < LAUNCH_LESS_US
+
+
 HELD_VALUES = 64
 """Values of a row that each thread holds, at most."""
 LONG_ROW_VALUES = 4096
