@@ -1,10 +1,10 @@
 """Instructions a value of the row-wise kernels, read from machine code; compiles without a GPU.
 
-    python -m bench.row_instructions [--arch 80 90]
+    python -m bench.row_instructions [--arch 80 90] [--width 768]
 
 A program is straight-line code, so its instructions, times 32 a warp, over the values of its rows
-are what a value takes; the rarely taken ways of exact divisions are counted too. Fails above
-MOST_A_VALUE.
+are what a value takes. The rarely taken ways of exact divisions, behind the last exit, are counted
+too. Fails above MOST_A_VALUE.
 """
 
 import argparse
@@ -23,43 +23,45 @@ from lraee.kernels.quantize_rows import quantize_rows
 
 MOST_A_VALUE = 32
 ROWS = 6304
-WIDTHS = (768, 1024, 1152, 1280, 3072, 4096, 4304)
+NORM_WIDTHS = (768, 1024, 1152, 1280)
+WIDTHS = (*NORM_WIDTHS, 3072, 4096, 4304)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
 
 
-def cells() -> Iterator[tuple[str, Launch, int]]:
-    """(name, launch, values of a program) of each kernel and width of real towers."""
-    half = torch.float16
+def cells() -> Iterator[tuple[str, int, Launch]]:
+    """(kernel, width of a row, launch) of the widths of real towers, as a large batch has them."""
     for D in WIDTHS:
-        x = meta(ROWS, D, dtype=half)
-        (launch,) = launches_of(partial(quantize_rows, x, False))
-        yield f"quantize_rows {D}", launch, D
-    for D in WIDTHS[:4]:
-        x, gamma = meta(ROWS, D, dtype=half), meta(D, dtype=half)
-        (launch,) = launches_of(partial(layer_norm_quantize, x, gamma, gamma, 1e-5, False))
-        yield f"layer_norm_quantize {D}", launch, D
+        x, gamma = meta(ROWS, D, dtype=torch.float16), meta(D, dtype=torch.float16)
+        for launch in launches_of(partial(quantize_rows, x, False)):
+            yield launch.name, D, launch
+        if D in NORM_WIDTHS:
+            norm = partial(layer_norm_quantize, x, gamma, gamma, 1e-5, False)
+            yield "layer_norm_quantize", D, launches_of(norm)[0]
 
 
 def instructions(launch: Launch, capability: int) -> int:
-    """Instructions of one warp, padding behind the last exit not counted."""
-    code = machine_code(launch, ARCHS[capability])
-    names = _INSTRUCTION.findall(code.sass)
-    return sum(name not in ("NOP", "BRA") for name in names)
+    """Instructions of a warp; NOPs that fill the last line are none."""
+    names = _INSTRUCTION.findall(machine_code(launch, ARCHS[capability]).sass)
+    return sum(name != "NOP" for name in names)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90], choices=list(ARCHS))
+    parser.add_argument("--width", type=int, nargs="*", default=list(WIDTHS), choices=WIDTHS)
     arguments = parser.parse_args()
     wrong = 0
     for capability in arguments.arch:
-        for name, launch, values in cells():
-            rows = int(launch.constants["BLOCK_M"])  # type: ignore[call-overload]
-            warps = launch.options["num_warps"]
-            each = instructions(launch, capability) * 32 * warps / (rows * values)
+        for name, width, launch in cells():
+            if width not in arguments.width:
+                continue
+            rows, warps = launch.constants["BLOCK_M"], launch.options["num_warps"]
+            assert isinstance(rows, int)
+            each = instructions(launch, capability) * 32 * warps / (rows * width)
             wrong += each > MOST_A_VALUE
-            print(f"sm_{capability} {name} w{warps}: {each:.1f} instructions a value", flush=True)
+            program = f"{rows} rows, {warps} warps"
+            print(f"sm_{capability} {name} {width} ({program}): {each:.1f}", flush=True)
     if wrong:
         sys.exit(f"{wrong} kernels take more than {MOST_A_VALUE} instructions a value")
 

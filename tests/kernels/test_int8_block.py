@@ -38,7 +38,7 @@ def test_the_bits_of_its_operators_one_by_one(
 ) -> None:
     """Quantized in the launches that make rows, or after them."""
     monkeypatch.setattr(configs, "FEW_ROWS", few_rows)
-    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9), (1, 50)]):
+    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17)]):
         given = arguments(B, L, seed, "quick_gelu" if seed == 2 else "none", attention)
         for first_only in (False, True):
             expected = one_by_one(*given, first_only=first_only)
@@ -55,7 +55,7 @@ def test_padding_tokens_are_no_keys() -> None:
 
 
 def test_the_first_token_alone_has_its_bits() -> None:
-    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9)]):
+    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17)]):
         given = arguments(B, L, seed, "gelu" if seed == 2 else "none")
         assert_same(int8_block(*given, first_only=True), int8_block(*given)[:, :1], seed=seed)
 
@@ -63,7 +63,7 @@ def test_the_first_token_alone_has_its_bits() -> None:
 @attentions
 def test_it_is_the_block(attention: str) -> None:
     """Attention errs by its bound; a value next to a tie behind it moves by a step of its row."""
-    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17), (3, 9)]):
+    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17)]):
         given = arguments(B, L, seed, attention=attention)
         expected = reference.int8_block(*given)
         assert_within(int8_block(*given), expected, 2e-2 * float(expected.abs().max()), seed=seed)
