@@ -13,14 +13,15 @@ from torch import Tensor
 
 from lraee.kernels import device, launch, live_rows, workspace
 from lraee.kernels.common import INTERPRETED, convert, live_count
-from lraee.kernels.configs import (
+from lraee.kernels.configs import WORKSPACE_PARTIALS
+from lraee.kernels.epilogue import tile_of
+from lraee.kernels.float_configs import (
     SEGMENT_K,
-    WORKSPACE_PARTIALS,
     FloatConfig,
     float_config,
     segments_at_once,
 )
-from lraee.kernels.int8_linear import gather_partials, tile_of
+from lraee.kernels.int8_linear import gather_partials
 from lraee.kernels.workspace import Workspace
 
 

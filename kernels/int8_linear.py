@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import device, launch, live_rows, workspace
-from lraee.kernels.common import activate, convert
+from lraee.kernels import device, first_use, launch, live_rows, workspace
+from lraee.kernels.common import convert
 from lraee.kernels.configs import (
     WORKSPACE_TICKETS,
     Config,
@@ -23,22 +23,12 @@ from lraee.kernels.configs import (
     pick,
     piece_config,
 )
+from lraee.kernels.epilogue import before_residual, tile_of
+from lraee.kernels.int8_linear_persistent import int8_linear_persistent
 from lraee.kernels.operands import PackedLinear
 from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
 from lraee.kernels.tickets import arrive, draw, last_to_arrive, leave, wait_for
 from lraee.kernels.workspace import Workspace
-
-
-@triton.jit
-def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile of program pid: GROUP_M rows of tiles at a time, so that neighbours share w in L2."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    return first_m + within % rows, within // rows
 
 
 @triton.jit
@@ -49,20 +39,12 @@ def _store_output(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y = act((acc - x_zero * w_sum) * (x_scale * w_scale) + bias) * layer_scale + residual."""
-    col_mask = offs_n < N
-    mask = (offs_m < M)[:, None] & col_mask[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
-    if HAS_ZERO:
-        w_sum = tl.load(w_sum_ptr + offs_n, mask=col_mask, other=0)
-        acc -= x_zero[:, None] * w_sum[None, :]
-    w_scale = tl.load(w_scale_ptr + offs_n, mask=col_mask, other=0.0)
-    y = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=col_mask, other=0.0)[None, :]
-    y = activate(y, ACTIVATION)
-    if HAS_LAYER_SCALE:
-        layer_scale = tl.load(layer_scale_ptr + offs_n, mask=col_mask, other=0.0)
-        y *= layer_scale.to(tl.float32)[None, :]
+    y = before_residual(
+        acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr, offs_n, N,
+        HAS_ZERO, HAS_BIAS, HAS_LAYER_SCALE, ACTIVATION,
+    )  # fmt: skip
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows * stride_rm + offs_n[None, :], mask=mask, other=0.0)
         y += residual.to(tl.float32)
@@ -217,22 +199,31 @@ def _launch(
     (M, K), N = x_q.shape, linear.N
     w, w_scale, w_sum, bias, layer_scale = linear
     assert w.shape == (N, K), f"int8_linear: w must have the CUDA layout [{N}, {K}], got {w.shape}"
-    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     if not M or not N:
-        return y
+        return torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     x_q = x_q if K <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
+    if config is None and x_q.is_cuda and device.arch(x_q.device).capability == 90:
+        first_use.begin(x_q.device, str(device.gpu_name(x_q.device)))
     config = config or pick(
         Shape(M, N, K), device.arch(x_q.device),
         epilogue_name(activation, has_layer_scale=layer_scale is not None,
-                      has_residual=residual is not None, quantizes=quantizing is not None),
+                      has_residual=residual is not None, quantizes=quantizing is not None,
+                      is_float32=out_dtype is torch.float32),
         device.gpu_name(x_q.device),
     )  # fmt: skip
+    if config.family != "simple":
+        assert quantizing is None, f"int8_linear: {config.family} quantizes no rows"
+        return int8_linear_persistent(
+            x_q, x_scale, x_zero, linear, config=config, residual=residual, activation=activation,
+            out_dtype=out_dtype,
+        )  # fmt: skip
     if space is None and (config.split_k > 1 or quantizing is not None):
         space = workspace.of_current_stream(x_q.device)
     row_blocks = triton.cdiv(M, config.block_m)
     programs = row_blocks * triton.cdiv(N, config.block_n) * config.split_k
+    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     absent, live = w_scale, live_rows.current()
     # Launches that quantize nothing must not compile anew for another piece or width
     q: Quantized = (absent, absent, absent)

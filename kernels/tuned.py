@@ -20,7 +20,9 @@ LARGEST = 1 << 31
 """No size of a layer, a batch or a tile is larger."""
 
 Numbers = tuple[int, int, int, int, int, int]
+LENGTH = 6
 FAMILIES = ("simple", "persistent", "gluon")
+"""What the field "family" may say."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,20 @@ def _row(value: Any) -> Row | None:
     """A row of the file, None where it is none."""
     if not isinstance(value, dict):
         return None
-    sizes = [value.get(name) for name in ("N", "K", "most_m")]
-    epilogue, family, config = (value.get(name) for name in ("epilogue", "family", "config"))
-    us = value.get("us")
+    sizes: list[Any] = [value.get(name) for name in ("N", "K", "most_m")]
+    epilogue, family, us = (value.get(name) for name in ("epilogue", "family", "us"))
+    config: Any = value.get("config")
+    if not (isinstance(config, list) and len(config) == LENGTH):
+        return None
     is_row = (
-        all(map(_is_size, sizes))
+        all(map(_is_size, [*sizes, *config]))
         and isinstance(epilogue, str)
         and isinstance(family, str)
         and family in FAMILIES
-        and isinstance(config, list)
-        and len(config) == len(Numbers.__args__)  # type: ignore[attr-defined]
-        and all(map(_is_size, config))
         and type(us) in (int, float)
         and math.isfinite(us)
     )
-    return Row(*sizes, epilogue, family, tuple(config)) if is_row else None
+    return Row(*sizes, str(epilogue), str(family), tuple(config)) if is_row else None
 
 
 def parse(content: Any, gpu: str) -> Table:

@@ -93,6 +93,17 @@ def of_plans(exits: "Exits") -> Table:
     return table
 
 
+def of_depths(depths: Sequence[Mapping[str, Any]]) -> Table:
+    """What a search would find at each depth that exits for search may have."""
+    table = Table(
+        "after block", "FLOPs saved, %", "nearest photo as at full depth, %", "among the first 5, %"
+    )
+    for row in depths:
+        shares = (row["flops_saved"], row["nearest"], row["among_five"])
+        table.add_row(str(row["block"]), *(f"{100 * share:.1f}" for share in shares))
+    return table
+
+
 def card_lines(card: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What a calibration was, in a few lines: key and text."""
     images = ", ".join(f"{count} for {name}" for name, count in card["images"].items())
