@@ -17,8 +17,8 @@ from lraee.kernels.common import (
     row_range,
     store_tile,
 )
-from lraee.kernels.configs import RowConfig, chunk_config
 from lraee.kernels.quantize_rows import empty_quantized
+from lraee.kernels.row_configs import RowConfig, chunk_config
 
 GatedRows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

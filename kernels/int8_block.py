@@ -1,15 +1,15 @@
-"""int8_block for CUDA: nine launches, or seven of few rows (see configs.quantizes_its_rows)."""
+"""int8_block for CUDA: nine launches, or seven of few rows (see row_configs.quantizes_its_rows)."""
 
 from torch import Tensor
 
 from lraee.kernels import device
-from lraee.kernels.configs import quantizes_its_rows
 from lraee.kernels.float_attention import float_attention, float_attention_quantized
 from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.operands import AttentionOperands, BlockOperands
 from lraee.kernels.quantize_rows import Quantized, quantize_rows
+from lraee.kernels.row_configs import quantizes_its_rows
 
 
 def int8_block(x: Tensor, block: BlockOperands, first_only: bool = False) -> Tensor:

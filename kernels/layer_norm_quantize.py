@@ -14,8 +14,8 @@ from lraee.kernels.common import (
     row_range,
     store_tile,
 )
-from lraee.kernels.configs import RowConfig, chunk_config
 from lraee.kernels.quantize_rows import Quantized, empty_quantized
+from lraee.kernels.row_configs import RowConfig, chunk_config
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_image"])

@@ -15,7 +15,7 @@ from lraee.kernels.common import (
     store_tile,
     tile_range,
 )
-from lraee.kernels.configs import LONG_ROW_VALUES, RowConfig, held_width, row_config
+from lraee.kernels.row_configs import LONG_ROW_VALUES, RowConfig, held_width, row_config
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bench.launches import launches_of
 from lraee.diagnostics import selftest_cases, selftest_inputs
-from lraee.kernels import configs, live_rows
+from lraee.kernels import live_rows, row_configs
 from lraee.kernels.int8_block import int8_block
 from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.operands import BlockOperands, PackedLinear
@@ -37,7 +37,7 @@ def test_the_bits_of_its_operators_one_by_one(
     attention: str, few_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Quantized in the launches that make rows, or after them."""
-    monkeypatch.setattr(configs, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(row_configs, "FEW_ROWS", few_rows)
     for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17)]):
         given = arguments(B, L, seed, "quick_gelu" if seed == 2 else "none", attention)
         for first_only in (False, True):
@@ -91,7 +91,7 @@ def test_images_that_left_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(3, 5, 1, "gelu")
     expected = int8_block(*given)
     for few_rows in (512, 0):
-        monkeypatch.setattr(configs, "FEW_ROWS", few_rows)
+        monkeypatch.setattr(row_configs, "FEW_ROWS", few_rows)
         for images in range(4):
             with live_rows.using(LiveRows(torch.tensor([images], dtype=torch.int32), 3)):
                 assert_same(int8_block(*given)[:images], expected[:images], images=images)
@@ -109,7 +109,7 @@ def test_launches(first_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
                       LINEAR]),
         ("int8", 512, [NORM, LINEAR, "int8_attention", QUANTIZE, LINEAR, NORM, LINEAR, LINEAR]),
     ):  # fmt: skip
-        monkeypatch.setattr(configs, "FEW_ROWS", few_rows)
+        monkeypatch.setattr(row_configs, "FEW_ROWS", few_rows)
         given = arguments(2, 5, 0, attention=attention)
         names = [launch.name for launch in launches_of(lambda: int8_block(*given, first_only))]  # noqa: B023
         assert names == expected

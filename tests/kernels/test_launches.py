@@ -12,9 +12,10 @@ from bench.gpu_parts import GPUS, GRAPH_GAP_US, Gpu
 from bench.launches import launches_of, meta, meta_linear
 from bench.shapes import B16, B32, L14, Tower
 from lraee.kernels.archs import ARCHS
-from lraee.kernels.configs import FEW_ROWS, Config, quantizes_its_rows
+from lraee.kernels.configs import Config
 from lraee.kernels.int8_linear import int8_linear
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.row_configs import FEW_ROWS, quantizes_its_rows
 from lraee.ops import registry
 
 LINEAR = "int8_linear"
