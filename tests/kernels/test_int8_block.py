@@ -20,7 +20,7 @@ def arguments(
     B: int, L: int, seed: int, activation: str = "none", attention: str = "float"
 ) -> tuple[Tensor, BlockOperands]:
     x, operands = selftest_inputs.block(B, L, H, D // H, seed, torch.device("cpu"))
-    return x, operands._replace(activation=activation, attention=attention)  # type: ignore[arg-type]
+    return x, operands._replace(activation=activation, attention=attention)
 
 
 def one_by_one(x: Tensor, operands: BlockOperands, *, first_only: bool = False) -> Tensor:
@@ -38,7 +38,8 @@ def test_the_bits_of_its_operators_one_by_one(
 ) -> None:
     """Quantized in the launches that make rows, or after them."""
     monkeypatch.setattr(row_configs, "FEW_ROWS", few_rows)
-    for seed, (B, L) in enumerate([(1, 1), (2, 5), (1, 17)]):
+    shapes = [(1, 1), (2, 5), (1, 17)] if (attention, few_rows) == ("float", 512) else [(2, 5)]
+    for seed, (B, L) in enumerate(shapes):
         given = arguments(B, L, seed, "quick_gelu" if seed == 2 else "none", attention)
         for first_only in (False, True):
             expected = one_by_one(*given, first_only=first_only)
