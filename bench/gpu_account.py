@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from bench import gpu_parts as constants
 from bench.gpu_parts import Gpu
 from bench.shapes import Tower
-from lraee.kernels.configs import Config, Shape, pick
+from lraee.kernels.configs import pick
+from lraee.kernels.families import persistent_config
+from lraee.kernels.tiling import Config, Shape
 
 HALF = 2
 """Bytes of a float16 value."""
@@ -103,16 +105,16 @@ def product_us(gpu: Gpu, shape: Shape, config: Config, instructions: float, size
     return start + max(max(compute, loads) + epilogue, size / gpu.bytes_per_us)
 
 
-def persistent_us(gpu: Gpu, shape: Shape, instructions: float, size: int) -> float:
+def persistent_us(gpu: Gpu, shape: Shape, config: Config, instructions: float, size: int) -> float:
     """The persistent kernel (assumed): whole waves of tiles, the epilogue behind the next tile."""
     M, N, K = shape.M, shape.N, shape.K
-    block_m = 256 if gpu.arch.capability >= 90 else 128
-    tiles = math.ceil(M / block_m) * math.ceil(N / 128)
+    block_m, block_n = config.block_m, config.block_n
+    tiles = math.ceil(M / block_m) * math.ceil(N / block_n)
     waves = math.ceil(tiles / gpu.sms)
-    ops = 2 * waves * gpu.sms * block_m * 128 * K
+    ops = 2 * waves * gpu.sms * block_m * block_n * K
     compute = ops / (gpu.int8_tops * 1e6 * constants.INT8_UTILISATION)
-    loads = waves * gpu.sms * (block_m + 128) * K / gpu.tile_bytes_per_us
-    epilogue = waves * gpu.sms * block_m * 128 * instructions / gpu.value_issues_per_us
+    loads = waves * gpu.sms * (block_m + block_n) * K / gpu.tile_bytes_per_us
+    epilogue = waves * gpu.sms * block_m * block_n * instructions / gpu.value_issues_per_us
     longer, shorter = sorted((max(compute, loads), epilogue), reverse=True)
     busy = longer + (1 - constants.OVERLAP) * shorter
     return constants.PERSISTENT_START_US + max(busy, size / gpu.bytes_per_us)
@@ -125,12 +127,13 @@ def product_cost(
     M, N, K = shape.M, shape.N, shape.K
     parts = ["bias"] + ["residual"] * has_residual
     if has_gelu:
-        parts.append("gelu_polynomial" if form.is_persistent else "gelu_erf")
+        parts.append("gelu_polynomial" if form.has_new_rows else "gelu_erf")
     instructions = constants.LIGHT_EPILOGUE + sum(constants.TOWER_EPILOGUE[p] for p in parts)
     size = product_bytes(M, N, K, has_residual=has_residual)
     us = product_us(gpu, shape, pick(shape, gpu.arch), instructions, size)
     if form.is_persistent:
-        us = min(us, persistent_us(gpu, shape, instructions, size))
+        config = persistent_config(gpu.arch, has_residual=has_residual)
+        us = min(us, persistent_us(gpu, shape, config, instructions, size))
     return Cost(name, us, size, 2 * M * N * K)
 
 

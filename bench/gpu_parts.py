@@ -52,7 +52,7 @@ GPUS = (
 )
 H200 = GPUS[-1]
 
-# Fitted to the tilings of kernels/measured.py (32 times, light epilogue): within 25 %, 12 % as a
+# Fitted to the products of bench/gpu_products.py (32 times, light epilogue): within 25 %, 12 % as a
 # root mean square
 
 PRODUCT_START_US = 2.6

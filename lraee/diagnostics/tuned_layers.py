@@ -98,16 +98,19 @@ class Operands:
         layer: TunedLayer, M: int, copies: int, dtype: torch.dtype, device: torch.device
     ) -> "Operands":
         """Random ones, from a fixed seed."""
-        source = torch.Generator().manual_seed(M)
+        source = torch.Generator(device).manual_seed(M)
+
+        def integers(dtype: torch.dtype, *shape: int) -> Tensor:
+            options: dict[str, Any] = {"generator": source, "dtype": dtype, "device": device}
+            return torch.randint(-127, 128, shape, **options)
 
         def int8(rows: int) -> Tensor:
-            shape = (rows, layer.K)
-            return torch.randint(-127, 128, shape, generator=source, dtype=torch.int8).to(device)
+            return integers(torch.int8, rows, layer.K)
 
         def floats(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=source).to(device)
+            return torch.rand(*shape, generator=source, device=device)
 
-        zero = torch.randint(-128, 128, (M,), generator=source, dtype=torch.int32).to(device)
+        zero = integers(torch.int32, M)
         vectors = (floats(layer.N) * 0.01, floats(layer.N) - 0.5, floats(layer.N))
         scale, bias, gain = vectors
         linears = [
@@ -121,6 +124,14 @@ class Operands:
         if layer.epilogue.has_residual:
             options["residual"] = (floats(M, layer.N) - 0.5).to(dtype)
         return Operands((int8(M), floats(M) * 0.01, zero), tuple(linears), options)
+
+    def one_row(self) -> "Operands":
+        """The same with the first row alone."""
+        x_q, x_scale, x_zero = self.x
+        options = dict(self.options)
+        if "residual" in options:
+            options["residual"] = options["residual"][:1]
+        return Operands((x_q[:1], x_scale[:1], x_zero[:1]), self.linears, options)
 
     def first_rows(self, rows: int) -> dict[str, Any]:
         """Arguments of the definition for the first rows and the last weight, on the CPU."""

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from lraee.diagnostics import product_families as families
-from lraee.diagnostics.guarded_process import failure
-from lraee.diagnostics.product_families import ProductFamily
 from lraee.diagnostics.selftest_sizes import Target
 from lraee.diagnostics.selftest_timing import captured, cuda_interleaved
 from lraee.diagnostics.tuned_layers import Operands, TunedLayer
 from lraee.kernels import int8_linear as launcher
-from lraee.kernels.configs import Config, Shape
+from lraee.kernels.tiling import Config, Shape
 from lraee.measurement.timing import Timing, timed_rounds
 from lraee.ops import error_bounds, reference
 
@@ -34,7 +32,6 @@ CHECKED_ROWS = 8
 """Rows that are compared with the definition; all others with the kernel that runs now."""
 AT_ONCE = 6
 """Candidates that take turns with the present pick."""
-CHECK_TIMEOUT_S = 90.0
 
 Rounds = Callable[[Mapping[str, Callable[[], object]]], dict[str, list[float]]]
 
@@ -134,22 +131,14 @@ def tune(
     work.sort(key=lambda one: -one[0].N * one[0].K * one[1] * one[0].count)
     refused: dict[str, str] = {}
     for family in families.FAMILIES:
-        if not family.is_proven and (error := family_failure(family, target)) is not None:
-            refused[family.name] = error
+        if (reason := families.failure(family, target)) is not None:
+            refused[family.name] = reason
     for i, (layer, M) in enumerate(work):
         left = end - time.monotonic()
         if left <= 0:
             return
         share_end = time.monotonic() + left / (len(work) - i)
         yield _tune_shape(layer, M, target, rounds, effort, dtype, share_end, refused)
-
-
-def family_failure(family: ProductFamily, target: Target) -> str | None:
-    """Why a small product of this family does not do, launched in a process of its own."""
-    device = "cuda" if target.device.type == "cuda" else "interpreter"
-    return failure(
-        "lraee.diagnostics.first_launch", (family.name, device), timeout_s=CHECK_TIMEOUT_S
-    )
 
 
 def _tune_shape(

@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import re
 from pathlib import Path
 
 import pytest
 
 from bench import gpu_account as account
-from bench import gpu_model, gpu_parts
+from bench import gpu_model, gpu_parts, gpu_products
 from bench.gpu_account import FLOAT, FORMS, MEASURED, SEVEN, Form, block_costs, float16_costs
 from bench.gpu_parts import GPUS, H200, Gpu
 from bench.shapes import B16, B32, L14
@@ -33,23 +32,10 @@ def test_towers_that_an_h200_measured_are_reproduced() -> None:
     assert rms(by_kind["float16"]) < 0.06
 
 
-def measured_products() -> list[tuple[int, int, int, Config, float]]:
-    """M, N, K, config and microseconds of the rows of measured.py that name a time."""
-    rows, layer = [], (0, 0)
-    for line in (ROOT / "kernels" / "measured.py").read_text().splitlines():
-        if head := re.match(r"\s+\((\d+), (\d+)\): \(", line):
-            layer = int(head[1]), int(head[2])
-        if entry := re.match(r"\s+\(.*?, \(([\d, ]+)\)\),\s+# (.*)", line):
-            config = Config(*map(int, entry[1].split(",")))
-            for us, M in re.findall(r"([\d.]+)(?: us)? at (?:M = )?([\d,]+)", entry[2]):
-                rows.append((int(M.replace(",", "")), *layer, config, float(us)))
-    return rows
-
-
 def test_products_that_an_h200_measured_are_reproduced() -> None:
     ratios = [
-        account.product_us(H200, Shape(M, N, K), config, gpu_parts.LIGHT_EPILOGUE) / us
-        for M, N, K, config, us in measured_products()
+        account.product_us(H200, Shape(M, N, K), Config(*config), gpu_parts.LIGHT_EPILOGUE) / us
+        for M, N, K, config, us in gpu_products.MEASURED
     ]
     assert len(ratios) == 32
     assert max(abs(ratio - 1) for ratio in ratios) < 0.25 and rms(ratios) < 0.13

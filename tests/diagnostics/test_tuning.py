@@ -14,12 +14,11 @@ from typer.testing import CliRunner, Result
 from lraee.cli import main as cli
 from lraee.diagnostics import product_families as families
 from lraee.diagnostics import tune_run, tuning
-from lraee.diagnostics.guarded_process import failure
 from lraee.diagnostics.selftest_sizes import Target
 from lraee.diagnostics.tuned_layers import Epilogue, Operands, TunedLayer, tuned_tower
 from lraee.diagnostics.tuning import Effort, TimedConfig, Tuned, tune
+from lraee.kernels import first_use, user_cache
 from lraee.kernels import tuned as tuned_table
-from lraee.kernels import user_cache
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.configs import Config, Shape, legal, pick
 from lraee.measurement.timing import Timing
@@ -149,22 +148,27 @@ def test_a_new_family_is_launched_elsewhere_first(monkeypatch: pytest.MonkeyPatc
     simple = families.FAMILIES[0]
     fresh = replace(simple, name="fresh", is_proven=False, space=fresh_space)
     monkeypatch.setattr(families, "FAMILIES", (simple, fresh))
-    monkeypatch.setattr(tuning, "family_failure", lambda family, target: "no end within 90 s")
+    reasons = {"fresh": "no end within 90 s"}
+    monkeypatch.setattr(families, "failure", lambda family, target: reasons.get(family.name))
     (one,) = tuned(clock(lambda name: 1.0))
     refused = [each for each in one.tried if each.family == "fresh"]
     assert refused and all(each.error == "no end within 90 s" for each in refused)
 
 
-def test_a_process_that_hangs_is_ended() -> None:
-    sleep = ("-n1", "-r1", "-s", "import time", "time.sleep(60)")
-    assert failure("timeit", sleep, timeout_s=1.0) == "no end within 1 s"
-    assert failure("timeit", ("-n1", "-r1", "pass"), timeout_s=60.0) is None
-    assert "ZeroDivisionError" in (failure("timeit", ("-n1", "1 / 0"), timeout_s=60.0) or "")
+def test_a_check_is_made_once_where_it_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
 
+    def check(family: str, gpu: str, index: int) -> Any:
+        checked.append((family, gpu, index))
+        return first_use.Verdict(False, "no end")
 
-def test_the_first_launch_of_a_family_compares_bits() -> None:
-    module = "lraee.diagnostics.first_launch"
-    assert failure(module, ("simple", "interpreter"), timeout_s=300.0) is None
+    monkeypatch.setattr(families.device, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(first_use, "check", check)
+    simple, persistent = families.FAMILIES
+    assert families.failure(simple, TARGET) is None and not checked
+    assert families.failure(persistent, TARGET) == "no end" and len(checked) == 1
+    monkeypatch.setattr(first_use, "stored", lambda *key: first_use.Verdict(True, ""))
+    assert families.failure(persistent, TARGET) is None and len(checked) == 1
 
 
 def test_space_holds_legal_configs_and_what_pick_would_choose() -> None:
