@@ -147,12 +147,12 @@ def check_quantized(
 
 
 def test_quantized() -> None:
-    for seed, L in enumerate(LENGTHS[::3]):
+    for seed, L in enumerate((1, 17, 65)):
         check_quantized(1 + seed % 3, L, 1 + seed % 2, 8, seed)
 
 
 def test_the_first_tokens_quantized() -> None:
-    for seed, num_queries in enumerate((1, 16, 17, 63, 64, 65)):
+    for seed, num_queries in enumerate((1, 17, 65)):
         check_quantized(2, 70, 2, 9, seed, num_queries)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lraee.diagnostics.guarded_memory import poisoned
 from lraee.kernels import live_rows
-from lraee.kernels.configs import SEGMENT_K
 from lraee.kernels.float_attention import float_attention
+from lraee.kernels.float_configs import SEGMENT_K
 from lraee.kernels.float_linear import float_linear
 from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
