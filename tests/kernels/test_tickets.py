@@ -20,7 +20,7 @@ from lraee.diagnostics.selftest_inputs import attention, linear, probe
 from lraee.kernels import live_rows
 from lraee.kernels.configs import Config, ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
-from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
+from lraee.kernels.float_attention import float_attention, float_attention_quantized
 from lraee.kernels.int8_linear import (
     int8_linear,
     int8_linear_quantized,
@@ -125,11 +125,11 @@ def test_rows_are_quantized_after_their_tiles(config: Config) -> None:
 def test_rows_of_attention_are_quantized_after_their_heads() -> None:
     for seed, (B, L, H, d, num_queries) in enumerate([(2, 20, 3, 8, 20), (1, 70, 2, 8, 66), (9, 5, 2, 8, 1)]):  # fmt: skip  # noqa: E501
         qkv = attention(B, L, H, d, seed)
-        y = int8_attention(qkv, H, num_queries=num_queries)
+        y = float_attention(qkv, H, num_queries=num_queries)
         operands = AttentionOperands(H)
         given = {"qkv": qkv, "operands": operands, "symmetric": True, "num_queries": num_queries}
         expected = reference.quantize_rows(y.view(-1, H * d), True)
-        check(int8_attention_quantized, given, expected, seed)
+        check(float_attention_quantized, given, expected, seed)
 
 
 @pytest.mark.parametrize(("H", "B"), [(48, 1), (48, 18), (None, 3)])
