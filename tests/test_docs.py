@@ -91,3 +91,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_study_figures_are_those_of_the_summary() -> None:
     module = [sys.executable, "-m", "bench.study_figures", "fill", "docs/study/summary.json"]
     run([*module, "docs/study.md", "--check"], ROOT)
+    module = [sys.executable, "-m", "bench.study_figures", "dose", "docs/study/dose.json"]
+    run([*module, "docs/study.md", "--check"], ROOT)
