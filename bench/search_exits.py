@@ -59,7 +59,7 @@ class Row:
 def row(
     way: str, block: int, saved: float, queries: Tensor, index: Tensor, expected: Sequence[Tensor]
 ) -> Row:
-    """Searches of all queries [n, E] in an index [n, E]; expected: what float and full depth find."""
+    """Searches of all queries [n, E] in an index [n, E]; expected: of float, of full depth."""
     n = len(queries)
     ranked = neighbours(unit(queries.float()), unit(index.float()), 5, torch.arange(n))
     as_float, as_full = (ranked == each[:, None] for each in expected)
