@@ -57,12 +57,12 @@ class Row:
 
 
 def row(
-    way: str, block: int, saved: float, queries: Tensor, index: Tensor, wanted: Sequence[Tensor]
+    way: str, block: int, saved: float, queries: Tensor, index: Tensor, expected: Sequence[Tensor]
 ) -> Row:
-    """Searches of all queries [n, E] in an index [n, E]; wanted: what float and full depth find."""
+    """Searches of all queries [n, E] in an index [n, E]; expected: of float, of full depth."""
     n = len(queries)
     ranked = neighbours(unit(queries.float()), unit(index.float()), 5, torch.arange(n))
-    as_float, as_full = (ranked == each[:, None] for each in wanted)
+    as_float, as_full = (ranked == each[:, None] for each in expected)
     low, high = of_share(int(as_full[:, 0].sum()), n)
     shares = [
         100 * float(hits.double().mean())
@@ -94,36 +94,36 @@ def rows_of(learn: Pair, report: Pair, n: int, m: int, steps: int) -> Iterator[R
     every = torch.ones(m, dtype=torch.bool)
     embeddings = report.embeddings()
     full = embeddings["full"]
-    wanted = [
+    expected = [
         neighbours(y, y, 1, torch.arange(m))[:, 0]
         for y in (unit(embeddings[name].float()) for name in ("teacher", "full"))
     ]
-    yield row("int8 at full depth", len(blocks_of(tower)), 0.0, full, full, wanted)
+    yield row("int8 at full depth", len(blocks_of(tower)), 0.0, full, full, expected)
     fitted = fit(learn, some, candidates)
     own = {e: own_projections(tower, e) for e in candidates}
     for way, weights in (("class token alone, fitted", fitted), ("class token alone", own)):
         y = continued(report, every, weights)
         for place, (e, head) in enumerate(heads_of(tower, weights).items()):
             saved = 1 - parts.when_leaving([e], [2 * head.macs])[0] / parts.total
-            yield row(way, e, saved, y[:, place], y[:, place], wanted)
+            yield row(way, e, saved, y[:, place], y[:, place], expected)
             if weights is not fitted:
                 continue
-            yield row(f"{way}; index at full depth", e, saved, y[:, place], full, wanted)
+            yield row(f"{way}; index at full depth", e, saved, y[:, place], full, expected)
             mixed = y[:, place].clone()
             mixed[::2] = full[::2]
-            yield row(f"{way}; half at full depth", e, saved / 2, mixed, mixed, wanted)
+            yield row(f"{way}; half at full depth", e, saved / 2, mixed, mixed, expected)
     if steps:
-        yield from head_rows(learn, report, n, candidates, parts, wanted, steps)
+        yield from head_rows(learn, report, n, candidates, parts, expected, steps)
 
 
 def head_rows(
     learn: Pair, report: Pair, n: int, candidates: Sequence[int], parts: PartFlops,
-    wanted: Sequence[Tensor], steps: int,
+    expected: Sequence[Tensor], steps: int,
 ) -> Iterator[Row]:  # fmt: skip
     """Heads of BEST_HEAD on centre crops, trained for so many steps."""
     blocks = [*candidates, candidates[-1] + 1]
     options = replace(BEST_HEAD, steps=steps, views=0)
-    every = [torch.ones(count, dtype=torch.bool) for count in (n, len(wanted[0]))]
+    every = [torch.ones(count, dtype=torch.bool) for count in (n, len(expected[0]))]
     features, held_out = (
         pair.pooled(blocks, marked, view_seed=None)
         for pair, marked in zip((learn, report), every, strict=True)
@@ -134,7 +134,7 @@ def head_rows(
         )
         y = head(held_out["pooled"][:, place].float())
         saved = 1 - parts.when_leaving([block], [2 * head.macs])[0] / parts.total
-        yield row("trained head", block, saved, y, y, wanted)
+        yield row("trained head", block, saved, y, y, expected)
 
 
 def main(
