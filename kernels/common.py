@@ -6,13 +6,22 @@ lraee.ops.reference.lane_sum, so adding tiles in order and folding the last one 
 sum bit for bit, on any GPU and in the interpreter, whatever the layout of the tiles.
 
 Kernels are launched with enable_fp_fusion=False: a fused multiply-add would round once where the
-definition rounds twice.
+definition rounds twice. Where the CPU fuses them (activations), so do kernels, explicitly.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from lraee.kernels import gates
+
+GELU, GELU_TANH = tl.constexpr(gates.GELU), tl.constexpr(gates.GELU_TANH)
+QUICK_GELU = tl.constexpr(gates.QUICK_GELU)
+GELU_CLAMP, GELU_SQUARINGS = tl.constexpr(gates.GELU_CLAMP), tl.constexpr(gates.GELU_SQUARINGS)
+QUICK_GELU_CLAMP = tl.constexpr(gates.QUICK_GELU_CLAMP)
+QUICK_GELU_SQUARINGS = tl.constexpr(gates.QUICK_GELU_SQUARINGS)
+NEGATIVE_ZERO_BITS = tl.constexpr(-(1 << 31))
+"""Triton makes +0 of a constant -0.0."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Kernels run in Triton's interpreter, which handles bfloat16 by truncating and by bit patterns."""
 
@@ -21,6 +30,14 @@ INFINITY = tl.constexpr(float("inf"))
 SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
 ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding it leaves no bit for fractions, so the sum is rounded half to even."""
+
+
+@triton.jit
+def live_count(count, live_ptr, rows_per_image, HAS_LIVE: tl.constexpr):
+    """How many of `count` rows (or images) are live; see live_rows.operands."""
+    if HAS_LIVE:
+        count = tl.minimum(count, tl.load(live_ptr) * rows_per_image)
+    return count
 
 
 @triton.jit
@@ -197,18 +214,69 @@ def quantize_tile(x, scale, zero, is_valid, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
+def fused_multiply_add(x, y, z):
+    """x * y + z of float32, rounded once, in the interpreter too, whose tl.fma rounds twice.
+
+    There: the product is exact in float64. The sum is rounded to odd, its last bit telling whether
+    anything is missing, after which rounding to float32 gives the float next to x * y + z.
+    """
+    if INTERPRETED:
+        product = tl.cast(x, tl.float64) * tl.cast(y, tl.float64)
+        z = tl.cast(z, tl.float64)
+        total = product + z
+        z_part = total - product
+        missing = (product - (total - z_part)) + (z - z_part)
+        bits = total.to(tl.int64, bitcast=True)
+        is_even = (bits & 1) == 0
+        outwards = tl.where((missing > 0) == (total > 0), 1, -1)
+        bits += tl.where(is_even & ((missing > 0) | (missing < 0)), outwards, 0)
+        return bits.to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        return tl.fma(x, y, z)
+
+
+@triton.jit
+def gated(
+    y, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr, CLAMP: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+):  # fmt: skip
+    """y * G(y) = max(y, 0) - t * G(-t), t = |y|, of a table of kernels.gates: NaN stays NaN.
+
+    The operations of `gated` in csrc/cpu/numerics/gated_activation.h, so the bits of the CPU.
+    """
+    size = tl.abs(y)
+    if INTERPRETED:
+        t = tl.where(size > CLAMP, CLAMP, size)
+        positive = tl.where(y < 0.0, 0.0, y)
+    else:
+        # In PTX -0 is below +0. max(y, -0) keeps the sign of a zero, and that of a negative y
+        # is lost in the sum below
+        negative_zero = tl.cast(NEGATIVE_ZERO_BITS, tl.float32, bitcast=True)
+        t = tl.minimum(size, CLAMP, propagate_nan=tl.PropagateNan.ALL)
+        positive = tl.maximum(y, negative_zero, propagate_nan=tl.PropagateNan.ALL)
+    root = fused_multiply_add(t, COEFFICIENTS[DEGREE], COEFFICIENTS[DEGREE - 1])
+    for i in tl.static_range(2, DEGREE + 1):
+        root = fused_multiply_add(root, t, COEFFICIENTS[DEGREE - i])
+    for _ in tl.static_range(SQUARINGS):
+        root = root * root
+    # root is never 0, t may be: before Triton 3.8 -t is 0 - t, which is +0 for 0
+    return fused_multiply_add(t, -root, positive)
+
+
+@triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """none; gelu: y * Phi(y); gelu_tanh: its tanh form; quick_gelu: y * sigmoid(1.702 y); silu."""
+    """none; gelu: y * Phi(y); gelu_tanh: its tanh form; quick_gelu: y * sigmoid(1.702 y); silu.
+
+    Bit for bit those of the CPU, but for silu.
+    """
     if ACTIVATION == "silu":
         y = y / (1.0 + tl.exp(-y))
     if ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+        y = gated(y, GELU, 7, GELU_CLAMP, GELU_SQUARINGS)
     if ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh u) = sigmoid(2 u)
-        u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = y / (1.0 + tl.exp(-2.0 * u))
+        y = gated(y, GELU_TANH, 8, GELU_CLAMP, GELU_SQUARINGS)
     if ACTIVATION == "quick_gelu":
-        y = y / (1.0 + tl.exp(-1.702 * y))
+        y = gated(y, QUICK_GELU, 10, QUICK_GELU_CLAMP, QUICK_GELU_SQUARINGS)
     return y
 
 

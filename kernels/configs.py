@@ -8,45 +8,18 @@ import functools
 import math
 from dataclasses import dataclass
 
+from lraee.kernels import first_use, tuned
 from lraee.kernels.archs import Arch
+from lraee.kernels.families import legal_persistent, persistent_config
 from lraee.kernels.measured import MEASURED
+from lraee.kernels.tiling import Config as Config
+from lraee.kernels.tiling import Shape as Shape
+from lraee.kernels.tiling import accumulators_per_thread as accumulators_per_thread
+from lraee.kernels.tiling import shared_bytes as shared_bytes
 
 WORKSPACE_PARTIALS = 1 << 22
 WORKSPACE_TICKETS = 1 << 16
 """Size of a workspace: int32 partial sums, and tickets of output tiles, row blocks or images."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """y[M, N] = x[M, K] @ w[N, K].T."""
-
-    M: int
-    N: int
-    K: int
-
-
-@dataclass(frozen=True)
-class Config:
-    """One tiling of int8_linear."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    split_k: int = 1
-    group_m: int = 8
-
-
-@dataclass(frozen=True)
-class FloatConfig:
-    """The tiling of float_linear; block_k is part of the order of sums."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -96,18 +69,12 @@ class ProbeConfig:
     num_warps: int = 8
 
 
-def shared_bytes(config: Config) -> int:
-    """Shared memory of the pipelined tiles of x and w."""
-    return (config.block_m + config.block_n) * config.block_k * config.num_stages
-
-
-def accumulators_per_thread(config: Config) -> int:
-    """int32 accumulators each thread holds."""
-    return config.block_m * config.block_n // (32 * config.num_warps)
-
-
 def legal(config: Config, shape: Shape, arch: Arch) -> bool:
     """The single statement of what may be launched; pick, the tuner and the tests all call it."""
+    if config.family == "persistent":
+        return legal_persistent(config, shape, arch)
+    if config.family != "simple":
+        return False
     blocks = (config.block_m, config.block_n, config.block_k)
     if any(block & (block - 1) for block in blocks) or min(blocks) < 16:
         return False  # Triton: tiles are powers of two, products at least 16 wide
@@ -231,10 +198,61 @@ def measured(shape: Shape, arch: Arch) -> Config | None:
     return config if config is not None and legal(config, shape, arch) else None
 
 
+def epilogue_name(
+    activation: str, *, has_layer_scale: bool, has_residual: bool, quantizes: bool = False,
+    is_float32: bool = False,
+) -> str:  # fmt: skip
+    """What follows a product, as tables name it: "gelu", "none+layer_scale+residual".
+
+    Scales, zero points and bias are taken to be there always, and a result of 16 bits.
+    """
+    parts = {
+        "layer_scale": has_layer_scale, "residual": has_residual, "quantized": quantizes,
+        "float32": is_float32,
+    }  # fmt: skip
+    return "+".join([activation, *(name for name, is_there in parts.items() if is_there)])
+
+
+def tuned_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) -> Config | None:
+    """The legal config that `lraee tune` found fastest for this layer on this GPU, if it did."""
+    row = None if gpu is None else tuned.row_of(gpu, shape.N, shape.K, shape.M, epilogue)
+    if row is None:
+        return None
+    config = Config(*row.config, family=row.family)
+    is_simple = row.family == "simple" or not {"quantized", "float32"} & set(epilogue.split("+"))
+    return config if is_simple and legal(config, shape, arch) else None
+
+
+def unmeasured_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) -> Config | None:
+    """A config of a family that passed its check on this GPU, where the account predicts a gain.
+
+    That is on sm_90, from one tile an SM on: products there have waits that warps of their own
+    hide. What `lraee tune` measured comes before it.
+    """
+    parts = set(epilogue.split("+"))
+    if gpu is None or arch.capability != 90 or {"quantized", "float32"} & parts:
+        return None
+    config = persistent_config(arch, has_residual="residual" in parts)
+    if math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n) < arch.sms:
+        return None
+    is_used = first_use.has_passed("persistent", gpu) and legal(config, shape, arch)
+    return config if is_used else None
+
+
 @functools.lru_cache(maxsize=4096)
-def pick(shape: Shape, arch: Arch) -> Config:
-    """The config measured for this shape, or the one of the table that the model finds fastest."""
-    config = measured(shape, arch)
+def pick(shape: Shape, arch: Arch, epilogue: str = "none", gpu: str | None = None) -> Config:
+    """The config to launch: that of the user's table, of a family that passed its check at first
+    use, of measured.py, or the model's choice.
+
+    Args:
+      epilogue: as epilogue_name has it; of use to the user's table alone.
+      gpu: name of the GPU, whose table is read; None reads none.
+    """
+    config = (
+        tuned_config(shape, arch, epilogue, gpu)
+        or unmeasured_config(shape, arch, epilogue, gpu)
+        or measured(shape, arch)
+    )
     if config is not None:
         return config
     rows = candidates(shape, arch)
@@ -332,25 +350,3 @@ def probe_config(B: int) -> ProbeConfig:
     In 8 warps ptxas holds the former to 128 registers on sm_89, 90 or 100, and spills.
     """
     return ProbeConfig(rows=1, num_warps=4) if B == 1 else ProbeConfig(rows=16)
-
-
-SEGMENT_K = 512
-"""Values of K that float_linear sums before it adds them to the sum of those before."""
-
-
-def float_config(K: int, x_bytes: int) -> FloatConfig:
-    """float_linear: one tiling, whatever the batch; the patches of an image fill 64 rows.
-
-    Of six measured on an H200 it was the fastest or within 5 % of it at 49 to 6,272 rows of
-    float16. In float32 a wider one spills, and so do 4 warps where rows are not aligned.
-    """
-    if x_bytes == 2:
-        return FloatConfig(64, 64, 64, num_warps=4, num_stages=4)
-    return FloatConfig(64, 32, 32, num_warps=4 if K % 16 == 0 else 8, num_stages=4)
-
-
-def segments_at_once(config: FloatConfig, tiles: int, K: int, arch: Arch) -> int:
-    """Programs of a tile of float_linear: one, or one a segment where tiles are fewer than SMs."""
-    segments = max(1, math.ceil(K / SEGMENT_K))
-    partials = tiles * segments * config.block_m * config.block_n
-    return segments if tiles < arch.sms and partials <= WORKSPACE_PARTIALS else 1

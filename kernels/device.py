@@ -1,4 +1,4 @@
-"""The architecture of a device, looked up once."""
+"""The architecture and name of a device, looked up once."""
 
 import functools
 
@@ -20,3 +20,9 @@ def arch(device: torch.device) -> Arch:
     if reason is not None:
         raise NotImplementedError(f"lraee.kernels: no int8 kernel for this GPU: {reason}")
     return ARCHS[10 * major + minor]
+
+
+@functools.cache
+def gpu_name(device: torch.device) -> str | None:
+    """Name of a CUDA device as the user's tables have it, None for any other."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None

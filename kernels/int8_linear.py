@@ -12,32 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import device, launch, workspace
-from lraee.kernels.common import activate, convert
+from lraee.kernels import device, first_use, launch, live_rows, workspace
+from lraee.kernels.common import convert
 from lraee.kernels.configs import (
     WORKSPACE_TICKETS,
     Config,
     PieceConfig,
     Shape,
+    epilogue_name,
     pick,
     piece_config,
 )
+from lraee.kernels.epilogue import before_residual, tile_of
+from lraee.kernels.int8_linear_persistent import int8_linear_persistent
 from lraee.kernels.operands import PackedLinear
 from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
 from lraee.kernels.tickets import arrive, draw, last_to_arrive, leave, wait_for
 from lraee.kernels.workspace import Workspace
-
-
-@triton.jit
-def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile of program pid: GROUP_M rows of tiles at a time, so that neighbours share w in L2."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    return first_m + within % rows, within // rows
 
 
 @triton.jit
@@ -48,20 +39,12 @@ def _store_output(
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y = act((acc - x_zero * w_sum) * (x_scale * w_scale) + bias) * layer_scale + residual."""
-    col_mask = offs_n < N
-    mask = (offs_m < M)[:, None] & col_mask[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     rows = offs_m.to(tl.int64)[:, None]
-    if HAS_ZERO:
-        w_sum = tl.load(w_sum_ptr + offs_n, mask=col_mask, other=0)
-        acc -= x_zero[:, None] * w_sum[None, :]
-    w_scale = tl.load(w_scale_ptr + offs_n, mask=col_mask, other=0.0)
-    y = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=col_mask, other=0.0)[None, :]
-    y = activate(y, ACTIVATION)
-    if HAS_LAYER_SCALE:
-        layer_scale = tl.load(layer_scale_ptr + offs_n, mask=col_mask, other=0.0)
-        y *= layer_scale.to(tl.float32)[None, :]
+    y = before_residual(
+        acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr, offs_n, N,
+        HAS_ZERO, HAS_BIAS, HAS_LAYER_SCALE, ACTIVATION,
+    )  # fmt: skip
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + rows * stride_rm + offs_n[None, :], mask=mask, other=0.0)
         y += residual.to(tl.float32)
@@ -101,13 +84,14 @@ def _quantize_piece(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _int8_linear_kernel(
     x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
     residual_ptr, y_ptr, q_ptr, q_scale_ptr, q_zero_ptr, partial_ptr, ticket_ptr,
-    M, N, K, stride_xm, stride_rm,
+    M, N, K, stride_xm, stride_rm, live_ptr, rows_per_image,
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LAYER_SCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
     QUANTIZES: tl.constexpr, SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
     PIECE_ROWS: tl.constexpr, PIECE_K: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -118,8 +102,13 @@ def _int8_linear_kernel(
     program to arrive adds them and stores y.
     QUANTIZES: the rows of y [M, N] are quantized into q, q_scale, q_zero, PIECE_ROWS of them by a
     program, after the tiles of their row block.
+    HAS_LIVE: only the rows of the first live_ptr[0] images are read and written. Tiles are numbered
+    as if all were; those without such a row end at once, and nothing waits for them.
     """
     item = tl.program_id(0)
+    live = M
+    if HAS_LIVE:
+        live = tl.minimum(tl.load(live_ptr) * rows_per_image, M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     programs = tl.cdiv(M, BLOCK_M) * tiles_n * SPLIT_K
     row_ticket_ptr = ticket_ptr + 1
@@ -130,11 +119,15 @@ def _int8_linear_kernel(
         if item >= programs:
             pieces = tl.num_programs(0) - programs
             piece = item - programs
-            row_ticket_ptr += piece // PIECES
-            of_block = tl.minimum(pieces - piece // PIECES * PIECES, PIECES)
+            block = piece // PIECES
+            if HAS_LIVE:
+                if block * BLOCK_M >= live:
+                    return
+            row_ticket_ptr += block
+            of_block = tl.minimum(pieces - block * PIECES, PIECES)
             wait_for(row_ticket_ptr, tiles_n)
             _quantize_piece(
-                y_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, M, N,
+                y_ptr, q_ptr, q_scale_ptr, q_zero_ptr, piece, live, N,
                 SYMMETRIC, IS_ONE_TILE, PIECE_ROWS, PIECE_K,
             )  # fmt: skip
             leave(row_ticket_ptr, tiles_n + of_block)
@@ -143,11 +136,14 @@ def _int8_linear_kernel(
     tile = item % tiles
     split = item // tiles
     pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if HAS_LIVE:
+        if pid_m * BLOCK_M >= live:
+            return
     row_ticket_ptr += pid_m
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    row_mask = offs_m < M
+    row_mask = offs_m < live
     col_mask = offs_n < N
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * K
@@ -174,7 +170,7 @@ def _int8_linear_kernel(
             x_zero = tl.load(x_zero_ptr + offs_m, mask=row_mask, other=0)
         _store_output(
             acc, x_scale, x_zero, w_scale_ptr, w_sum_ptr, bias_ptr, layer_scale_ptr,
-            residual_ptr, y_ptr, offs_m, offs_n, M, N, stride_rm,
+            residual_ptr, y_ptr, offs_m, offs_n, live, N, stride_rm,
             HAS_ZERO, HAS_BIAS, HAS_LAYER_SCALE, HAS_RESIDUAL, ACTIVATION,
         )  # fmt: skip
         if QUANTIZES:
@@ -203,18 +199,32 @@ def _launch(
     (M, K), N = x_q.shape, linear.N
     w, w_scale, w_sum, bias, layer_scale = linear
     assert w.shape == (N, K), f"int8_linear: w must have the CUDA layout [{N}, {K}], got {w.shape}"
-    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     if not M or not N:
-        return y
+        return torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     x_q = x_q if K <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
-    config = config or pick(Shape(M, N, K), device.arch(x_q.device))
+    if config is None and x_q.is_cuda and device.arch(x_q.device).capability == 90:
+        first_use.begin(x_q.device, str(device.gpu_name(x_q.device)))
+    config = config or pick(
+        Shape(M, N, K), device.arch(x_q.device),
+        epilogue_name(activation, has_layer_scale=layer_scale is not None,
+                      has_residual=residual is not None, quantizes=quantizing is not None,
+                      is_float32=out_dtype is torch.float32),
+        device.gpu_name(x_q.device),
+    )  # fmt: skip
+    if config.family != "simple":
+        assert quantizing is None, f"int8_linear: {config.family} quantizes no rows"
+        return int8_linear_persistent(
+            x_q, x_scale, x_zero, linear, config=config, residual=residual, activation=activation,
+            out_dtype=out_dtype,
+        )  # fmt: skip
     if space is None and (config.split_k > 1 or quantizing is not None):
         space = workspace.of_current_stream(x_q.device)
     row_blocks = triton.cdiv(M, config.block_m)
     programs = row_blocks * triton.cdiv(N, config.block_n) * config.split_k
-    absent = w_scale
+    y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
+    absent, live = w_scale, live_rows.current()
     # Launches that quantize nothing must not compile anew for another piece or width
     q: Quantized = (absent, absent, absent)
     symmetric, piece, is_one_tile = False, PieceConfig(1, 16), True
@@ -236,6 +246,8 @@ def _launch(
         absent if space is None else space.partials,
         absent if space is None else space.tickets,
         M, N, K, x_q.stride(0), 0 if residual is None else residual.stride(0),
+        absent if live is None else live.images,
+        0 if live is None else live.rows_per_image(M), HAS_LIVE=live is not None,
         HAS_ZERO=x_zero is not None,
         HAS_BIAS=bias is not None, HAS_LAYER_SCALE=layer_scale is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, EVEN_K=K % config.block_k == 0,

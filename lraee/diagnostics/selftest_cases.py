@@ -22,6 +22,7 @@ from lraee.kernels import (
     configs,
     exit_probe,
     float_attention,
+    float_configs,
     float_linear,
     int8_attention,
     int8_block,
@@ -164,10 +165,10 @@ def float_linear_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """float_linear, its segments in one program or in many, w by row and by step."""
     seeds = itertools.count()
     for M, (N, K) in itertools.product(sizes.rows, sizes.layers):
-        for splits in {1, -(-K // configs.SEGMENT_K)}:
+        for splits in {1, -(-K // float_configs.SEGMENT_K)}:
             seed = next(seeds)
             x, w, bias = selftest_inputs.float_linear(M, N, K, seed)
-            row = configs.float_config(K, x.element_size())
+            row = float_configs.float_config(K, x.element_size())
             find = _float_linear_difference(target, (x, w, bias), seed, row, splits)
             parts = f"{'no ' if bias is None else ''}bias splits={splits}"
             layout = "by row" if w.is_contiguous() else "by step"

@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned
 from lraee.diagnostics.selftest_inputs import float_linear as inputs
 from lraee.kernels import workspace
-from lraee.kernels.configs import SEGMENT_K, FloatConfig, float_config
+from lraee.kernels.float_configs import SEGMENT_K, FloatConfig, float_config
 from lraee.kernels.float_linear import float_linear
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
