@@ -157,12 +157,12 @@ numerics: setup  ## INT8 numerics on a real 257-token tower (DATA=folder of phot
 	@LRAEE_BUILD_EXT=0 $(PIP) --no-build-isolation --editable ".[numerics]"
 	$(PY) -m bench.numerics_257 $(if $(DATA),"$(DATA)")
 
-report: setup  ## The whole study of MODEL: DATA=, CLASSES=, VAL= (photos to report on); OUT=results/report.
+report: setup  ## The whole study of MODEL: DATA=, CLASSES=, VAL= (to report on); DOSE=1,8,16; OUT=results/report.
 	@$(BIN)/lraee report --out "$(or $(OUT),results/report)" $(STUDY_ARGS)
 
 STUDY_ARGS = $(if $(DATA),--data "$(DATA)") $(if $(CLASSES),--classes "$(CLASSES)") \
   $(if $(VAL),--report-data "$(VAL)") $(if $(MODEL),--model "$(MODEL)") \
-  $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
+  $(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(DOSE),--dose "$(DOSE)")
 
 # IMAGENET=folder with train and val; without it lraee-tiny and DATA=, VAL=, CLASSES=.
 reproduce: setup  ## The protocol of the paper, figures beside the published ones (IMAGENET=, PRETRAINED=).

@@ -1,6 +1,7 @@
 """The launches that a block and a probe would make, recorded without a GPU, and what each moves."""
 
 import math
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -20,17 +21,16 @@ HIDDEN = 512
 
 
 def block_launches(
-    tower: Tower, batch: int, arch: Arch, *, attention: str = "int8"
+    tower: Tower, batch: int, arch: Arch, *, attention: Literal["int8", "float"] = "float"
 ) -> list[Launch]:
     """The launches of one INT8 block in float16, as int8_block makes them on this architecture."""
     D = tower.D
     norm = Norm(meta(D), meta(D))
     linears = [meta_linear(linear.N, linear.K) for linear in tower.linears]
     block = BlockOperands(
-        norm, linears[0], linears[1], norm, *linears[2:], num_heads=tower.num_heads
-    )
-    if attention != "int8":
-        block = block._replace(attention=attention)  # type: ignore[arg-type, call-arg]
+        norm, linears[0], linears[1], norm, *linears[2:], num_heads=tower.num_heads,
+        attention=attention,
+    )  # fmt: skip
     x = meta(batch, tower.L, D, dtype=torch.float16)
     with mock.patch.object(device, "arch", lambda of: arch):
         return launches_of(lambda: int8_block(x, block))
@@ -73,7 +73,10 @@ def products_of(launch: Launch) -> int:
     if launch.name.startswith("int8_linear"):
         return 2 * math.prod(number(launch, name) for name in "MNK")
     if launch.name in ("int8_attention", "float_attention"):
-        return 4 * math.prod(number(launch, name) for name in ("B", "H", "num_queries", "L", "d"))
+        images = math.prod(number(launch, name) for name in ("H", "num_queries", "L", "d"))
+        y = launch.arguments["y_ptr"]
+        assert isinstance(y, Tensor)
+        return 4 * len(y) * images
     if launch.name == "exit_probe":
         P, H, E = (number(launch, name) for name in "PHE")
         blocks = math.ceil(number(launch, "B") / number(launch, "ROWS"))

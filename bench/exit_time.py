@@ -194,7 +194,8 @@ def main(
     )
     block, classes = timed.plan.blocks[0], timed.classes
     assert classes is not None
-    time = measure(plain, block, timed.heads[block], classes, timed.logit_scale)
+    head = cast(HeadWeights, timed.heads[block])
+    time = measure(plain, block, head, classes, timed.logit_scale)
     shares = [p / t for p, t in zip(time.probe_us, time.tower_us, strict=True)]
     typer.echo(
         f"{'probe':<10} {', '.join(f'{100 * share:.2f} %' for share in shares)} of the tower at"

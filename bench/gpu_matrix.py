@@ -28,16 +28,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench.launches import Launch, launches_of, meta, meta_linear
-from lraee.kernels import configs
+from lraee.kernels import configs, live_rows
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
+from lraee.kernels.exit_decide import agreement_score, exit_decide, exit_merge, exit_move
 from lraee.kernels.exit_probe import exit_probe
-from lraee.kernels.float_attention import float_attention
+from lraee.kernels.exit_state import ExitState
+from lraee.kernels.float_attention import float_attention, float_attention_quantized
 from lraee.kernels.float_linear import float_linear
 from lraee.kernels.gated_quantize import gated_quantize
-from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
+from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.measured import MEASURED
 from lraee.kernels.operands import AttentionOperands, Norm, PackedLinear, ProbeHead
 from lraee.kernels.quantize_rows import quantize_rows
@@ -131,12 +134,12 @@ def float_linear_cells() -> Iterator[tuple[str, Launch]]:
 
 def row_cells() -> Iterator[tuple[str, Launch]]:
     """The row-wise kernels at the widths of real towers."""
-    for M, K in ((50, 768), (1600, 3072), (257, 4096), (50, 6656)):
+    for M, K in ((50, 768), (1600, 768), (1600, 3072), (257, 4096), (1600, 4304), (50, 6656)):
         yield (
             f"{M}x{K}",
             launches_of(lambda M=M, K=K: quantize_rows(meta(M, K, dtype=torch.float16), False))[0],  # type: ignore[misc]
         )
-    for M, D in ((50, 768), (1600, 768), (8224, 1024), (257, 1280)):
+    for M, D in ((50, 768), (1600, 768), (8224, 1024), (257, 1280), (8224, 1280), (8224, 1664)):
         x, gamma = meta(M, D, dtype=torch.float16), meta(D)
         call = lambda x=x, gamma=gamma: layer_norm_quantize(x, gamma, gamma, 1e-5, False)  # noqa: E731
         yield f"{M}x{D}", launches_of(call)[0]  # type: ignore[arg-type]
@@ -153,9 +156,6 @@ def attention_cells() -> Iterator[tuple[str, Launch]]:
         config = configs.attention_config(L, d, L == 77)
         plain = partial(int8_attention, qkv, H, L == 77, config=config)
         yield f"B={B} L={L} d={d}", launches_of(plain)[0]
-        operands = AttentionOperands(H, L == 77)
-        quantized = partial(int8_attention_quantized, qkv, operands, symmetric=False, config=config)
-        yield f"quantized B={B} L={L} d={d}", launches_of(quantized)[0]
         if (L, d) not in ((257, 64), (257, 80)):
             continue
         masked = partial(int8_attention, qkv, H, key_mask=meta(B, L, dtype=torch.bool))
@@ -178,6 +178,11 @@ def float_attention_cells() -> Iterator[tuple[str, Launch]]:
         call = partial(float_attention, qkv, H, kind == "causal", rope, mask)
         name = f"L={L} d={d} {'fp16' if dtype is half else 'fp32'} {kind}".rstrip()
         yield name, launches_of(call)[0]
+        if L > 257 or kind == "rope":
+            continue
+        operands = AttentionOperands(H, kind == "causal", rope, mask)
+        quantized = partial(float_attention_quantized, qkv[:1], operands, symmetric=False)
+        yield f"quantized {name}", launches_of(quantized)[0]
 
 
 def probe_cells() -> Iterator[tuple[str, Launch]]:
@@ -201,6 +206,35 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
         yield f"B={B} L={L} D={D} E={E} class token", two_layers
     B, L, D, E = 32, 50, 768, 512
     yield f"B={B} L={L} D={D} E={E}", probe(B, L, D, D, meta_linear(D, D), meta_linear(E, D))
+    for B, L, D, E in ((1, 50, 768, 512), (32, 257, 1024, 768)):
+        with live_rows.using(LiveRows(meta(1, dtype=torch.int32), B)):
+            live = probe(B, L, D, 2 * D, meta_linear(512, 2 * D), meta_linear(E, 512))
+        yield f"B={B} L={L} D={D} E={E} live rows", live
+
+
+def exit_cells() -> Iterator[tuple[str, Launch]]:
+    """Decisions on the device: of one image, which moves nothing, and of many; every gate."""
+
+    def call(B: int, gate: str, e: int) -> tuple[ExitState, Any, Tensor]:
+        result, part = meta(B, 768, dtype=torch.float16), meta(B)
+        images = meta(1, dtype=torch.int32)
+        state = ExitState.allocate(images, meta(2, 4), result, compares=gate == "agreement")
+        probe = (meta(B, 768), meta(B, dtype=torch.int64), part, part, part, part)
+        return state, probe, meta(B, 257, 1024, dtype=torch.float16)
+
+    gates = (
+        (1, "given", 0), (1, "given", 1), (128, "given", 1), (128, "patience", 1),
+        (128, "static", 0),
+    )  # fmt: skip
+    for B, gate, e in gates:
+        state, probe, z = call(B, gate, e)
+        decide = partial(exit_decide, state, e, probe, gate, 6)
+        yield f"B={B} {gate}, exit {e}", launches_of(decide)[0]
+    yield "B=128 L=257 D=1024", launches_of(partial(exit_move, state, 0, probe[0], z))[0]
+    yield "E=768", launches_of(partial(exit_merge, state, state.result, 12))[0]
+    state, probe, _ = call(128, "agreement", 1)
+    score = partial(agreement_score, state, 1, probe[0], probe[2])
+    yield "E=768, exit 1", launches_of(score)[0]
 
 
 def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
@@ -208,7 +242,7 @@ def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     recorded = set()
     for sub in (
         linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(),
-        float_attention_cells(), probe_cells(),
+        float_attention_cells(), probe_cells(), exit_cells(),
     ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"
@@ -225,8 +259,18 @@ def subset(arch: Arch) -> Iterator[tuple[str, Launch]]:
             yield name, launch
 
 
-def compile_cell(launch: Launch, arch: Arch) -> Record:
-    """Compiles one launch for one architecture and reads its machine code."""
+@dataclass(frozen=True)
+class MachineCode:
+    """What one launch compiles to for one architecture: resources as cuobjdump prints them."""
+
+    usage: str
+    sass: str
+    shared: int
+    num_warps: int
+
+
+def machine_code(launch: Launch, arch: Arch) -> MachineCode:
+    """Compiles one launch for one architecture."""
     options = {**launch.options, "enable_fp_fusion": False}
     target = GPUTarget("cuda", arch.capability, 32)
     compiled = triton.compile(launch.source(), target=target, options=options)
@@ -235,13 +279,18 @@ def compile_cell(launch: Launch, arch: Arch) -> Record:
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("cuobjdump", "-sass", file.name)
-    result = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert result, usage
+    return MachineCode(usage, sass, compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def compile_cell(launch: Launch, arch: Arch) -> Record:
+    """Compiles one launch for one architecture and reads its machine code."""
+    code = machine_code(launch, arch)
+    result = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code.usage)
+    assert result, code.usage
     registers, stack, local = map(int, result.groups())
-    counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
-    shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
-    warps = _resident_warps(arch, registers, shared, num_warps)
-    return Record(registers, stack, local, shared, **counts, warps_per_sm=warps)
+    counts = {name: len(re.findall(pattern, code.sass)) for name, pattern in INSTRUCTIONS.items()}
+    warps = _resident_warps(arch, registers, code.shared, code.num_warps)
+    return Record(registers, stack, local, code.shared, **counts, warps_per_sm=warps)
 
 
 def _tool(name: str, *arguments: str) -> str:

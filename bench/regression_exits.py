@@ -8,6 +8,7 @@ statistic is the median over rounds of the ratio of one round.
 import math
 from dataclasses import replace
 from statistics import median
+from typing import cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import lraee
 from bench.exit_time import SHARES, random_exits, run, spread
 from bench.shapes import B32
 from lraee.calibration.probe_time import measure
+from lraee.exits.head import HeadWeights
 from lraee.measurement.timing import interleaved
 from lraee.towers.families import find_tower
 from lraee.towers.runner import exits_of
@@ -52,7 +54,7 @@ def fast(images: torch.Tensor) -> nn.Module:
     exits = random_exits(plain)
     assert exits.classes is not None
     block, head = next(iter(exits.heads.items()))
-    time = measure(plain, block, head, exits.classes, exits.logit_scale)
+    time = measure(plain, block, cast(HeadWeights, head), exits.classes, exits.logit_scale)
     shares = SHARES if time.most_exits >= len(SHARES) else ONE_EXIT
     built = spread(model, random_exits(plain, shares), images, shares)
     return lraee.accelerate(model, exits=built)

@@ -2,30 +2,38 @@
 
     python -m bench.study_figures summarize REPORT.json docs/study/summary.json
     python -m bench.study_figures fill docs/study/summary.json README.md docs/study.md [--check]
+    python -m bench.study_figures dose DOSE.json docs/study.md [--picture docs/images/dose.svg]
 
 `summarize` keeps a few KB of a report: findings, main table, quadrants, and the findings of a
 second model. `fill` writes them between the marks of a document: a block begins with
 `<!-- report: NAME -->` and ends with `<!-- /report -->`, each on a line of its own. NAME: summary
 (findings), main (the main table), quadrants (one row per backbone and recipe), stable (the verdict
 on each claim beside that of the second model).
+`dose` does the same for a dose study from its dose.json, between `<!-- dose: NAME -->` and
+`<!-- /dose -->`: run (what was run), words (the range in which each claim holds), verdicts (claims
+by dose), curve (every point of the picture); with --picture it draws the curve anew.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, cast
+from typing import Annotated, Any, TypedDict, TypeVar, cast
 
 import typer
 
 from lraee.storage.files import CheckpointError, replace_file
-from lraee.study.page import formatting, read_report
+from lraee.study.dose.schema import DoseReport
+from lraee.study.page import dose_tables, formatting, read_doses, read_report
+from lraee.study.page.pictures import save_curve
+from lraee.study.page.tables import Table
 from lraee.study.schema import Report
 
+C = TypeVar("C")
+
 SCHEMA = "lraee.study_summary/1"
-_BLOCK = re.compile(
-    r"^(<!-- report: (?P<name>[^\n]*?) -->\n)(?P<body>.*?)^(<!-- /report -->)$", re.M | re.S
-)
+_BLOCK = r"^(<!-- {kind}: (?P<name>[^\n]*?) -->\n)(?P<body>.*?)^(<!-- /{kind} -->)$"
 _SENTENCES = {True: "Holds", False: "Fails", None: "Inconclusive"}
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#])")
 _MAIN = ("name", "backbone", "top1", "agreement", "flops_saved")
@@ -168,21 +176,62 @@ def escaped(text: str) -> str:
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 
-def filled(text: str, summary: Summary) -> str:
-    """The document with every block written anew.
+def dose_run(report: DoseReport) -> str:
+    """What was run, in one sentence."""
+    doses = ", ".join(f"{dose:g}" for dose in report["doses"])
+    seeds = len(report["seeds"])
+    same = sum(kept["same_answers"] for kept in report["kept"])
+    photos = sum(kept["photos"] for kept in report["kept"])
+    worst = max((kept["largest_error"] for kept in report["kept"]), default=0.0)
+    return (
+        f"Doses {doses}; {seeds} {'seed' if seeds == 1 else 'seeds'}; {report['learned_from']:,}"
+        f" photos to learn from, {report['reported_on']:,} to report on; {report['minutes']:.0f}"
+        f" minutes of work on one thread. With the doses in, float gave the same answer to {same:,}"
+        f" of {photos:,} photos; its embeddings moved by {worst:.1e} at most."
+    )
+
+
+def dose_words(report: DoseReport) -> str:
+    """Per claim, the ranges of doses on the paper's INT8."""
+    lines = [
+        f"- {escaped(dose_tables.titled(claim))}: {escaped(claim['words'])}"
+        for claim in report["claims"]
+        if claim["backbone"] == "paper"
+    ]
+    return "\n".join(lines)
+
+
+def dose_table(table: Table) -> str:
+    """One of the page's tables."""
+    return markdown(table.header, table.rows)
+
+
+DOSE_BLOCKS: dict[str, Callable[[DoseReport], str]] = {
+    "run": dose_run,
+    "words": dose_words,
+    "verdicts": lambda report: dose_table(dose_tables.of_verdicts(report, "paper")),
+    "curve": lambda report: dose_table(dose_tables.of_curve(report)),
+}
+
+
+def filled(
+    text: str, contents: C, blocks: Mapping[str, Callable[[C], str]], kind: str = "report"
+) -> str:
+    """The document with every block of one kind written anew.
 
     Raises: ValueError on a block of another name, and where there is none.
     """
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in BLOCKS:
-            raise ValueError(f"study_figures: a block must be one of {[*BLOCKS]}, got {name!r}")
-        return f"{match[1]}\n{BLOCKS[name](summary)}\n\n{match[4]}"
+        if name not in blocks:
+            raise ValueError(f"study_figures: a block must be one of {[*blocks]}, got {name!r}")
+        return f"{match[1]}\n{blocks[name](contents)}\n\n{match[4]}"
 
-    result, count = _BLOCK.subn(replace, text)
-    if not count or count != text.count("<!-- report: "):
-        got = f"{count} of {text.count('<!-- report: ')}"
+    result, count = re.subn(_BLOCK.format(kind=kind), replace, text, flags=re.M | re.S)
+    opened = text.count(f"<!-- {kind}: ")
+    if not count or count != opened:
+        got = f"{count} of {opened}"
         raise ValueError(f"study_figures: every block must be closed on a line, got {got}")
     return result
 
@@ -213,18 +262,49 @@ def fill(
     check: Annotated[bool, typer.Option(help="Change nothing; fail if something would.")] = False,
 ) -> None:
     """Write the blocks of documents, or check them."""
-    try:
+    with _one_line():
         contents = read_summary(summary)
-        texts = {path: path.read_text() for path in documents}
-        results = {path: filled(text, contents) for path, text in texts.items()}
+        _write(documents, lambda text: filled(text, contents, BLOCKS), summary, is_check=check)
+
+
+@app.command()
+def dose(
+    report: Path,
+    documents: list[Path],
+    picture: Annotated[Path | None, typer.Option(help="SVG of the curve to write.")] = None,
+    check: Annotated[bool, typer.Option(help="Change nothing; fail if something would.")] = False,
+) -> None:
+    """Write the blocks of a dose study, or check them; draw its curve."""
+    with _one_line():
+        contents = read_doses(report)
+        _write(
+            documents, lambda text: filled(text, contents, DOSE_BLOCKS, "dose"), report,
+            is_check=check,
+        )  # fmt: skip
+        if picture is not None and not check:
+            save_curve(contents, picture)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
+
+
+def _write(
+    documents: Sequence[Path], fill: Callable[[str], str], source: Path, *, is_check: bool
+) -> None:
+    """All documents or, where one cannot be filled, none of them."""
+    texts = {path: path.read_text() for path in documents}
+    results = {path: fill(text) for path, text in texts.items()}
     for path in documents:
         if texts[path] == results[path]:
             continue
-        if check:
-            typer.echo(f"study_figures: {path} must show the figures of {summary}", err=True)
+        if is_check:
+            typer.echo(f"study_figures: {path} must show the figures of {source}", err=True)
             raise typer.Exit(1)
         replace_file(path, results[path].encode())
 

@@ -23,14 +23,6 @@ WORKSPACE_TICKETS = 1 << 16
 
 
 @dataclass(frozen=True)
-class RowConfig:
-    """Rows of one program of a row-wise kernel, and its warps."""
-
-    block_m: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
 class AttentionConfig:
     """Queries of one program of int8_attention, its warps and pipeline stages.
 
@@ -260,11 +252,6 @@ def pick(shape: Shape, arch: Arch, epilogue: str = "none", gpu: str | None = Non
     return min(rows, key=lambda row: predicted_us(row, shape, arch))
 
 
-def row_config(M: int, K: int) -> RowConfig:
-    """quantize_rows: a row a program; 8 warps for wide or few rows (measured on an H200)."""
-    return RowConfig(1, num_warps=8 if K > 1024 or M <= 128 else 4)
-
-
 @dataclass(frozen=True)
 class PieceConfig:
     """Rows that one program quantizes in a launch that does more, block_k values at a time."""
@@ -289,13 +276,6 @@ def piece_config(M: int, width: int, num_warps: int, group: int) -> PieceConfig:
     if M <= MOST_SPREAD_ROWS:
         return PieceConfig(1, block_k)
     return PieceConfig(min(16, most // block_k, 1 << (group - 1).bit_length()), block_k)
-
-
-def chunk_config(M: int, D: int) -> RowConfig:
-    """layer_norm_quantize: a warp a row (measured on an H200), more for few rows or wide ones."""
-    if D > 4096:
-        return RowConfig(1, num_warps=4)
-    return RowConfig(1, num_warps=2 if M <= 512 else 1)
 
 
 def attention_config(

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch, workspace
+from lraee.kernels import launch, live_rows, workspace
 from lraee.kernels.common import activate
 from lraee.kernels.configs import ProbeConfig, probe_config
 from lraee.kernels.exit_probe_pool import normalise_pooled, pool_channels
@@ -109,18 +109,22 @@ def _exit_probe_kernel(
     pooled_ptr, spread_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr,
     hidden_ptr, hidden_q_ptr, hidden_scale_ptr, hidden_zero_ptr, part_ptr,
     embedding_ptr, top1_ptr, confidence_ptr, margin_ptr, variance_ptr, score_ptr, ticket_ptr,
-    B, N, D, P, H, E, K, CLASSES, PARTS, stride_b, stride_l,
+    live_ptr, B, N, D, P, H, E, K, CLASSES, PARTS, stride_b, stride_l,
     HAS_W2: tl.constexpr, HAS_B1: tl.constexpr, HAS_B2: tl.constexpr,
     HAS_CLASS_TOKEN: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
     E_CHUNKS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     """One item: channels of an image, a tile of a layer, or classes; see [NOTE: probe algebra].
 
     Tickets behind that of the items: per image, its channels; per block of ROWS images, its rows
     and the tiles that read them; its hidden rows, the tiles of its embedding, and its parts.
+    HAS_LIVE: only the first live_ptr[0] images are probed. All programs count items and tickets by
+    that number, so arrivals add up; what is drawn beyond the last item ends at once.
     """
     item = draw(ticket_ptr, tl.num_programs(0))
+    if HAS_LIVE:
+        B = tl.minimum(tl.load(live_ptr), B)
     blocks = tl.cdiv(B, ROWS)
     image_ticket_ptr = ticket_ptr + 1
     row_ticket_ptr = image_ticket_ptr + B
@@ -178,6 +182,9 @@ def _exit_probe_kernel(
             return
         item -= blocks * tiles
 
+    if HAS_LIVE:
+        if item >= blocks * PARTS:
+            return
     block = item // PARTS
     wait_for(score_ticket_ptr + block, arrived)
     score_classes(
@@ -208,7 +215,8 @@ def exit_probe(
       z, head: as in lraee.ops.reference.exit_probe; weights int8 [H, P] and [E, H].
       config: tiles and warps; chosen by shape when None.
       space: tickets of the launch; those of the current stream when None.
-    Returns: embedding, top1, confidence, margin, variance, score.
+    Returns: embedding, top1, confidence, margin, variance, score; any content in rows of images
+      that are not live.
     """
     (gamma, beta, eps), first, second, classes, logit_scale, gate = head
     (B, L, D), (K, E) = z.shape, classes.shape
@@ -236,6 +244,9 @@ def exit_probe(
     programs = B * triton.cdiv(D, config.block_d) + blocks * parts
     for width in (H,) if second is None else (H, E):
         programs += blocks * triton.cdiv(width, int(TILE_N))
+    live = live_rows.current()
+    assert live is None or live.capacity == B, f"exit_probe: {B} images, live rows of others"
+    live_ptr = gate if live is None else live.images
     launch.start(
         _exit_probe_kernel, (programs,),
         z, gamma.contiguous(), beta.contiguous(), eps,
@@ -244,12 +255,12 @@ def exit_probe(
         _floats((B, P), z), _floats((B, D), z), *x,
         hidden, *hidden_q, _floats((blocks, parts, 4, config.rows), z),
         embedding, top1, confidence, margin, variance, score, space.tickets,
-        B, L - 1, D, P, H, E, K, per_program, parts, z.stride(0), z.stride(1),
+        live_ptr, B, L - 1, D, P, H, E, K, per_program, parts, z.stride(0), z.stride(1),
         HAS_W2=second is not None, HAS_B1=first.bias is not None,
         HAS_B2=second is not None and second.bias is not None,
         HAS_CLASS_TOKEN=P != D, BLOCK_D=config.block_d, UNROLL=config.unroll,
         E_CHUNKS=triton.cdiv(E, 64), ROWS=config.rows, BLOCK_K=config.block_k,
-        BLOCK_H=config.block_h, num_warps=config.num_warps,
+        BLOCK_H=config.block_h, HAS_LIVE=live is not None, num_warps=config.num_warps,
     )  # fmt: skip
     return embedding, top1, confidence, margin, variance, score
 

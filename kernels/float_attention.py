@@ -6,19 +6,33 @@ padding (80 = 64 + 16): tl.arange knows powers of two alone, and one tile of 128
 zeros of each 80 channels.
 
 Tiles follow from L and d alone, so the order of sums, and each bit, is the same in any batch.
+
+float_attention_quantized gives its rows quantized, for the projection that follows, in that launch.
+A program owns a head and a row spans all heads: programs behind those of the heads quantize a row
+each, once its heads are stored (see tickets). That pays for few rows alone.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch, live_rows
+from lraee.kernels import launch, live_rows, workspace
 from lraee.kernels.common import INFINITY, INTERPRETED, convert
-from lraee.kernels.configs import FloatAttentionConfig, float_attention_config, head_tiles
+from lraee.kernels.configs import (
+    WORKSPACE_TICKETS,
+    FloatAttentionConfig,
+    float_attention_config,
+    head_tiles,
+    piece_config,
+)
 from lraee.kernels.operands import AttentionOperands
+from lraee.kernels.quantize_rows import Quantized, empty_quantized, quantize_block
+from lraee.kernels.tickets import arrive, draw, leave, wait_for
+from lraee.kernels.workspace import Workspace
 
 LOWEST = tl.constexpr(-3.0e38)
 """Stands for the largest logit of a query that has seen no key: exp2(-inf - LOWEST) is 0."""
@@ -109,21 +123,56 @@ def _add_keys(
     return sums, new_best, total
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit
+def _quantize_row(
+    y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, live_ptr, row, num_queries, H, d,
+    HAS_LIVE: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_I: tl.constexpr, ROW_K: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Quantizes one row of y when all of its heads are stored."""
+    image = row // num_queries
+    if HAS_LIVE:
+        if image >= tl.load(live_ptr):
+            return
+    tile = row % num_queries // BLOCK_I
+    ticket_ptr += image * tl.cdiv(num_queries, BLOCK_I) + tile
+    wait_for(ticket_ptr, H)
+    offs_m = row + tl.arange(0, 1)
+    quantize_block(
+        y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, offs_m, offs_m >= 0, H * d, H * d,
+        SYMMETRIC, IS_ONE_TILE, ROW_K, ".cg",
+    )  # fmt: skip
+    leave(ticket_ptr, H + tl.minimum(num_queries - tile * BLOCK_I, BLOCK_I))
+
+
+@triton.jit(do_not_specialize=["B", "num_queries"])
 def _float_attention_kernel(
-    qkv_ptr, y_ptr, rope_ptr, mask_ptr, live_ptr, L, num_queries, H, R, prefix, stride_b, stride_l,
-    scale, d: tl.constexpr, TILES: tl.constexpr, HAS_LIVE: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_ROPE: tl.constexpr, HAS_KEY_MASK: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    qkv_ptr, y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, rope_ptr, mask_ptr, live_ptr,
+    B, L, num_queries, H, R, prefix, stride_b, stride_l, scale, d: tl.constexpr,
+    TILES: tl.constexpr, HAS_LIVE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_ROPE: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    PRECISION: tl.constexpr, QUANTIZES: tl.constexpr, SYMMETRIC: tl.constexpr,
+    ROW_K: tl.constexpr, IS_ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_I of the queries i < num_queries of one head.
 
     p = exp2(scale * score - best so far) is added up as it comes; where a later tile holds a larger
     score, sums made before shrink by exp2(best - new best). Dividing by the total comes last. Whole
     tiles of keys are added without a mask, the last one apart.
+    QUANTIZES: more programs, after those of the heads, quantize the rows of y.
     """
     tiles = tl.cdiv(num_queries, BLOCK_I)
     item = tl.program_id(0)
+    if QUANTIZES:
+        item = draw(ticket_ptr, tl.num_programs(0))
+        ticket_ptr += 1
+        if item >= B * H * tiles:
+            _quantize_row(
+                y_ptr, y_q_ptr, y_scale_ptr, y_zero_ptr, ticket_ptr, live_ptr,
+                item - B * H * tiles, num_queries, H, d, HAS_LIVE, SYMMETRIC, BLOCK_I, ROW_K,
+                IS_ONE_TILE,
+            )  # fmt: skip
+            return
     head = (item // tiles) % H
     image = (item // tiles // H).to(tl.int64)
     if HAS_LIVE and image >= tl.load(live_ptr):
@@ -164,6 +213,65 @@ def _float_attention_kernel(
         mask = (offs_i < num_queries)[:, None] & (offs_d < d)[None, :]
         y = convert(acc[t] / total[:, None], y_ptr.dtype.element_ty)
         tl.store(y_rows + offs_d[None, :], y, mask=mask)
+    if QUANTIZES:
+        arrive(ticket_ptr + image * tiles + item % tiles)
+
+
+class _Quantizing(NamedTuple):
+    """Where a launch quantizes its rows to, and how."""
+
+    rows: Quantized
+    symmetric: bool
+    space: Workspace | None
+
+
+def _launch(
+    qkv: Tensor,
+    operands: AttentionOperands,
+    num_queries: int | None,
+    config: FloatAttentionConfig | None,
+    quantizing: _Quantizing | None = None,
+) -> Tensor:
+    """The launch that both launchers share; an absent pointer is y, which is then never read."""
+    num_heads, causal, rope, key_mask = operands
+    B, L, D3 = qkv.shape
+    D = D3 // 3
+    d = D // num_heads
+    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
+    config = config or float_attention_config(L, d, qkv.element_size(), has_rope=rope is not None)
+    num_queries = L if num_queries is None else num_queries
+    y = torch.empty((B, num_queries, D), dtype=qkv.dtype, device=qkv.device)
+    tiles = triton.cdiv(num_queries, config.block_i)
+    programs = B * num_heads * tiles
+    if not programs:
+        return y
+    # Launches that quantize nothing must not compile anew for another width
+    rows, symmetric, row_k, space = (y, y, y), False, 16, None
+    if quantizing is not None:
+        rows, symmetric, space = quantizing
+        space = space or workspace.of_current_stream(qkv.device)
+        assert B * tiles < WORKSPACE_TICKETS, f"float_attention: too many images to quantize: {B}"
+        row_k = piece_config(1, D, config.num_warps, 1).block_k
+        programs += B * num_queries
+    rotated = 0 if rope is None else rope.shape[1]
+    live_ptr, per_image, has_live = live_rows.operands(B, y)
+    assert per_image <= 1, f"float_attention: B must be the images of live_rows, got {B}"
+    launch.start(
+        _float_attention_kernel,
+        (programs,),
+        qkv, y, *rows, y if space is None else space.tickets,
+        y if rope is None else rope.contiguous(),
+        y if key_mask is None else key_mask.contiguous().view(torch.int8),
+        live_ptr, B, L, num_queries, num_heads, rotated, L - rotated, qkv.stride(0), qkv.stride(1),
+        math.log2(math.e) / math.sqrt(d),
+        d=d, TILES=head_tiles(d), HAS_LIVE=has_live, IS_CAUSAL=causal, HAS_ROPE=rope is not None,
+        HAS_KEY_MASK=key_mask is not None, BLOCK_I=config.block_i, BLOCK_J=config.block_j,
+        PRECISION="tf32x3" if qkv.dtype is torch.float32 else "ieee",
+        QUANTIZES=quantizing is not None, SYMMETRIC=symmetric, ROW_K=row_k,
+        IS_ONE_TILE=quantizing is None or D <= row_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
 
 
 def float_attention(
@@ -189,30 +297,29 @@ def float_attention(
       config: tiles and warps of a program; chosen by shape when None.
     Returns: [B, num_queries, D] in the type of qkv.
     """
-    num_heads, causal, rope, key_mask = AttentionOperands(num_heads, causal, rope, key_mask)
+    operands = AttentionOperands(num_heads, causal, rope, key_mask)
+    return _launch(qkv, operands, num_queries, config)
+
+
+def float_attention_quantized(
+    qkv: Tensor,
+    operands: AttentionOperands,
+    *,
+    symmetric: bool,
+    num_queries: int | None = None,
+    config: FloatAttentionConfig | None = None,
+    space: Workspace | None = None,
+) -> Quantized:
+    """quantize_rows of the rows of float_attention in one launch, the same bits.
+
+    Args:
+      operands: num_heads to key_mask of float_attention.
+      symmetric: as in quantize_rows.
+      space: tickets of the launch; that of the current stream when None.
+      others: as in float_attention.
+    Returns: int8 [M, D] with M = B * num_queries, its scale float32 [M] and zero point int32 [M].
+    """
     B, L, D3 = qkv.shape
-    D = D3 // 3
-    d = D // num_heads
-    qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-    config = config or float_attention_config(L, d, qkv.element_size(), has_rope=rope is not None)
-    num_queries = L if num_queries is None else num_queries
-    y = torch.empty((B, num_queries, D), dtype=qkv.dtype, device=qkv.device)
-    programs = B * num_heads * triton.cdiv(num_queries, config.block_i)
-    if not programs:
-        return y
-    rotated = 0 if rope is None else rope.shape[1]
-    live_ptr, per_image, has_live = live_rows.operands(B, y)
-    assert per_image <= 1, f"float_attention: B must be the images of live_rows, got {B}"
-    launch.start(
-        _float_attention_kernel,
-        (programs,),
-        qkv, y, y if rope is None else rope.contiguous(),
-        y if key_mask is None else key_mask.contiguous().view(torch.int8),
-        live_ptr, L, num_queries, num_heads, rotated, L - rotated, qkv.stride(0), qkv.stride(1),
-        math.log2(math.e) / math.sqrt(d),
-        d=d, TILES=head_tiles(d), HAS_LIVE=has_live, IS_CAUSAL=causal, HAS_ROPE=rope is not None,
-        HAS_KEY_MASK=key_mask is not None, BLOCK_I=config.block_i, BLOCK_J=config.block_j,
-        PRECISION="tf32x3" if qkv.dtype is torch.float32 else "ieee",
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return y
+    rows = empty_quantized(B * (L if num_queries is None else num_queries), D3 // 3, qkv.device)
+    _launch(qkv, operands, num_queries, config, _Quantizing(rows, symmetric, space))
+    return rows

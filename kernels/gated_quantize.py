@@ -7,18 +7,18 @@ from torch import Tensor
 
 from lraee.kernels import launch, live_rows
 from lraee.kernels.common import (
-    LANES,
     SMALLEST_SCALE,
     activate,
     live_count,
-    load_row,
+    load_chunks,
     normalise_row,
     quantize_tile,
     quantizer,
     row_range,
+    store_tile,
 )
-from lraee.kernels.configs import RowConfig, chunk_config
 from lraee.kernels.quantize_rows import empty_quantized
+from lraee.kernels.row_configs import RowConfig, chunk_config
 
 GatedRows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -26,9 +26,9 @@ GatedRows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _gated_quantize_kernel(
     x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, r_q_ptr, r_scale_ptr,
-    live_ptr, M, rows_per_image, H, stride_xm, eps,
-    HAS_LIVE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_BETA: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    live_ptr, M, rows_per_image, stride_xm, eps,
+    H: tl.constexpr, HAS_LIVE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BETA: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """v = act(x[:, :H]) * x[:, H:] of BLOCK_M rows, normed where HAS_NORM, in two terms.
 
@@ -40,10 +40,10 @@ def _gated_quantize_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = offs_m < M
     starts = offs_m.to(tl.int64) * stride_xm
-    gate = load_row(x_ptr, starts, row_mask, H, CHUNKS)
-    up = load_row(x_ptr + H, starts, row_mask, H, CHUNKS)
+    gate = load_chunks(x_ptr, starts, row_mask, H)
+    up = load_chunks(x_ptr + H, starts, row_mask, H)
     v = ()
-    for c in tl.static_range(CHUNKS):
+    for c in tl.static_range(len(gate)):
         v = v + (activate(gate[c], ACTIVATION) * up[c],)  # type: ignore[assignment]
     if HAS_NORM:
         v = normalise_row(v, gamma_ptr, beta_ptr, eps, H, HAS_BETA)
@@ -54,17 +54,15 @@ def _gated_quantize_kernel(
     tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
     tl.store(x_zero_ptr + offs_m, zero.to(tl.int32), mask=row_mask)
     tl.store(r_scale_ptr + offs_m, r_scale, mask=row_mask)
-    rows = offs_m.to(tl.int64)[:, None] * H
-    for c in tl.static_range(CHUNKS):
-        cols = c * LANES + tl.arange(0, LANES)
-        mask = row_mask[:, None] & (cols[None, :] < H)
+    rows = offs_m.to(tl.int64) * H
+    for c in tl.static_range(len(v)):
         x_q = quantize_tile(v[c], scale, zero, is_valid, False)
         rest = v[c] - (x_q.to(tl.float32) - zero[:, None]) * scale[:, None]
         limit = 127.0 * r_scale[:, None]
         rest = tl.minimum(tl.maximum(rest, -limit), limit)
         r_q = quantize_tile(rest, r_scale, zero, is_valid, True)
-        tl.store(x_q_ptr + rows + cols[None, :], x_q, mask=mask)
-        tl.store(r_q_ptr + rows + cols[None, :], r_q, mask=mask)
+        store_tile(x_q_ptr, rows, row_mask, x_q, c, H)
+        store_tile(r_q_ptr, rows, row_mask, r_q, c, H)
 
 
 def gated_quantize(
@@ -96,9 +94,9 @@ def gated_quantize(
             _gated_quantize_kernel,
             (triton.cdiv(M, config.block_m),),
             x, x if gamma is None else gamma.contiguous(), x if beta is None else beta.contiguous(),
-            x_q, x_scale, x_zero, r_q, r_scale, live_ptr, M, rows_per_image, H, x.stride(0), eps,
-            HAS_LIVE=has_live, ACTIVATION=activation,
+            x_q, x_scale, x_zero, r_q, r_scale, live_ptr, M, rows_per_image, x.stride(0), eps,
+            H=H, HAS_LIVE=has_live, ACTIVATION=activation,
             HAS_NORM=gamma is not None, HAS_BETA=beta is not None,
-            CHUNKS=max(1, triton.cdiv(H, 64)), BLOCK_M=config.block_m, num_warps=config.num_warps,
+            BLOCK_M=config.block_m, num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero, r_q, r_scale

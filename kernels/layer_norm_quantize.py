@@ -6,23 +6,23 @@ from torch import Tensor
 
 from lraee.kernels import launch, live_rows
 from lraee.kernels.common import (
-    LANES,
     live_count,
-    load_row,
+    load_chunks,
     normalise_row,
     quantize_tile,
     quantizer,
     row_range,
+    store_tile,
 )
-from lraee.kernels.configs import RowConfig, chunk_config
 from lraee.kernels.quantize_rows import Quantized, empty_quantized
+from lraee.kernels.row_configs import RowConfig, chunk_config
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _layer_norm_quantize_kernel(
-    x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, live_ptr, M, rows_per_image, D,
-    stride_xm, eps, HAS_LIVE: tl.constexpr, HAS_BETA: tl.constexpr, SYMMETRIC: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, live_ptr, M, rows_per_image,
+    stride_xm, eps, D: tl.constexpr, HAS_LIVE: tl.constexpr, HAS_BETA: tl.constexpr,
+    SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """x_q[m] = quantize(((x[m] - mean) * rstd) * gamma + beta) for BLOCK_M rows, each read once.
 
@@ -34,17 +34,15 @@ def _layer_norm_quantize_kernel(
         return
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = offs_m < M
-    x = load_row(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, D, CHUNKS)
+    x = load_chunks(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, D)
     y = normalise_row(x, gamma_ptr, beta_ptr, eps, D, HAS_BETA)
     lo, hi = row_range(y)
     scale, zero, is_valid = quantizer(lo, hi, SYMMETRIC)
     tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
     tl.store(x_zero_ptr + offs_m, zero.to(tl.int32), mask=row_mask)
-    x_q_rows = x_q_ptr + offs_m.to(tl.int64)[:, None] * D
-    for c in tl.static_range(CHUNKS):
-        cols = c * LANES + tl.arange(0, LANES)
+    for c in tl.static_range(len(y)):
         x_q = quantize_tile(y[c], scale, zero, is_valid, SYMMETRIC)
-        tl.store(x_q_rows + cols[None, :], x_q, mask=row_mask[:, None] & (cols[None, :] < D))
+        store_tile(x_q_ptr, offs_m.to(tl.int64) * D, row_mask, x_q, c, D)
 
 
 def layer_norm_quantize(
@@ -76,9 +74,8 @@ def layer_norm_quantize(
             _layer_norm_quantize_kernel,
             (triton.cdiv(M, config.block_m),),
             x, gamma.contiguous(), gamma if beta is None else beta.contiguous(), x_q, x_scale,
-            x_zero, live_ptr, M, rows_per_image, D, x.stride(0), eps,
-            HAS_LIVE=has_live, HAS_BETA=beta is not None, SYMMETRIC=symmetric,
-            CHUNKS=max(1, triton.cdiv(D, 64)),
+            x_zero, live_ptr, M, rows_per_image, x.stride(0), eps,
+            D=D, HAS_LIVE=has_live, HAS_BETA=beta is not None, SYMMETRIC=symmetric,
             BLOCK_M=config.block_m, num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero

@@ -6,7 +6,7 @@ arguments on and check nothing: see lraee.ops.checked. In a FLOP formula each te
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -89,6 +89,7 @@ class BlockOperands(NamedTuple):
       causal: token i sees tokens 0..i only.
       activation: between c_fc and c_proj, see int8_linear.
       key_mask: bool [B, L] or None, see int8_attention.
+      attention: int8_attention, or float_attention on a GPU.
     """
 
     norm_1: Norm
@@ -102,6 +103,7 @@ class BlockOperands(NamedTuple):
     causal: bool = False
     activation: str = "gelu"
     key_mask: Tensor | None = None
+    attention: Literal["int8", "float"] = "int8"
 
 
 def _linear_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,12 +139,12 @@ def _block_from_schema(function: Callable[..., Any]) -> Callable[..., Any]:
     def int8_block(
         x: Any, norm_1: Any, in_proj: Any, out_proj: Any, norm_2: Any, c_fc: Any, c_proj: Any,
         eps: Any, symmetric: Any, num_heads: Any, causal: Any, activation: Any,
-        first_only: bool = False, key_mask: Any = None, **options: Any,
+        first_only: bool = False, key_mask: Any = None, attention: Any = "int8", **options: Any,
     ) -> Any:  # fmt: skip
         block = BlockOperands(
             _norm(norm_1, eps[0]), PackedLinear(*in_proj), PackedLinear(*out_proj),
             _norm(norm_2, eps[1]), PackedLinear(*c_fc), PackedLinear(*c_proj),
-            symmetric, num_heads, causal, activation, key_mask,
+            symmetric, num_heads, causal, activation, key_mask, attention,
         )  # fmt: skip
         return function(x, block, first_only, **options)
 
@@ -154,7 +156,7 @@ def _block_to_schema(operator: Callable[..., Any]) -> Callable[..., Any]:
         norm_1, in_proj, out_proj, norm_2, c_fc, c_proj, *settings = block[:10]
         return operator(
             x, _vectors(norm_1), in_proj, out_proj, _vectors(norm_2), c_fc, c_proj,
-            [norm_1.eps, norm_2.eps], *settings, first_only, block.key_mask,
+            [norm_1.eps, norm_2.eps], *settings, first_only, block.key_mask, block.attention,
         )  # fmt: skip
 
     return int8_block

@@ -6,8 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from lraee.kernels import launch, live_rows
-from lraee.kernels.common import live_count, quantize_tile, quantizer, tile_range
-from lraee.kernels.configs import RowConfig, row_config
+from lraee.kernels.common import (
+    live_count,
+    load_row,
+    quantize_tile,
+    quantizer,
+    row_range,
+    store_tile,
+    tile_range,
+)
+from lraee.kernels.row_configs import LONG_ROW_VALUES, RowConfig, held_width, row_config
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
@@ -54,18 +62,43 @@ def quantize_block(
 
 @triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _quantize_rows_kernel(
-    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, live_ptr, M, rows_per_image, K, stride_xm,
-    HAS_LIVE: tl.constexpr, SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, live_ptr, M, rows_per_image, stride_xm,
+    K: tl.constexpr, HAS_LIVE: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """quantize_block of BLOCK_M rows."""
+    """x_q[m] = clamp(round(x[m] / scale_m) + zero_m) of BLOCK_M rows, each read once.
+
+    A row is held in its own type, in tiles of WIDTH values.
+    """
     M = live_count(M, live_ptr, rows_per_image, HAS_LIVE)
     if HAS_LIVE and tl.program_id(0) * BLOCK_M >= M:
         return
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = offs_m < M
+    x = load_row(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, K, WIDTH)
+    lo, hi = row_range(x)
+    scale, zero, is_valid = quantizer(lo, hi, SYMMETRIC)
+    tl.store(x_scale_ptr + offs_m, scale, mask=row_mask)
+    tl.store(x_zero_ptr + offs_m, zero.to(tl.int32), mask=row_mask)
+    for c in tl.static_range(len(x)):
+        x_q = quantize_tile(x[c], scale, zero, is_valid, SYMMETRIC)
+        store_tile(x_q_ptr, offs_m.to(tl.int64) * K, row_mask, x_q, c, K)
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
+def _quantize_long_rows_kernel(
+    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, live_ptr, M, rows_per_image, K, stride_xm,
+    HAS_LIVE: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """quantize_block of one row, read twice."""
+    row = tl.program_id(0)
+    M = live_count(M, live_ptr, rows_per_image, HAS_LIVE)
+    if HAS_LIVE and row >= M:
+        return
+    offs_m = row + tl.arange(0, 1)
     quantize_block(
         x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, offs_m, offs_m < M, K, stride_xm,
-        SYMMETRIC, IS_ONE_TILE, BLOCK_K, "",
+        SYMMETRIC, False, BLOCK_K, "",
     )  # fmt: skip
 
 
@@ -91,15 +124,21 @@ def quantize_rows(x: Tensor, symmetric: bool, *, config: RowConfig | None = None
     x = x if K <= 1 or x.stride(1) == 1 else x.contiguous()
     config = config or row_config(M, K)
     x_q, x_scale, x_zero = empty_quantized(M, K, x.device)
-    if M:
-        live_ptr, rows_per_image, has_live = live_rows.operands(M, x)
-        BLOCK_K = min(triton.next_power_of_2(max(K, 16)), 4096)
+    if not M:
+        return x_q, x_scale, x_zero
+    live_ptr, rows_per_image, has_live = live_rows.operands(M, x)
+    rows = (x, x_q, x_scale, x_zero, live_ptr, M, rows_per_image)
+    width = held_width(K, config.num_warps)
+    if width is None:
         launch.start(
-            _quantize_rows_kernel,
-            (triton.cdiv(M, config.block_m),),
-            x, x_q, x_scale, x_zero, live_ptr, M, rows_per_image, K, x.stride(0),
-            HAS_LIVE=has_live, SYMMETRIC=symmetric, IS_ONE_TILE=K <= BLOCK_K,
-            BLOCK_M=config.block_m, BLOCK_K=BLOCK_K,
+            _quantize_long_rows_kernel, (M,), *rows, K, x.stride(0),
+            HAS_LIVE=has_live, SYMMETRIC=symmetric, BLOCK_K=LONG_ROW_VALUES,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    else:
+        launch.start(
+            _quantize_rows_kernel, (triton.cdiv(M, config.block_m),), *rows, x.stride(0),
+            K=K, HAS_LIVE=has_live, SYMMETRIC=symmetric, BLOCK_M=config.block_m, WIDTH=width,
             num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero

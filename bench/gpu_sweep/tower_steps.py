@@ -26,6 +26,8 @@ EXIT_AFTER = {8: 0.1}
 """One exit after so many of 12 blocks; the share is not used: no image exits."""
 NCU_KERNELS = 10
 NCU_TIMEOUT_S = 60
+OURS = "regex:^_.*_kernel$"
+"""Names of Triton's kernels; those of torch are mangled."""
 
 
 def names(context: Context) -> tuple[str, ...]:
@@ -100,14 +102,14 @@ def _profile(context: Context, name: str, batch: int) -> Mapping[str, Values]:
 
 
 def _ncu(context: Context, name: str) -> Mapping[str, Values]:
-    """What ncu says of the first kernels of a call, in a process of its own."""
+    """What ncu says of the kernels of the second block, in a process of its own."""
     program = shutil.which("ncu")
     if program is None:
         return {"": {"absent": "no ncu"}}
     command = [
-        program, "--clock-control", "none", "--csv", "--launch-skip", "20", "--launch-count",
-        str(NCU_KERNELS), sys.executable, "-m", "bench.gpu_tower", "--tower", name, "--batch",
-        "32", "--budget-s", "0.1",
+        program, "--clock-control", "none", "--csv", "--kernel-name", OURS, "--launch-skip", "10",
+        "--launch-count", str(NCU_KERNELS), sys.executable, "-m", "bench.gpu_tower",
+        "--tower", name, "--batch", "32", "--budget-s", "0.1",
     ]  # fmt: skip
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=NCU_TIMEOUT_S, env=os.environ, check=False

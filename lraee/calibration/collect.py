@@ -15,6 +15,7 @@ from lraee.calibration.noise import BlockNoise, NoiseMeter
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, pool, probe_tokens
 from lraee.model.trace import full_depth
 from lraee.ops.reference import Probe
+from lraee.storage.spill import Rows
 from lraee.towers.families import (
     block_specs,
     blocks_of,
@@ -168,20 +169,21 @@ class Pair:
           stands in its place where the tower has none; `teacher` float32 [images, E].
         """
         source = None if view_seed is None else torch.Generator().manual_seed(view_seed)
-        pooled, teacher = [], []
+        count = int(rows.sum())
+        pooled, teacher = Rows(count), Rows(count)
         with full_depth(self.fast), tapped(find_tower(self.fast)) as z:
             for images in self._marked(rows, "crops" if source else "heads"):
                 if source is None:
                     x = centred(images, self.size)
                 else:
                     x = augmented(images, size=self.size, generator=source)
-                teacher.append(encode(self.teacher, x))
+                teacher.add(encode(self.teacher, x))
                 encode(self.fast, x)
                 inputs = [
                     pool(self._probe_tokens(z[block]), has_class_token=True) for block in blocks
                 ]
-                pooled.append(torch.stack(inputs, dim=1).half().cpu())
-        return {"pooled": torch.cat(pooled), "teacher": torch.cat(teacher)}
+                pooled.add(torch.stack(inputs, dim=1).half())
+        return {"pooled": pooled.result(), "teacher": teacher.result()}
 
     @torch.inference_mode()
     def probed(
@@ -211,7 +213,7 @@ class Pair:
                         for block, head in modules.items()
                     ]
 
-            return joined(batches())
+            return joined(batches(), int(rows.sum()))
 
     @torch.inference_mode()
     def tokens(self, rows: Tensor, description: str) -> Iterator[list[Tensor]]:
@@ -312,11 +314,13 @@ def _require_images(part: object, size: tuple[int, int]) -> None:
         raise ValueError(f"calibrate: images must be at least {size[0]} x {size[1]}, got {H} x {W}")
 
 
-def joined(batches: Iterable[Sequence[Probe]]) -> dict[str, Tensor]:
-    """The probes of m heads, batch by batch, as Pair.probed gives them, on the CPU."""
-    parts: dict[str, list[Tensor]] = {"embedding": [], "top1": [], "features": []}
+def joined(batches: Iterable[Sequence[Probe]], count: int) -> dict[str, Tensor]:
+    """The probes of m heads on `count` images, batch by batch, as Pair.probed gives them, on the
+    CPU.
+    """
+    parts = {name: Rows(count) for name in ("embedding", "top1", "features")}
     for probes in batches:
-        parts["embedding"].append(torch.stack([p[0] for p in probes], 1).cpu())
-        parts["top1"].append(torch.stack([p[1] for p in probes], 1).cpu())
-        parts["features"].append(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1).cpu())
-    return {name: torch.cat(each) for name, each in parts.items()}
+        parts["embedding"].add(torch.stack([p[0] for p in probes], 1))
+        parts["top1"].add(torch.stack([p[1] for p in probes], 1))
+        parts["features"].add(torch.stack([torch.stack(p[2:5], 1) for p in probes], 1))
+    return {name: each.result() for name, each in parts.items()}

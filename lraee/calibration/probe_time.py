@@ -19,6 +19,7 @@ from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights, Int8Head, contrasts, probe_tokens
 from lraee.exits.router import Router
 from lraee.model.trace import full_depth
+from lraee.towers.device_exits import decides_on_device
 from lraee.towers.families import (
     as_input,
     block_specs,
@@ -125,8 +126,9 @@ def measure(
     """Times an accelerated model at full depth, without and with an exit that no image takes.
 
     Inside the tower a probe finds its weights out of the cache and costs twice what it costs in a
-    loop of its own, at batch 1, and on a GPU an exit is a wait for its answer too; the larger of
-    both counts, as noise may hide the difference. Readings that do not agree are inconclusive, and
+    loop of its own, at batch 1; the larger of both counts, as noise may hide the difference. Where
+    exits are decided on the device the difference alone counts: a call there starts no probe and
+    waits for no answer of its own. Readings that do not agree are inconclusive, and
     one line of the log says so.
 
     Args:
@@ -167,7 +169,7 @@ def take_readings(calls: Mapping[str, Call], *, budget_s: float, clock: Clock) -
     """Readings until AGREEING of them agree, MAX_READINGS at most.
 
     Args:
-      calls: `tower`, `probed` (the tower with a probe), `probe` alone, and others to be timed.
+      calls: `tower`, `probed` (the tower with a probe), `probe` alone where it counts, and others.
       budget_s: for the first AGREEING readings; 2 rounds each at least.
       clock: seconds.
     """
@@ -186,9 +188,12 @@ def take_readings(calls: Mapping[str, Call], *, budget_s: float, clock: Clock) -
 
 
 def _share_of(seconds: Mapping[str, float]) -> float:
-    """What a probe adds to the tower, or takes alone, over the tower's time: the larger."""
-    probe = max(seconds["probed"] - seconds["tower"], seconds["probe"])
-    return probe / seconds["tower"]
+    """What a probe adds to the tower, or takes alone, over the tower's time: the larger.
+
+    No less than what a measurement can tell.
+    """
+    probe = max(seconds["probed"] - seconds["tower"], seconds.get("probe", 0.0))
+    return max(probe / seconds["tower"], MIN_SPREAD)
 
 
 def _reading(calls: Mapping[str, Call], rounds: int, clock: Clock) -> dict[str, float]:
@@ -215,7 +220,7 @@ def _round(calls: Mapping[str, Call], order: list[str], clock: Clock) -> dict[st
 def calls_of(
     model: nn.Module, block: int, head: HeadWeights, classes: Tensor, logit_scale: float, B: int
 ) -> dict[str, Call]:
-    """What `measure` times at batch B: tower, block, probed, probe and copy."""
+    """What `measure` times at batch B: tower, block, probed, copy, and where it counts probe."""
     tower = find_tower(model)
     device = device_of(tower)
     probe = Int8Head(head, torch.zeros(4)).to(device)
@@ -236,9 +241,10 @@ def calls_of(
         "tower": lambda: tower(images),
         "block": lambda: run_block(z_block),
         "probed": lambda: probed(images),
-        "probe": decide,
         "copy": lambda: z.index_select(0, half),
     }
+    if not decides_on_device(tower, images):
+        calls["probe"] = decide
     return {name: _finished(call, device) for name, call in calls.items()}
 
 

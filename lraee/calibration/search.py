@@ -5,7 +5,7 @@ later block gives its keys and values, and a second pass tells at each depth for
 nearest photo is that of full depth. All images leave at one depth: see docs/notes/exits.md.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -29,6 +29,7 @@ from lraee.layers.int8_block import Int8Block
 from lraee.measurement import machine
 from lraee.measurement.neighbours import neighbours
 from lraee.model.acceleration import Acceleration
+from lraee.storage.spill import Rows
 from lraee.storage.stages import Tensors
 from lraee.towers import search_exits
 from lraee.towers.calls import embedding_size
@@ -137,12 +138,11 @@ def continued(pair: Pair, rows: Tensor, weights: Mapping[int, ClassTokenWeights]
     tower = find_tower(pair.fast)
     heads = heads_of(tower, weights)
 
-    def parts() -> Iterator[Tensor]:
-        for z in pair.tokens(rows, "exits"):
-            each = [search_exits.run(tower, head, z[e], e)[0] for e, head in heads.items()]
-            yield torch.stack(each, dim=1).cpu()
-
-    return torch.cat(list(parts()))
+    result = Rows(int(rows.sum()))
+    for z in pair.tokens(rows, "exits"):
+        each = [search_exits.run(tower, head, z[e], e)[0] for e, head in heads.items()]
+        result.add(torch.stack(each, dim=1))
+    return result.result()
 
 
 @dataclass(frozen=True)

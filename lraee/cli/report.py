@@ -1,11 +1,16 @@
 """The command `lraee report`: the whole study as one JSON, one page and small pictures."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lraee.cli.common import command, require_writable
+
+if TYPE_CHECKING:
+    from lraee.data.classes import Classes
+    from lraee.study.dose.protocol import Doses
+    from lraee.zoo.opening import Opened
 
 
 @command
@@ -40,9 +45,22 @@ def report(
     fast: Annotated[
         bool, typer.Option("--fast", help="Short trainings: everything is there, figures are not.")
     ] = False,
+    dose: Annotated[
+        str | None,
+        typer.Option(
+            help="Dose and response instead, as in 1,8,16,24,32,40: factors of four channels of"
+            " each norm, undone behind it. Float stays the same, quantization noise grows."
+        ),
+    ] = None,
+    reduced: Annotated[
+        bool,
+        typer.Option("--reduced", help="With --dose: one seed, 2,000 photos, 6,000 to learn from."),
+    ] = False,
     again: Annotated[
         Path | None,
-        typer.Option("--from", exists=True, help="A report.json: makes its page again, beside it."),
+        typer.Option(
+            "--from", exists=True, help="A report.json or dose.json: makes its page again."
+        ),
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:
@@ -51,17 +69,19 @@ def report(
     Runs in float, INT8 and the paper's INT8: noise, heads by depth, exits and their rivals, what
     is rescued and lost, and what it saves. Nothing is chosen on the photos reported on.
 
+    With --dose the question is in which range of noise each claim holds: see docs/study.md.
+
     Example: `lraee report --data train.zip --report-data val.zip --classes classes.json --out DIR`
     """
-    from lraee.study.page import read_report, write_page, write_report
+    from lraee.study.page import remade, write_report
 
     if again is not None:
-        page = again.with_name("report.html")
-        write_page(read_report(again), page)
-        typer.echo(f"written         {page}")
+        typer.echo(f"written         {remade(again)}")
         return
     if data is None or classes is None:
         raise typer.BadParameter("--data and --classes must be given, or --from report.json")
+    if reduced and dose is None:
+        raise typer.BadParameter("--reduced must come with --dose")
     from dataclasses import replace
 
     from lraee.data.classes import read_classes
@@ -70,6 +90,20 @@ def report(
     from lraee.zoo.opening import open_model
 
     require_writable(out, is_folder=True)
+    if dose is not None:
+        from lraee.study.dose.protocol import REDUCED_LEARN, REDUCED_REPORT, Doses, parse_doses
+
+        try:
+            scales = parse_doses(dose)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        _run_doses(
+            open_model(model, pretrained), data, report_data, read_classes(classes), out=out,
+            doses=Doses(scales, tuple(range(1 if reduced else seeds))),
+            limits=(REDUCED_LEARN, REDUCED_REPORT) if reduced else (limit, limit),
+            is_fast=fast, prompts=templates, progress=progress,
+        )  # fmt: skip
+        return
     known = read_classes(classes)
     protocol = replace(FAST if fast else Protocol(), seeds=tuple(range(seeds)))
     result = study_command.study(
@@ -84,4 +118,43 @@ def report(
             f"{row['backbone']:<6} {row['name']:<34} {top1['mean']:6.2f} ± {top1['std']:.2f} %"
             f" {saved:6.1f} % saved"
         )
+    typer.echo(f"written         {', '.join(map(str, written))}")
+
+
+def _run_doses(
+    opened: "Opened",
+    data: Path,
+    report_data: Path | None,
+    classes: "Classes",
+    *,
+    out: Path,
+    doses: "Doses",
+    limits: tuple[int | None, int | None],
+    is_fast: bool,
+    prompts: int,
+    progress: bool,
+) -> None:
+    """The dose study, its files, and a line per backbone and dose."""
+    from lraee.study import command as study_command
+    from lraee.study.dose.command import dose_study
+    from lraee.study.dose.protocol import DOSE_PROTOCOL, FAST_DOSES
+    from lraee.study.page import write_doses
+
+    result = dose_study(
+        opened, classes,
+        study_command.sides(data, report_data, classes, limit=limits[0], report_limit=limits[1]),
+        work=out / "work-dose", protocol=FAST_DOSES if is_fast else DOSE_PROTOCOL, doses=doses,
+        prompts=prompts, progress=progress,
+    )  # fmt: skip
+    written = write_doses(result, out)
+    for row in result["rescue"]:
+        typer.echo(
+            f"{row['backbone']:<16} dose {row['dose']:<4g} {row['recipe']:<20}"
+            f" loss {row['quantization_loss']['value']:6.2f}"
+            f"  rescued - lost {row['margin']['value']:6.2f}"
+            f"  above float {row['owed']['value']:6.2f} \u00b1 {2 * row['owed']['error']:.2f}"
+        )
+    for claim in result["claims"]:
+        if claim["backbone"] == "paper":
+            typer.echo(f"{claim['claim']} ({claim['recipe'] or 'all'}): {claim['words']}")
     typer.echo(f"written         {', '.join(map(str, written))}")

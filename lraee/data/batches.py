@@ -7,15 +7,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lraee.data.photos import Photos
+from lraee.storage import spill
 
-_KEPT_BYTES = 2 << 30
+_IN_MEMORY_BYTES = 512 << 20
+_KEPT_BYTES = 8 << 30
 
 
 class PhotoImages:
     """Preprocessed batches of photos, the same ones in the same order each time.
 
-    All are decoded once at the start, which tells bad files and labels; they are kept in memory up
-    to 2 GiB, and decoded anew in each pass beyond that.
+    All are decoded once at the start, which tells bad files and labels; they are kept, the first
+    512 MiB in memory and what follows on disk, and decoded anew in each pass beyond 8 GiB.
 
     Args:
       photos: a folder or ZIP.
@@ -45,7 +47,11 @@ class PhotoImages:
             if kept_bytes > _KEPT_BYTES:
                 self._kept = None
             if self._kept is not None:
-                self._kept.append(each.images)
+                limit = None if kept_bytes <= _IN_MEMORY_BYTES else 0
+                kept = spill.empty(
+                    *each.images.shape, dtype=each.images.dtype, in_memory_bytes=limit
+                )
+                self._kept.append(kept.copy_(each.images))
         known = [-1 if label is None else label for label in labels]
         self.labels = torch.tensor(known, dtype=torch.int64)
 

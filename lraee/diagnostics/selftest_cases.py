@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lraee.diagnostics import selftest_inputs
 from lraee.diagnostics.guarded_memory import guarded_outputs, is_intact, poisoned, poisoned_all
+from lraee.diagnostics.selftest_exits import exit_cases
 from lraee.diagnostics.selftest_results import QUANTIZED, ROW_PADS, exact, first_of, label, short
 from lraee.diagnostics.selftest_rows import row_cases
 from lraee.diagnostics.selftest_sizes import Case, Difference, Sizes, Target
@@ -53,6 +54,7 @@ def cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     yield from float_attention_cases(target, sizes)
     yield from block_cases(target, sizes)
     yield from probe_cases(target, sizes)
+    yield from exit_cases(target, sizes)
 
 
 def weight_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
@@ -199,17 +201,21 @@ def _float_linear_difference(
 def block_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     """int8_block: the bits of the operators that it is made of, one after the other."""
     for seed, (B, L, H, d) in enumerate(sizes.attention[:2]):
-        for images, first_only in ((B, False), (2 * B + 1, False), (B, True)):
-            shape = f"B={images} L={L} D={H * d} H={H}{' first token' if first_only else ''}"
-            find = _block_difference(target, (images, L, H, d), seed, first_only=first_only)
+        for images, first_only, attention in (
+            (B, False, "float"), (2 * B + 1, False, "int8"), (B, True, "float"),
+        ):  # fmt: skip
+            part = " first token" if first_only else ""
+            shape = f"B={images} L={L} D={H * d} H={H} {attention} attention{part}"
+            find = _block_difference(target, (images, L, H, d), seed, attention, first_only)
             yield Case("int8_block", "", shape, find)
 
 
 def _block_difference(
-    target: Target, shape: tuple[int, int, int, int], seed: int, *, first_only: bool
+    target: Target, shape: tuple[int, int, int, int], seed: int, attention: Any, first_only: bool
 ) -> Difference:
     def find() -> str | None:
-        given = (*selftest_inputs.block(*shape, seed, target.device), first_only)
+        x, operands = selftest_inputs.block(*shape, seed, target.device)
+        given = (x, operands._replace(attention=attention), first_only)
         ops = operators("auto") if target.device.type == "cuda" else launchers()
         expected = reference.int8_block(*given, operators=ops)
         with guarded_outputs():
@@ -221,7 +227,7 @@ def _block_difference(
 
 def launchers() -> Any:
     """The launchers by name, which run in the interpreter on tensors of the CPU."""
-    kernels = (quantize_rows, layer_norm_quantize, int8_linear, int8_attention)
+    kernels = (quantize_rows, layer_norm_quantize, int8_linear, int8_attention, float_attention)
     by_name = {module.__name__.split(".")[-1]: module for module in kernels}
     return SimpleNamespace(**{name: getattr(module, name) for name, module in by_name.items()})
 
@@ -236,9 +242,8 @@ def attention_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         row = configs.attention_config(L, d, causal)
         find = _attention_difference(target, (B, L, H, d), seed, causal, row)
         yield Case("int8_attention", label(row), shape, find)
-        if d % 2 == 0:
-            find = _rope_difference(target, (B, L, H, d), seed, causal, row)
-            yield Case("int8_attention", label(row), f"{shape} rope and key mask", find)
+        find = _key_mask_difference(target, (B, L, H, d), seed, causal, row)
+        yield Case("int8_attention", label(row), f"{shape} key mask", find)
 
 
 def _attention_difference(
@@ -251,29 +256,21 @@ def _attention_difference(
         with guarded_outputs():
             given = poisoned(qkv, ROW_PADS[seed % 3], target.device)
             actual = int8_attention.int8_attention(given, H, causal, config=config)
-            rows = int8_attention.int8_attention_quantized(
-                given, AttentionOperands(H, causal), symmetric=causal, config=config
-            )
-        quantized = reference.quantize_rows(actual.cpu().flatten(0, 1), causal)
-        bound = bounds.of_attention(qkv, expected, H)
-        return first_of([("y", actual, expected, bound)]) or exact(QUANTIZED, rows, quantized)
+        return first_of([("y", actual, expected, bounds.of_attention(qkv, expected, H))])
 
     return find
 
 
-def _rope_difference(
+def _key_mask_difference(
     target: Target, shape: tuple[int, int, int, int], seed: int, causal: bool, config: Any
 ) -> Difference:
     def find() -> str | None:
         qkv, H = selftest_inputs.attention(*shape, seed), shape[2]
-        rope, key_mask = selftest_inputs.rope_and_mask(*shape, seed)
-        is_refused = target.device.type == "cuda"  # rotary positions are float_attention's there
-        expected = reference.int8_attention(qkv, H, causal, None if is_refused else rope, key_mask)
+        _, key_mask = selftest_inputs.rope_and_mask(*shape, seed)
+        expected = reference.int8_attention(qkv, H, causal, None, key_mask)
         with guarded_outputs():
-            given = poisoned_all([qkv, rope, key_mask], device=target.device)
-            actual = int8_attention.int8_attention(
-                given[0], H, causal, None if is_refused else given[1], given[2], config=config
-            )
+            there, mask = poisoned_all([qkv, key_mask], device=target.device)
+            actual = int8_attention.int8_attention(there, H, causal, None, mask, config=config)
         return first_of([("y", actual, expected, bounds.of_attention(qkv, expected, H))])
 
     return find
@@ -300,8 +297,12 @@ def _float_attention_difference(
         with guarded_outputs():
             there, *others = poisoned_all(given, device=target.device)
             actual = float_attention.float_attention(there, H, has_all, *others)
+            rows = float_attention.float_attention_quantized(
+                there, AttentionOperands(H, has_all, *others), symmetric=has_all
+            )
+        quantized = reference.quantize_rows(actual.cpu().flatten(0, 1), has_all)
         bound = bounds.of_float_attention(qkv, expected, H, rope)
-        return first_of([("y", actual, expected, bound)])
+        return first_of([("y", actual, expected, bound)]) or exact(QUANTIZED, rows, quantized)
 
     return find
 

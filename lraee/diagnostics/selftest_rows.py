@@ -10,7 +10,7 @@ from lraee.diagnostics import selftest_inputs
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned, poisoned_all
 from lraee.diagnostics.selftest_results import QUANTIZED, ROW_PADS, exact, label, short
 from lraee.diagnostics.selftest_sizes import Case, Difference, Sizes, Target
-from lraee.kernels import configs, gated_quantize, layer_norm_quantize, quantize_rows
+from lraee.kernels import gated_quantize, layer_norm_quantize, quantize_rows, row_configs
 from lraee.ops import reference
 
 
@@ -20,15 +20,15 @@ def row_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
     for seed, ((M, K), symmetric) in enumerate(itertools.product(shapes, (False, True))):
         dtype = selftest_inputs.TYPES[seed % 3]
         shape = f"M={M} K={K} {short(dtype)} {'symmetric' if symmetric else 'asymmetric'}"
-        for row in dict.fromkeys(configs.row_config(m, K) for m in (1, 513)):
+        for row in dict.fromkeys(row_configs.row_config(m, K) for m in (1, 513)):
             find = _rows_difference(target, M, K, seed, symmetric, dtype, row)
             yield Case("quantize_rows", label(row), shape, find)
         # Twice as wide compiles six times as long: a minute or two, for a width that no tower has
-        rows = (configs.chunk_config(m, K) for m in (1, 513) if K <= 2048)
+        rows = (row_configs.chunk_config(m, K) for m in (1, 513) if K <= 2048)
         for row in dict.fromkeys(rows):
             find = _norm_difference(target, M, K, seed, symmetric, dtype, row)
             yield Case("layer_norm_quantize", label(row), shape, find)
-        for row in dict.fromkeys(configs.chunk_config(m, 2 * K) for m in (1, 513) if K <= 1024):
+        for row in dict.fromkeys(row_configs.chunk_config(m, 2 * K) for m in (1, 513) if K <= 1024):
             find = _gated_difference(target, M, K, seed, dtype, row)
             yield Case("gated_quantize", label(row), f"M={M} H={K} {short(dtype)}", find)
 

@@ -1,6 +1,7 @@
 """A whole image tower in int8 beside torch's float16 on this GPU, both as CUDA graphs."""
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from lraee.diagnostics.tuning import Rounds
 from lraee.measurement.float16 import TowerTime
 from lraee.model.accelerate import accelerate
 from lraee.towers.families import image_size
+
+_log = logging.getLogger("lraee")
 
 
 @torch.inference_mode()
@@ -47,5 +50,10 @@ def time_tower(
             return
         images = torch.randn(batch, 3, *image_size(base), device=target.device).to(dtype)
         calls = {"int8": partial(fast, images), "float16": partial(base, images)}
-        ms = {name: 1e3 * median(each) for name, each in rounds(calls).items()}
+        try:
+            ms = {name: 1e3 * median(each) for name, each in rounds(calls).items()}
+        except torch.cuda.OutOfMemoryError:
+            _log.warning("tune: batch %d needs more memory than is free", batch)
+            torch.cuda.empty_cache()
+            return
         yield TowerTime(batch, ms["int8"], ms["float16"])

@@ -7,6 +7,7 @@ Candidates and the present pick take turns; a candidate wins where its 80th perc
 20th of the pick.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ CHECKED_ROWS = 8
 """Rows that are compared with the definition; all others with the kernel that runs now."""
 AT_ONCE = 6
 """Candidates that take turns with the present pick."""
+
+_log = logging.getLogger("lraee")
 
 Rounds = Callable[[Mapping[str, Callable[[], object]]], dict[str, list[float]]]
 
@@ -124,6 +127,7 @@ def tune(
       effort: how much is tried.
       dtype: of the tower's activations.
       budget_s: seconds; a shape is begun only while some are left, and may use its share of them.
+    A shape that does not fit into the GPU's memory is left out, with a warning.
     Raises: AssertionError where what runs now does not compute what it is defined to.
     """
     end = time.monotonic() + budget_s
@@ -138,7 +142,13 @@ def tune(
         if left <= 0:
             return
         share_end = time.monotonic() + left / (len(work) - i)
-        yield _tune_shape(layer, M, target, rounds, effort, dtype, share_end, refused)
+        try:
+            one = _tune_shape(layer, M, target, rounds, effort, dtype, share_end, refused)
+        except torch.cuda.OutOfMemoryError:
+            _log.warning("tune: M=%d N=%d K=%d needs more memory than is free", M, layer.N, layer.K)
+            torch.cuda.empty_cache()
+            continue
+        yield one
 
 
 def _tune_shape(

@@ -1,7 +1,7 @@
 """What exits did in a call, and full depth on demand: both for one thread and one router."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Record:
     block_rows: list[int]
     probe_rows: list[int]
     finish_rows: int = 0
-    _probes: list[tuple[int, list[int], Tensor, Probe]] = field(default_factory=list)
+    _probes: list[tuple[int, list[int], Tensor, tuple[Tensor, ...]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, B: int, *, exits: int, blocks: int) -> "Record":
@@ -44,12 +44,33 @@ class Record:
         It only keeps references: a traced call takes as long as another.
         """
         self.probe_rows[e] += len(places)
-        self._probes.append((e, list(places), scores, probe))
+        self._probes.append((e, list(places), scores, probe[2:5]))
 
     def note_exits(self, images: list[int], depth: int) -> None:
         """These images exited after so many blocks."""
         for image in images:
             self.exit_block[image] = depth
+
+    def note_device(
+        self, depth: Tensor, trace: Tensor, exits: Sequence[int], *, is_late: bool
+    ) -> None:
+        """What the tables of a call on the device say of it (see kernels.exit_state).
+
+        Args:
+          depth: int32 [B], trace: float32 [B, m, 4]; on the CPU.
+          exits: after how many blocks each exit stands.
+          is_late: images that exit still run through the next block.
+        """
+        self.exit_block = depth.tolist()
+        for block in range(len(self.block_rows)):
+            runs = (depth > block) | ((depth == block) & (is_late and block in exits))
+            self.block_rows[block] += int(runs.sum())
+        for e, block in enumerate(exits):
+            places = (depth >= block).nonzero()[:, 0]
+            scores, *features = trace[places, e].unbind(1)
+            self.probe_rows[e] += len(places)
+            self._probes.append((e, places.tolist(), scores, tuple(features)))
+        self.finish_rows += self.exit_block.count(len(self.block_rows))
 
     def scores(self) -> Tensor:
         """Float32 [B, m], NaN at exits that were not reached."""
@@ -61,9 +82,9 @@ class Record:
 
     def _table(self, width: list[int]) -> Tensor:
         table = torch.full((len(self.exit_block), len(self.probe_rows), *width), math.nan)
-        for e, places, scores, probe in self._probes:
+        for e, places, scores, features in self._probes:
             rows = [row for row, place in enumerate(places) if place >= 0]
-            values = torch.stack(probe[2:5], dim=1) if width else scores
+            values = torch.stack(features, dim=1) if width else scores
             table[[places[row] for row in rows], e] = values[rows].float().cpu()
         return table
 
@@ -88,6 +109,16 @@ def recording(router: nn.Module) -> Iterator[list[Record]]:
     token = _records.set({**(_records.get() or {}), router: records})
     try:
         yield records
+    finally:
+        _records.reset(token)
+
+
+@contextmanager
+def not_recording() -> Iterator[None]:
+    """Lets calls of this thread go unrecorded."""
+    token = _records.set(None)
+    try:
+        yield
     finally:
         _records.reset(token)
 

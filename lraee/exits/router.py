@@ -103,12 +103,16 @@ class Router(TypedBuffers):
           blocks: of the tower.
           is_static: tokens and probes lie in memory that the next segment overwrites.
         """
-        record = new_record(self, B, exits=len(self.blocks), blocks=blocks)
+        record = self.new_record(B, blocks)
         return Routing(self, list(range(B)), B, blocks, is_static, record)
+
+    def new_record(self, B: int, blocks: int) -> Record | None:
+        """Where a call of B images through so many blocks is traced, or None."""
+        return new_record(self, B, exits=len(self.blocks), blocks=blocks)
 
     def note_full_depth(self, B: int, blocks: int) -> None:
         """Records a call that ran without exits."""
-        record = new_record(self, B, exits=len(self.blocks), blocks=blocks)
+        record = self.new_record(B, blocks)
         if record is not None:
             record.block_rows, record.finish_rows = [B] * blocks, B
 

@@ -98,7 +98,7 @@ class _Builder:
         return kind(
             self._in_halves(spec) if self._is_reordered else spec,
             {path.removeprefix(f"{spec.path}."): module for path, module in children.items()},
-            is_int8=self._scheme.attention == "int8",
+            kind=self._scheme.attention,
             is_sequence_first=self._spec.call.is_sequence_first,
             backend=self._backend,
             has_interleaved_angles=self._is_reordered,

@@ -1,7 +1,7 @@
 """Self-attention with int8 projections."""
 
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lraee.layers.modules import put_module
 from lraee.layers.padding import by_valid_tokens, split_mask
 from lraee.layers.rope import rope_operand
+from lraee.layers.scheme import AttentionKind, attention_on
 from lraee.layers.spec import Attention, Call, Rope
 from lraee.ops.backend import Backend, operators
 
@@ -26,7 +27,7 @@ class Int8Attention(nn.Module):
       spec: of the float attention; its linears and norms become children of the same paths.
       children: the int8 (or float) linears in_proj and out_proj, if it holds that, and norms, by
         path in the attention.
-      is_int8: Q K^T in int8; else all of attention in float.
+      kind: Q K^T in int8, all of attention in float, or which of them the device takes.
       is_sequence_first: tokens are [L, B, D]; else [B, L, D].
       backend: which implementation of int8_attention to run on.
       has_interleaved_angles: in_proj has its rows in halves, the angles that calls bring are
@@ -38,7 +39,7 @@ class Int8Attention(nn.Module):
         spec: Attention,
         children: dict[str, nn.Module],
         *,
-        is_int8: bool = True,
+        kind: AttentionKind = "auto",
         is_sequence_first: bool = False,
         backend: Backend = "auto",
         has_interleaved_angles: bool = False,
@@ -50,10 +51,14 @@ class Int8Attention(nn.Module):
             put_module(self, path, module)
         self.spec = spec
         self.call = spec.call or PLAIN_CALL
-        self.is_int8 = is_int8
+        self.kind: AttentionKind = kind
         self.is_sequence_first = is_sequence_first
         self.backend: Backend = backend
         self.training = False
+
+    def kind_on(self, device: torch.device) -> Literal["int8", "float"]:
+        """How it is computed on a device."""
+        return attention_on(self.kind, device)
 
     @property
     def num_heads(self) -> int:
@@ -94,10 +99,11 @@ class Int8Attention(nn.Module):
         [B, L, 3 H d] -> [B, L, H d]; key_mask as in int8_attention.
         """
         table, is_on_gpu = self._table(rope), qkv.device.type == "cuda"
-        if table is None or not (self.is_int8 or is_on_gpu):
+        is_int8 = self.kind_on(qkv.device) == "int8"
+        if table is None or not (is_int8 or is_on_gpu):
             qkv = self._placed(qkv, rope)
         # On a GPU rotary positions are float_attention's: beside int8 scores they spill registers
-        if self.is_int8 and not (is_on_gpu and table is not None):
+        if is_int8 and not (is_on_gpu and table is not None):
             return operators(self.backend).int8_attention(  # type: ignore[no-any-return]
                 qkv, num_heads=self.num_heads, causal=is_causal, rope=table, key_mask=key_mask
             )

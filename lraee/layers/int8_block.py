@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,7 @@ class Int8Block(Adapter):
     def is_by_row(self) -> bool:
         """Whether each image has the same bits in any batch: no scale is the batch's."""
         linears = [self.get_submodule(linear.path) for linear in self.block_spec.linears]
-        return self.attention_module.is_int8 and all(
+        return self.attention_module.kind != "float" and all(
             isinstance(m, Int8Linear) and m.granularity.startswith("row") for m in linears
         )
 
@@ -193,6 +193,7 @@ class Wiring(Watch):
         self._scales = [place_of(block, name) for name in (spec.scale_1, spec.scale_2)]
         self._symmetric = [linear.granularity == "row_symmetric" for linear in linears]
         self._num_heads, self._activation = spec.attention.num_heads, spec.mlp.activation
+        self._attention = block.attention_module
         self._backend = block.int8_backend
 
     def run(
@@ -205,10 +206,12 @@ class Wiring(Watch):
         first_only: bool = False,
     ) -> Tensor:
         """Tokens [B, L, D] after the block; with first_only the first, [B, 1, D]."""
-        block = self._operands(causal, key_mask)
+        block = self._operands(causal, key_mask, self._attention.kind_on(x.device))
         return operators(self._backend).int8_block(x, block, first_only)  # type: ignore[no-any-return]
 
-    def _operands(self, causal: bool, key_mask: Tensor | None) -> BlockOperands:
+    def _operands(
+        self, causal: bool, key_mask: Tensor | None, attention: Literal["int8", "float"]
+    ) -> BlockOperands:
         """Those of int8_block, as they are now."""
         norm_1, norm_2 = self._norms
         in_proj, out_proj, fc1, fc2 = self._linears
@@ -216,7 +219,7 @@ class Wiring(Watch):
         return BlockOperands(
             _norm(norm_1), packed_linear(in_proj), packed_linear(out_proj, _gamma(scale_1)),
             _norm(norm_2), packed_linear(fc1), packed_linear(fc2, _gamma(scale_2)),
-            self._symmetric, self._num_heads, causal, self._activation, key_mask=key_mask,
+            self._symmetric, self._num_heads, causal, self._activation, key_mask, attention,
         )  # fmt: skip
 
 

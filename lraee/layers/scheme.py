@@ -1,7 +1,7 @@
 """How a tower becomes integers: the scheme, weights ahead of time, activations at run time."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +15,8 @@ SITES: tuple[Site, ...] = get_args(Site)
 
 Granularity = Literal["row", "row_symmetric", "batch", "batch_7bit"]
 """Where one scale of an activation holds, and over which range (see quantize_activation)."""
+
+AttentionKind = Literal["auto", "int8", "float"]
 
 FROM_IMAGES = "images"
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -34,7 +36,8 @@ class Scheme:
     Args:
       weights: one scale per output channel, or per tensor.
       activations: one scale per token, or for the whole batch at once.
-      attention: Q K^T in int8, or all of attention in float.
+      attention: Q K^T in int8, or all of attention in float. "auto": int8 on a CPU; float on a GPU,
+        whose tensor cores multiply the float scores faster than they are quantized.
       patch_embedding: in float, or in int8 with one scale per patch.
       symmetric: linears whose input is quantized without a zero point. The zero point costs
         nothing at run time, so none by default.
@@ -47,7 +50,7 @@ class Scheme:
 
     weights: Literal["channel", "tensor"] = "channel"
     activations: Literal["token", "batch"] = "token"
-    attention: Literal["int8", "float"] = "int8"
+    attention: AttentionKind = "auto"
     patch_embedding: Literal["float", "int8"] = "float"
     symmetric: tuple[Site, ...] = ()
     clip_weights: bool = False
@@ -58,7 +61,7 @@ class Scheme:
         """Raises ValueError on a value that is none of the choices."""
         _require_choice("weights", self.weights, ("channel", "tensor"))
         _require_choice("activations", self.activations, ("token", "batch"))
-        _require_choice("attention", self.attention, ("int8", "float"))
+        _require_choice("attention", self.attention, get_args(AttentionKind))
         _require_choice("patch_embedding", self.patch_embedding, ("float", "int8"))
         for site in self.symmetric:
             _require_choice("symmetric", site, SITES)
@@ -78,6 +81,10 @@ class Scheme:
             fields if self.calibration else {k: v for k, v in fields.items() if k != "calibration"}
         )
 
+    def on(self, device: torch.device) -> "Scheme":
+        """The scheme as it is computed on a device, with attention int8 or float."""
+        return replace(self, attention=attention_on(self.attention, device))
+
     def granularity(self, site: Site) -> Granularity:
         """How the input of this linear is quantized."""
         if self.activations == "batch":
@@ -85,6 +92,13 @@ class Scheme:
             is_reduced = torch.backends.quantized.engine != "qnnpack"
             return "batch_7bit" if is_reduced else "batch"
         return "row_symmetric" if site in self.symmetric else "row"
+
+
+def attention_on(kind: AttentionKind, device: torch.device) -> Literal["int8", "float"]:
+    """How attention of this kind is computed on a device."""
+    if kind == "auto":
+        return "float" if device.type == "cuda" else "int8"
+    return kind
 
 
 INT8 = Scheme()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from lraee.exits.bundle import Exits
@@ -122,7 +123,7 @@ def accelerate(
     text_tower = None if text is None else texts.require_text(model)
     record = _record(model, text_tower, scheme, backend, is_kept=not inplace)
     if exits is not None and tower is not None:
-        _require_same_tower(exits, record)
+        _require_same_tower(exits, record, device_of(model))
         runner.require_exits_fit(tower, exits.router(backend=backend))
     float_parts = replaced_parts(tower, scheme) if check is not None else []
     text_blocks = list(text_tower.blocks) if text_tower and check is not None else []
@@ -227,14 +228,17 @@ def _stored(tensors: Tensors, record: Acceleration) -> Quantize:
 # Exits
 
 
-def _require_same_tower(exits: Exits, record: Acceleration) -> None:
-    """Raises ValueError on exits that were made for other weights or another scheme."""
+def _require_same_tower(exits: Exits, record: Acceleration, device: torch.device) -> None:
+    """Raises ValueError on exits that were made for other weights or another scheme.
+
+    attention="auto" is the same scheme as what it stands for on the device.
+    """
     if exits.base_hash != record.base_hash:
         raise ValueError(
             "accelerate: exits must be made for this tower's weights (sha256"
             f" {record.base_hash[:12]}), got those of {exits.base_hash[:12]}; calibrate again"
         )
-    if exits.scheme != record.scheme:
+    if exits.scheme.on(device) != record.scheme.on(device):
         raise ValueError(
             f"accelerate: exits must be made for this scheme ({record.scheme}), got {exits.scheme};"
             " calibrate again"
@@ -247,7 +251,7 @@ def replace_exits(model: nn.Module, exits: Exits) -> None:
     Raises: ValueError on exits of another tower or scheme.
     """
     tower = find_tower(model)
-    _require_same_tower(exits, cast(Acceleration, acceleration_of(model)))
+    _require_same_tower(exits, cast(Acceleration, acceleration_of(model)), device_of(tower))
     runner.require_exits_fit(tower, exits.router(backend="auto"))
     runner.detach_exits(tower)
     add_exits(model, exits)

@@ -281,6 +281,8 @@ def int8_block(x: Tensor, block: BlockOperands, *, first_only: bool = False) -> 
     if len(block.symmetric) != 4:
         raise ValueError(f"{op}: symmetric must have 4 values, got {len(block.symmetric)}")
     rules.require_activation(op, block.activation, Activation)
+    if block.attention not in ("int8", "float"):
+        raise ValueError(f"{op}: attention must be int8 or float, got {block.attention!r}")
     rules.require_attention(op, x, D // num_heads, None, block.key_mask)
     return operators("auto").int8_block(x, block, first_only)  # type: ignore[no-any-return]
 

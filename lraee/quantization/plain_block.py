@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee.layers.int8_linear import Int8Linear
-from lraee.layers.scheme import Scheme
+from lraee.layers.scheme import Scheme, attention_on
 from lraee.layers.spec import BlockSpec, Linear, Norm, tensor_at
 from lraee.ops.backend import operators
 from lraee.ops.checked import Activation
@@ -190,7 +190,7 @@ class PlainBlock:
         in_proj = self._linear(spec.in_proj, tensors)
         x = self._normed(z.flatten(0, 1), norm, spec.in_proj)
         qkv = in_proj.multiply(x, out_dtype=torch.float32).view(*z.shape[:2], -1)
-        if self._scheme.attention == "float":
+        if attention_on(self._scheme.attention, z.device) == "float":
             return self._attend(qkv)
         y: Tensor = self._ops.int8_attention(qkv, num_heads=spec.num_heads, causal=spec.is_causal)
         return y

@@ -19,7 +19,7 @@ from lraee.model.opened import accelerated
 from lraee.model.trace import has_exits, trace
 from lraee.serving.embed import Prepared
 from lraee.storage.files import CheckpointError
-from lraee.towers.families import image_size
+from lraee.towers.families import device_of, image_size
 from lraee.towers.state import tower_hash
 from lraee.zoo.opening import Opened, open_model
 
@@ -98,7 +98,7 @@ class PhotoModel:
             self._opened,
             kind="photos",
             weights=about.base_hash,
-            scheme=about.scheme.fields,
+            scheme=about.scheme.on(device_of(self._model)).fields,
             exits=_file_hash(self._choice.exits, "exits.json"),
             **_checkpoint(self._choice),
             preprocess=_rules(self._preprocess),

@@ -4,7 +4,7 @@ import os
 import reprlib
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EINVAL, ENOTSUP
 from pathlib import Path
@@ -84,15 +84,17 @@ def read_file(path: Path, limit_bytes: int) -> bytes:
     return data
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
     """The whole file under its name, or nothing: written beside it, flushed to disk, renamed.
+
+    `data` may come in parts, of which one is read at a time.
 
     Where `path` is a symbolic link the link is replaced; what it points to is never written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -3,15 +3,16 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
-from lraee.storage.files import read_file, replace_file
+from lraee.storage import spill
+from lraee.storage.files import open_file, read_file, replace_file
 from lraee.storage.schema import is_digest
 
 Tensors = dict[str, Tensor]
@@ -50,12 +51,11 @@ class Stages:
             return make()
         path = self._folder / f"{name}{_STAGE}"
         try:
-            return safetensors.torch.load(read_file(path, _MAX_BYTES))
+            return _mapped(path)
         except (OSError, ValueError, safetensors.SafetensorError):
             pass
-        tensors = {key: tensor.contiguous() for key, tensor in make().items()}
-        replace_file(path, safetensors.torch.save(tensors))
-        return tensors
+        replace_file(path, _parts({key: tensor.contiguous() for key, tensor in make().items()}))
+        return _mapped(path)
 
     def clear(self) -> None:
         """Removes the folder: the run is through. Files that are not of the run stay in it."""
@@ -64,6 +64,43 @@ class Stages:
             with suppress(OSError):
                 (self._folder / _MARK).unlink()
                 self._folder.rmdir()
+
+
+def _mapped(path: Path) -> Tensors:
+    """The tensors of a stage; large ones stay in the file, and are read where they are used.
+
+    Raises: OSError, ValueError, SafetensorError on anything but a whole file.
+    """
+    with open_file(path, _MAX_BYTES):
+        pass  # no pipe, no device
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return {
+        name: tensor if tensor.nbytes > spill.IN_MEMORY_BYTES else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def _parts(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """A safetensors file in parts: its header, then each tensor where it lies, without a copy."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        kind = _KINDS[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        if tensor.nbytes:
+            yield tensor.cpu().view(-1).view(torch.uint8).numpy().data
+
+
+_KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""Names of the format."""
 
 
 def _key_of(folder: Path) -> str | None:

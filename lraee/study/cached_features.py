@@ -87,11 +87,12 @@ class CachedFeatures:
         """
         if number not in self._views:
             tokens = self._stages.get(f"{self.name} view {number}", lambda: self._pass(number))
-            teacher = self._stages.get(
-                f"{self._teacher_name} view {number}", lambda: self._teach(number)
-            )
-            self._views[number] = tokens | teacher
+            self._views[number] = tokens | self.teach(number)
         return self._views[number]
+
+    def teach(self, number: int) -> dict[str, Tensor]:
+        """`teacher` of one view alone: the same for every fast model."""
+        return self._stages.get(f"{self._teacher_name} view {number}", lambda: self._teach(number))
 
     @torch.inference_mode()
     def _pass(self, view: int) -> dict[str, Tensor]:
@@ -178,7 +179,7 @@ class CachedFeatures:
                     for block, head in modules.items()
                 ]
 
-        return joined(batches())
+        return joined(batches(), int(rows.sum()))
 
     def class_tokens(self) -> Tensor:
         """After each block, float32 [n, depth, D]."""

@@ -31,7 +31,14 @@ class Sides:
     report: Photos
 
 
-def sides(learn: Path, report: Path | None, classes: Classes, *, limit: int | None) -> Sides:
+def sides(
+    learn: Path,
+    report: Path | None,
+    classes: Classes,
+    *,
+    limit: int | None,
+    report_limit: int | None = None,
+) -> Sides:
     """The two sides; without photos to report on, every fifth labelled photo of each class.
 
     Args:
@@ -39,11 +46,13 @@ def sides(learn: Path, report: Path | None, classes: Classes, *, limit: int | No
       report: another one, or None.
       classes: their labels.
       limit: at most so many photos of each folder or ZIP.
+      report_limit: another limit of `report`.
     Raises: DataError on photos without labels and on too few.
     """
     photos = _labelled(Photos(learn, classes=classes, limit=limit), learn)
     if report is not None:
-        return Sides(photos, _labelled(Photos(report, classes=classes, limit=limit), report))
+        others = Photos(report, classes=classes, limit=report_limit or limit)
+        return Sides(photos, _labelled(others, report))
     count: dict[int | None, int] = {}
     held_out: list[str] = []
     for name, label in zip(photos.names, photos.labels, strict=True):
@@ -93,6 +102,27 @@ def study(
       progress: show bars.
     Raises: what lraee.accelerate and Photos raise; ValueError on a folder that is not of a run.
     """
+    ready = prepared(opened, classes, both_sides, prompts=prompts, progress=progress)
+    return Study(
+        ready.model, ready.learn, ready.report, protocol=protocol,
+        stages=Stages(work, ready.settings), progress=progress,
+    ).run()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model with its classes and decoded photos; `settings` say what they are, as JSON."""
+
+    model: Model
+    learn: Pictures
+    report: Pictures
+    settings: dict[str, object]
+
+
+def prepared(
+    opened: Opened, classes: Classes, both_sides: Sides, *, prompts: int, progress: bool
+) -> Prepared:
+    """Class texts encoded and all photos decoded; see study."""
     texts = class_features(
         opened.model, opened.tokenizer, classes.names, templates=templates(prompts),
         progress=progress,
@@ -108,14 +138,13 @@ def study(
         Pictures(photos, PhotoImages(photos, opened.with_margin, progress=progress))
         for photos in (both_sides.learn, both_sides.report)
     )
-    settings = {
+    settings: dict[str, object] = {
         "base": tower_hash(model.tower.state_dict()),
         "classes": digest(model.classes),
         "learn": _names_hash(learn),
         "report": _names_hash(report),
     }
-    stages = Stages(work, settings)
-    return Study(model, learn, report, protocol=protocol, stages=stages, progress=progress).run()
+    return Prepared(model, learn, report, settings)
 
 
 def _names_hash(pictures: Pictures) -> str:

@@ -11,7 +11,7 @@ from lraee.exits.gate import Gate, GateKind
 from lraee.exits.plan import Plan
 from lraee.study.rows import row_of_outcomes, share_of
 from lraee.study.schema import MainRow, Pruned, Sweep, SweepPoint
-from lraee.study.trials import Backbone, Trial
+from lraee.study.trials import Backbone, Outcome, Trial
 
 Exits = tuple[int, ...]
 
@@ -34,7 +34,10 @@ def sweep(recipe: str, trials: Sequence[Trial], exits: Sequence[Exits], *, point
     }
 
 
-def _curve(kind: GateKind, pairs: list[tuple[Trial, Exits]], points: int) -> list[SweepPoint]:
+def swept(
+    kind: GateKind, pairs: Sequence[tuple[Trial, Exits]], points: int
+) -> list[tuple[float, list[Outcome]]]:
+    """Thresholds, ascending, and what one gate does at each, seed by seed; see sweep."""
     weights = [trial.gate_weights(kind, blocks) for trial, blocks in pairs]
     scores = np.concatenate(
         [
@@ -43,21 +46,45 @@ def _curve(kind: GateKind, pairs: list[tuple[Trial, Exits]], points: int) -> lis
         ]
     )
     thresholds = np.unique(np.quantile(scores[np.isfinite(scores)], np.linspace(0, 1, points)))
-    curve: list[SweepPoint] = []
-    for threshold in thresholds.astype(np.float32).tolist():
-        outcomes = [
-            trial.outcome(Plan(blocks, Gate(kind, each, (threshold,) * len(blocks))))
-            for (trial, blocks), each in zip(pairs, weights, strict=True)
-        ]
-        curve.append(
-            {
-                "threshold": threshold,
-                "flops_saved": 100.0 * mean(each.flops_saved for each in outcomes),
-                "top1": 100.0 * mean(share_of(each.right) for each in outcomes),
-                "agreement": 100.0 * mean(each.agreement for each in outcomes),
-            }
+    return [
+        (
+            threshold,
+            [
+                trial.outcome(Plan(blocks, Gate(kind, each, (threshold,) * len(blocks))))
+                for (trial, blocks), each in zip(pairs, weights, strict=True)
+            ],
         )
-    return curve
+        for threshold in thresholds.astype(np.float32).tolist()
+    ]
+
+
+def _curve(kind: GateKind, pairs: list[tuple[Trial, Exits]], points: int) -> list[SweepPoint]:
+    return [
+        {
+            "threshold": threshold,
+            "flops_saved": 100.0 * mean(each.flops_saved for each in outcomes),
+            "top1": 100.0 * mean(share_of(each.right) for each in outcomes),
+            "agreement": 100.0 * mean(each.agreement for each in outcomes),
+        }
+        for threshold, outcomes in swept(kind, pairs, points)
+    ]
+
+
+def lowest_inr(trial: Trial) -> int:
+    """The candidate of the paper's recipe with the lowest INR."""
+    noise = trial.features.noise
+    return min(trial.recipe.candidates or (), key=lambda block: noise[block - 1].inr)
+
+
+def with_candidates(
+    backbone: Backbone, trials: Sequence[Trial], blocks: Exits, budget: float
+) -> list[Outcome]:
+    """The same recipe with these candidates, none pruned; one per seed."""
+    again = (
+        Trial(backbone, replace(t.recipe, candidates=blocks, kappa=0.0), t.seed, has_labels=True)
+        for t in trials
+    )
+    return [each.outcome(each.plan_within(budget)) for each in again]
 
 
 def pruned(backbone: Backbone, trials: Sequence[Trial], *, name: str, budget: float) -> Pruned:
@@ -72,15 +99,11 @@ def pruned(backbone: Backbone, trials: Sequence[Trial], *, name: str, budget: fl
     candidates = first.recipe.candidates or ()
     noise = first.features.noise
     inr = {block: noise[block - 1].inr for block in candidates}
-    lowest = min(inr, key=lambda block: inr[block])
+    lowest = lowest_inr(first)
     rest = tuple(block for block in candidates if block != lowest)
 
     def row(blocks: Exits, note: str) -> MainRow:
-        recipe = replace(first.recipe, candidates=blocks, kappa=0.0)
-        outcomes = [
-            each.outcome(each.plan_within(budget))
-            for each in (Trial(backbone, recipe, t.seed, has_labels=True) for t in trials)
-        ]
+        outcomes = with_candidates(backbone, trials, blocks, budget)
         return row_of_outcomes(name, backbone.name, outcomes, note)
 
     return {

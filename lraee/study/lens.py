@@ -70,19 +70,21 @@ def _top1(
     for place in tqdm(range(len(top1)), desc=f"lens, {inputs}", disable=not progress, leave=False):
         for column, seed in enumerate(seeds):
             head = train_head(
-                _input_of(learn["pooled"][:, place], inputs), learn["teacher"],
+                input_of(learn["pooled"][:, place], inputs), learn["teacher"],
                 options=options, seed=seed,
             )  # fmt: skip
-            answers = _answers(head, _input_of(report["pooled"][:, place], inputs), backbone)
-            top1[place, column] = share_of(answers == backbone.report_labels)
+            top1_at_block = answers(head, input_of(report["pooled"][:, place], inputs), backbone)
+            top1[place, column] = share_of(top1_at_block == backbone.report_labels)
     return top1
 
 
-def _input_of(pooled: Tensor, inputs: str) -> Tensor:
+def input_of(pooled: Tensor, inputs: str) -> Tensor:
+    """What one kind of head takes of pooled tokens [n, 2 D]; one of INPUTS."""
     D = pooled.shape[1] // 2
     return {"class token": pooled[:, D:], "mean": pooled[:, :D], "both": pooled}[inputs]
 
 
-def _answers(head: HeadWeights, pooled: Tensor, backbone: Backbone) -> Tensor:
+def answers(head: HeadWeights, pooled: Tensor, backbone: Backbone) -> Tensor:
+    """Nearest classes int64 [n] of a float head on its inputs [n, P]."""
     parts = [head(part.float()) for part in torch.split(pooled, 4096)]
     return nearest(torch.cat(parts), backbone.model.classes)

@@ -53,7 +53,7 @@ def smoothed(model: nn.Module, images: Tensor, *, alpha: float = 0.5) -> nn.Modu
     result = copy.deepcopy(model)
     tower = find_tower(result)
     blocks = list(blocks_of(tower))
-    weights = [_next_weights(b, s) for b, s in zip(blocks, block_specs(tower), strict=True)]
+    weights = [next_weights(b, s) for b, s in zip(blocks, block_specs(tower), strict=True)]
     with _largest(blocks, weights) as largest:
         _embeddings(result, images)
     for block, by_norm, following in zip(blocks, largest, weights, strict=True):
@@ -92,7 +92,8 @@ def best_alpha(
     return max(alphas, key=nearness)
 
 
-def _next_weights(block: nn.Module, spec: BlockSpec) -> NextWeights:
+def next_weights(block: nn.Module, spec: BlockSpec) -> NextWeights:
+    """The norms of a block, and the weights that multiply what each gives."""
     gate = () if spec.mlp.gate is None else spec.mlp.gate.parts
     following = {
         spec.norm_1.path: spec.attention.in_proj.parts,

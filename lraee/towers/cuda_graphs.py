@@ -1,9 +1,10 @@
-"""CUDA graphs of an accelerated tower: one per segment between exits and per bucket of the batch.
+"""CUDA graphs of an accelerated tower: one per bucket of the batch, exits within it.
 
 A block on a GPU takes some ten microseconds, starting its kernels from Python takes ten times as
-long. So a segment is captured when it is first used with a batch of some bucket, and replayed from
-then on: images are copied into the memory that the graph reads, followed by padding rows. Every
-operator works row by row, so the results are those of the same calls without a graph.
+long. So a tower, or a segment of it, is captured when it is first used with a batch of some bucket,
+and replayed from then on: images are copied into the memory that the graph reads, followed by
+padding rows. Every operator works row by row, so the results are those of the same calls without a
+graph.
 """
 
 import logging
@@ -80,6 +81,10 @@ class Graphs:
         self._lock = threading.RLock()
         self._clear()
         self._space = Workspace.allocate(device)
+        # No launch that runs beside others writes partial sums
+        self._space_beside = Workspace(self._space.partials, self._space.tickets.clone())
+        self._stream_beside: Any = None
+        self._constants: dict[Hashable, tuple[tuple[float, ...], Tensor]] = {}
         self._pool: Any = None
         self._on_device = on_device(device)
         with self._on_device:
@@ -89,6 +94,7 @@ class Graphs:
         tower = self._tower()
         assert tower is not None
         self._captured: dict[Hashable, Captured] = {}
+        self.checks: dict[Hashable, bool] = {}  # by callers: whether a graph gave the right bits
         self._state = _State(tower)
         self._refusal: str | None = None
 
@@ -135,6 +141,41 @@ class Graphs:
             return function(z)
         captured.replay()
         return tuple(output[:B] for output in captured.outputs)
+
+    def constant(self, name: str, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        """These numbers on the device, where graphs read them: [len(values)].
+
+        The same memory for one name and length; it is written where the numbers have changed.
+        """
+        key = name, len(values), dtype
+        held = self._constants.get(key)
+        if held is None or held[0] != values:
+            with torch.inference_mode(False), torch.no_grad():
+                if held is None:
+                    tensor = torch.tensor(values, dtype=dtype).to(self.device)
+                elif len(values) == 1:  # images of a call: without a wait for the stream
+                    tensor = held[1].fill_(values[0])
+                else:
+                    tensor = held[1].copy_(torch.tensor(values, dtype=dtype))
+            held = self._constants[key] = values, tensor
+        return held[1]
+
+    def beside(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Starts work on a stream of its own, a branch of the graph that is captured.
+
+        What it reads must be held, and not written, until the function that is returned is called:
+        the stream of the caller waits for the work then.
+        """
+        if self.device.type != "cuda":
+            work()
+            return lambda: None
+        if self._stream_beside is None:
+            self._stream_beside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        current, stream = torch.cuda.current_stream(self.device), self._stream_beside
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), workspace.using(self._space_beside):
+            work()
+        return lambda: current.wait_stream(stream)
 
     def _capture(self, function: Function, z: Tensor, bucket: int) -> Captured:
         # Not inference tensors: these could not be written to outside of inference mode

@@ -16,7 +16,7 @@ from lraee.exits.head import Int8Head
 from lraee.exits.router import Router
 from lraee.layers.int8_attention import Int8Attention
 from lraee.layers.int8_linear import Int8Linear
-from lraee.towers.families import blocks_of, tower_spec
+from lraee.towers.families import blocks_of, device_of, tower_spec
 from lraee.towers.runner import ends_with_class_token
 
 
@@ -52,11 +52,13 @@ def count_macs(tower: nn.Module) -> Macs:
     total = spec.patch_embedding.macs
     is_int8_embedding = isinstance(tower.get_submodule(spec.patch_embedding.path), Int8Linear)
     linear = total if is_int8_embedding else 0
-    attention = 0
+    attention, device = 0, device_of(tower)
     for block in blocks_of(tower):
         total += _block_macs(block, L, D)
         linear += L * _int8_weight_count(block)
-        is_int8 = any(isinstance(m, Int8Attention) and m.is_int8 for m in block.modules())
+        is_int8 = any(
+            isinstance(m, Int8Attention) and m.kind_on(device) == "int8" for m in block.modules()
+        )
         attention += 2 * L * L * D if is_int8 else 0
     return Macs(linear, attention, total + spec.macs_after_blocks)
 

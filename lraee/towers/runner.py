@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar, cast
 
@@ -21,6 +22,7 @@ from lraee.ops.reference import Probe
 from lraee.towers import compiled, search_exits
 from lraee.towers import cuda_graphs as graphs
 from lraee.towers.calls import embedding_size, require_numbers, require_plain_call
+from lraee.towers.device_exits import run_on_device
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
 from lraee.towers.families import blocks_of, family_of, tower_spec
 from lraee.towers.segments import Segments, TowerParts
@@ -106,12 +108,15 @@ class RowwiseTower(Rowwise):
             one = x.new_zeros(1, *x.shape[1:])
             return self._run(None, one, EagerExecutor(self))[:0]
         router = self._active_router(x)
+        eager = EagerExecutor(self)
         if self._is_for_graphs(x):
             with graphs.of(self, x.device) as held:
+                if router is not None and router.blocks and held.can_capture():
+                    by_router = partial(self._run, router, x, eager)
+                    return run_on_device(self, router, x, held, by_router)
                 scale = None if router is None else router.logit_scale
                 return self._run(router, x, GraphExecutor(self, held, scale))
-        executor = EagerExecutor(self)
-        results = [self._run(router, part, executor) for part in _parts(self, x)]
+        results = [self._run(router, part, eager) for part in _parts(self, x)]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _run(self, router: Router | None, x: Tensor, executor: Executor) -> Tensor:
@@ -299,9 +304,6 @@ def _projection(tower: nn.Module, spec: TowerSpec) -> nn.Module:
     """The module that holds the last product: a linear, or where it is no module its owner."""
     name = "" if spec.projection is None else spec.projection.weight
     return tower.get_submodule(name.rpartition(".")[0])
-
-
-# Exits
 
 
 @_eager

@@ -92,9 +92,10 @@ def test_an_exit_costs_little_where_no_image_takes_it(gpu: Gpu) -> None:
 
 
 @each_gpu
-def test_seven_launches_are_for_few_rows(gpu: Gpu) -> None:
-    for tower in TOWERS:
-        assert gpu_model.most_rows_of_seven(gpu, tower) <= 1024
+def test_nine_launches_are_for_many_rows(gpu: Gpu) -> None:
+    for tower, batch in itertools.product(TOWERS, (32, 128)):
+        nine, seven = (account.int8_us(gpu, tower, batch, form) for form in (FLOAT, SEVEN))
+        assert nine < seven, (tower.name, batch)
 
 
 def test_the_page_shows_the_table_of_the_account() -> None:

@@ -56,3 +56,15 @@ def test_requests_must_be_whole() -> None:
     with pytest.raises(typer.BadParameter, match=line):
         peers._require_whole_requests(Throughput(2, 16), [("--batch", 32), ("--samples", 20)])
     peers._require_whole_requests(Throughput(2, 16), [("--batch", 32), ("--samples", 48)])
+
+
+def test_the_float_tower_may_go_untimed() -> None:
+    """Agreement is with it all the same."""
+    runs: dict[str, peers.Encode] = {
+        "lraee int8": lambda x: 1.0 * x.flatten(1),
+        "torch float32": lambda x: x.flatten(1),
+    }
+    images = torch.rand(4, 3, 2, 2)
+    rows = peers.measure(runs, images, 2, 0.01, {}, ("torch float32",))
+    assert [row["peer"] for row in rows] == ["lraee int8"]
+    assert rows[0]["agreement"]["centred"] > 0.999

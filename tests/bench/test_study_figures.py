@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from bench import study_figures
+from tests import dose_cells
 from tests.study_report import report
 
 README = """# Title
@@ -87,3 +88,43 @@ def test_a_summary_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 def test_names_are_no_markup() -> None:
     assert study_figures.escaped("a|b\n<!-- /report -->") == r"a\|b \<!-- /report --\>"
+
+
+DOSE = """# Title
+<!-- dose: run -->
+<!-- /dose -->
+<!-- dose: words -->
+by hand
+<!-- /dose -->
+<!-- dose: verdicts -->
+<!-- /dose -->
+<!-- dose: curve -->
+<!-- /dose -->
+"""
+
+
+def fill_dose(folder: Path, text: str, *options: str) -> tuple[Result, str]:
+    (folder / "dose.json").write_text(json.dumps(dose_cells.report()))
+    document = folder / "study.md"
+    document.write_text(text)
+    command = ["dose", str(folder / "dose.json"), str(document), *options]
+    return CliRunner().invoke(study_figures.app, command), document.read_text()
+
+
+def test_blocks_and_picture_of_a_dose_study(tmp_path: Path) -> None:
+    picture = tmp_path / "images" / "dose.svg"
+    result, text = fill_dose(tmp_path, DOSE, "--picture", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "by hand" not in text and "same answer to 512 of 512 photos" in text
+    claims = [c for c in dose_cells.report()["claims"] if c["backbone"] == "paper"]
+    assert all(study_figures.escaped(claim["words"]) in text for claim in claims)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(claims) + 2 + len(dose_cells.report()["rescue"])
+    assert picture.read_text().startswith("<svg ")
+    assert fill_dose(tmp_path, text, "--check")[0].exit_code == 0
+    assert fill_dose(tmp_path, DOSE, "--check")[0].exit_code == 1
+
+
+def test_a_dose_block_of_another_name_is_refused(tmp_path: Path) -> None:
+    result, _ = fill_dose(tmp_path, "<!-- dose: main -->\n<!-- /dose -->\n")
+    assert result.exit_code == 1 and "must be one of ['run'" in result.output

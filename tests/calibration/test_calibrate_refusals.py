@@ -20,6 +20,7 @@ from tests.small_calibration import (
     pictures,
     small_clip,
 )
+from tests.support import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,19 @@ def test_exits_of_another_tower_or_scheme(model: nn.Module, images: Tensor) -> N
     with pytest.raises(ValueError, match="^accelerate: exits must be made for this scheme"):
         lraee.accelerate(model, scheme="paper", exits=exits)
     assert exits.base_hash == tower_hash(model.visual.state_dict())
+
+
+def test_exits_made_when_int8_attention_had_to_be_named(model: nn.Module, images: Tensor) -> None:
+    """Files from before attention="auto" say "int8", which is what a CPU computes either way."""
+    exits = calibrated(model, images)
+    assert exits.scheme.attention == "auto"
+    older = replace(exits, scheme=lraee.Scheme(attention="int8"))
+    fast = lraee.accelerate(model, exits=older)
+    assert_same(
+        fast.encode_image(images), lraee.accelerate(model, exits=exits).encode_image(images)
+    )
+    with pytest.raises(ValueError, match="^accelerate: exits must be made for this scheme"):
+        lraee.accelerate(model, scheme=lraee.Scheme(attention="float"), exits=exits)
 
 
 @pytest.mark.parametrize("vision", [{"pool_type": "none"}, {"output_tokens": True}])

@@ -30,10 +30,20 @@ from lraee.calibration.scoring import probe_costs
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Router
+from lraee.storage import spill
 from lraee.storage.stages import Stages
 from lraee.towers.flops import PartFlops, probe_flops
 from tests.exits.random_exits import make_head
-from tests.small_calibration import LAYERS, QUICK, classes_of, pictures, small_clip
+from tests.small_calibration import (
+    LAYERS,
+    QUICK,
+    assert_same_exits,
+    calibrated,
+    classes_of,
+    pictures,
+    small_clip,
+)
+from tests.storage.test_spill import is_on_disk
 from tests.support import assert_same, generator
 
 N = 120
@@ -211,3 +221,20 @@ def test_recipes() -> None:
     assert PAPER.rules == Rules(4, "paper", is_subset_chosen=False)
     assert PAPER.head.training == "both" and PAPER.head.epochs == 3
     assert BEST.head.training == "distill" and BEST.rules.is_subset_chosen
+
+
+def test_features_on_disk_have_the_bits_of_those_in_memory(
+    model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.arange(N) % 3 > 0
+    results = []
+    for limit in (1 << 20, 0):
+        monkeypatch.setattr(spill, "IN_MEMORY_BYTES", limit)
+        pair = Pair(model, lraee.accelerate(model), images, batch=64, progress=False)
+        views = pair.pooled([3, 5], rows, view_seed=2)
+        assert is_on_disk(views["pooled"]) == is_on_disk(views["teacher"]) == (limit == 0)
+        results.append((views, calibrated(model, images)))
+    (views, exits), (views_on_disk, exits_on_disk) = results
+    for name, tensor in views.items():
+        assert_same(views_on_disk[name], tensor, name=name)
+    assert_same_exits(exits_on_disk, exits)

@@ -88,6 +88,17 @@ def test_a_quiet_machine_is_read_three_times(seconds: dict[str, float]) -> None:
     assert readings.seconds == pytest.approx(seconds)
 
 
+def test_exits_on_the_device_cost_what_they_add() -> None:
+    """No probe is started apart there; what cannot be told from nothing counts as MIN_SPREAD."""
+    seconds = {name: each for name, each in SECONDS.items() if name != "probe"}
+    assert readings_under(lambda count: 1.0, seconds).share == pytest.approx(0.006)
+    seconds["probed"] = 4.9e-3
+    readings = readings_under(lambda count: 1.0, seconds)
+    assert readings.is_conclusive and readings.share == MIN_SPREAD
+    share = readings.share
+    assert ProbeTime((1.0,), (0.1,), (share,), 0.1).most_exits == int(OVERHEAD / MIN_SPREAD)
+
+
 def test_bursts_of_load_do_not_count() -> None:
     """Other work for 40 calls of every 100 triples their time."""
     readings = readings_under(lambda count: 3.0 if count % 100 < 40 else 1.0)

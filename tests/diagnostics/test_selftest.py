@@ -81,7 +81,7 @@ def test_every_config_and_every_part_of_the_epilogue_has_a_case(
 ) -> None:
     cases = list(selftest_cases.cases(Target(CPU, ARCHS[capability]), sizes))
     of_kernel = Counter(case.kernel for case in cases)
-    extra = {"int8_linear_quantized"}
+    extra = {"int8_linear_quantized", "exit_decide", "exit_agreement"}
     assert {*register.LAUNCHERS, *extra} <= of_kernel.keys()
     assert len(cases) == len({(case.kernel, case.config, case.shape) for case in cases})
     linears = [case for case in cases if case.kernel == "int8_linear"]
@@ -144,7 +144,7 @@ def test_a_kernel_that_raises_is_reported_and_the_rest_runs(
     failed = [row for row in rows if row.difference is not None]
     assert {row.kernel for row in failed} == {"int8_linear_quantized"}
     assert failed[0].difference == "RuntimeError: out of resources: shared memory"
-    assert rows[-1].kernel == "exit_probe" and rows[-1].difference is None
+    assert rows[-1].kernel == "exit_agreement" and rows[-1].difference is None
 
 
 def test_nothing_runs_on_a_device_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,14 @@ def test_what_runs_now_must_be_the_definition(monkeypatch: pytest.MonkeyPatch) -
         tuned(clock(lambda name: 1.0))
 
 
+def test_a_shape_that_does_not_fit_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def rounds(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        raise torch.cuda.OutOfMemoryError("x")
+
+    assert tuned(rounds) == []
+    assert caplog.messages == ["tune: M=5 N=40 K=96 needs more memory than is free"]
+
+
 def test_no_budget_no_work() -> None:
     assert tuned(clock(lambda name: 1.0), budget_s=0.0) == []
 

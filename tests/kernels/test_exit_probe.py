@@ -1,5 +1,7 @@
 """exit_probe in the interpreter: the decision of the definition, in one launch."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,13 @@ from torch import Tensor
 from bench.launches import launches_of
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned, poisoned_all
 from lraee.diagnostics.selftest_inputs import probe
+from lraee.kernels import live_rows
 from lraee.kernels.configs import ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.exit_probe_score import classes_per_program
+from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.operands import ProbeHead
+from lraee.kernels.workspace import Workspace
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
 from tests.support import EPS32, assert_same, assert_within
@@ -135,6 +140,28 @@ def test_variance_survives_a_large_mean() -> None:
     exact = z.double()[:, 1:].var(1, correction=0).sum(1)
     variance = exit_probe(z, given[1])[4]
     assert_within(variance.double(), exact, 1e-4 * exact)
+
+
+@pytest.mark.parametrize("H", [48, None])
+def test_rows_of_images_that_exited(H: int | None) -> None:
+    """The live rows have the bits they have alone; others are neither read nor written, whichever
+    of them are counted in a block of 16, and tickets are zero again.
+    """
+    B = 18
+    z, head = probe(B, 3, 32, H, 16, 20, 0, True)
+    whole = exit_probe(z, head)
+    for count in (0, 3, 16, 17):
+        rest = z.clone()
+        rest[count:] = math.nan
+        space = Workspace(*(torch.zeros(1 << 10, dtype=torch.int32) for _ in range(2)))
+        images = torch.tensor([count], dtype=torch.int32)
+        with live_rows.using(LiveRows(images, B)), guarded_outputs():
+            actual = exit_probe(rest, head, space=space)
+        assert not space.tickets.any()
+        for name, value, expected in zip(NAMES, actual, whole, strict=True):
+            assert_same(value[:count], expected[:count], name=name, count=count)
+    with live_rows.using(LiveRows(images, B + 1)), pytest.raises(AssertionError, match="18 images"):
+        exit_probe(z, head)
 
 
 @both_inputs

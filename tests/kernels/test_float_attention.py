@@ -8,8 +8,11 @@ from torch import Tensor
 
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned
 from lraee.diagnostics.selftest_inputs import attention, generator, rope_and_mask
+from lraee.kernels import live_rows, workspace
 from lraee.kernels.configs import FloatAttentionConfig, float_attention_config, head_tiles
-from lraee.kernels.float_attention import float_attention
+from lraee.kernels.float_attention import float_attention, float_attention_quantized
+from lraee.kernels.live_rows import LiveRows
+from lraee.kernels.operands import AttentionOperands
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
 from tests.support import assert_same, assert_within
@@ -125,7 +128,49 @@ def test_a_value_that_is_not_finite_stays_in_its_image() -> None:
         assert broken[1, :, :8].isnan().any()
 
 
+def check_quantized(
+    B: int, L: int, H: int, d: int, seed: int, num_queries: int | None = None
+) -> None:
+    """The same bits as float_attention followed by quantize_rows, NaN of one image in its rows."""
+    qkv, symmetric = attention(B, L, H, d, seed), seed % 2 == 0
+    qkv[B // 2, 0, 0] = torch.nan
+    operands = AttentionOperands(H, seed % 3 == 0)
+    y = float_attention(qkv, *operands, num_queries=num_queries)
+    expected = reference.quantize_rows(y.reshape(-1, H * d), symmetric)
+    with guarded_outputs():
+        actual = float_attention_quantized(
+            poisoned(qkv, row_pad=seed % 3), operands, symmetric=symmetric, num_queries=num_queries
+        )
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other, B=B, L=L, H=H, d=d, seed=seed, num_queries=num_queries)
+    assert not workspace.of_current_stream(torch.device("cpu")).tickets.any()
+
+
+def test_quantized() -> None:
+    for seed, L in enumerate((1, 17, 65)):
+        check_quantized(1 + seed % 3, L, 1 + seed % 2, 8, seed)
+
+
+def test_the_first_tokens_quantized() -> None:
+    for seed, num_queries in enumerate((1, 17, 65)):
+        check_quantized(2, 70, 2, 9, seed, num_queries)
+
+
+def test_live_images_quantized() -> None:
+    """Rows of the others are left, and no ticket stays."""
+    qkv, operands = attention(3, 20, 2, 8, 1), AttentionOperands(2)
+    expected = float_attention_quantized(qkv, operands, symmetric=False)
+    for images in range(4):
+        with live_rows.using(LiveRows(torch.tensor([images], dtype=torch.int32), 3)):
+            actual = float_attention_quantized(qkv, operands, symmetric=False)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one[: 20 * images], other[: 20 * images], images=images)
+        assert not workspace.of_current_stream(torch.device("cpu")).tickets.any()
+
+
 def test_no_images() -> None:
+    rows = float_attention_quantized(torch.empty(0, 5, 24), AttentionOperands(2), symmetric=True)
+    assert [len(part) for part in rows] == [0, 0, 0]
     assert float_attention(torch.empty(0, 5, 24), 2).shape == (0, 5, 8)
 
 

@@ -7,8 +7,8 @@ import torch
 
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned, poisoned_all
 from lraee.diagnostics.selftest_inputs import TYPES, generator, rows_with_extremes
-from lraee.kernels.configs import RowConfig
 from lraee.kernels.gated_quantize import gated_quantize
+from lraee.kernels.row_configs import RowConfig
 from lraee.ops import reference
 from tests.support import EPS32, assert_same, assert_within
 

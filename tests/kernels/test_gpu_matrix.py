@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, module: str = "bench.gpu_matrix") -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.gpu_matrix", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -28,6 +28,19 @@ def check(result: subprocess.CompletedProcess[str], least: int) -> None:
 
 def test_fixed_part_of_the_matrix() -> None:
     check(run("--subset", "--arch", "80", "90"), least=12)
+
+
+def test_row_kernels_take_at_most_32_instructions_a_value() -> None:
+    """Of the widths that compile fastest; python -m bench.row_instructions counts all."""
+    result = run("--arch", "80", "90", "--width", "768", module="bench.row_instructions")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert len(result.stdout.splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_row_kernels_of_every_width() -> None:
+    result = run(module="bench.row_instructions")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 @pytest.mark.slow

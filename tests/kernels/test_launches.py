@@ -8,24 +8,27 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.block_launches import block_launches, bytes_of, probe_launches, products_of
 from bench.gpu_account import FLOAT, SEVEN, block_costs
-from bench.gpu_parts import GPUS
+from bench.gpu_parts import GPUS, GRAPH_GAP_US, Gpu
 from bench.launches import launches_of, meta, meta_linear
 from bench.shapes import B16, B32, L14, Tower
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.configs import Config
 from lraee.kernels.int8_linear import int8_linear
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
+from lraee.kernels.row_configs import FEW_ROWS, quantizes_its_rows
 from lraee.ops import registry
 
 LINEAR = "int8_linear"
 both_inputs = pytest.mark.parametrize("has_class_token", [False, True])
 
 
-def test_a_block_takes_seven_launches() -> None:
+def test_a_block_takes_seven_launches_of_few_rows_and_nine_of_many() -> None:
     for arch, batch in itertools.product(ARCHS.values(), (1, 32)):
         names = [launch.name for launch in block_launches(B32, batch, arch)]
-        assert names == [
-            "layer_norm_quantize", LINEAR, "int8_attention", LINEAR,
+        is_slow = arch.bandwidth_gb_s < 500  # an L4 reads 50 rows of fc1 in 2 us
+        assert len(names) == (9 if batch == 32 else 8 if is_slow else 7)
+        assert [name for name in names if name != "quantize_rows"] == [
+            "layer_norm_quantize", LINEAR, "float_attention", LINEAR,
             "layer_norm_quantize", LINEAR, LINEAR,
         ]  # fmt: skip
 
@@ -40,8 +43,8 @@ def test_a_block_moves_and_multiplies_what_the_account_says(tower: Tower) -> Non
     formula = flop_registry[torch.ops.lraee.int8_block]
     for gpu, batch in itertools.product(GPUS, (1, 8, 32)):
         launches = block_launches(tower, batch, gpu.arch)
-        form = {7: SEVEN, 9: FLOAT}[len(launches)]
-        costs = block_costs(gpu, tower, batch, form)
+        seven, nine = (block_costs(gpu, tower, batch, form) for form in (SEVEN, FLOAT))
+        costs = {7: seven, 8: [*seven[:5], *nine[6:]], 9: nine}[len(launches)]
         assert [bytes_of(one) for one in launches] == [cost.size_bytes for cost in costs]
         assert [products_of(one) for one in launches] == [cost.ops for cost in costs]
         D = tower.D
@@ -74,12 +77,36 @@ def test_bytes_of_a_block(tower: Tower) -> None:
         return M * (width + 8)
 
     attention = 2 * M * 3 * D + 2 * M * D
-    expected = [
+    seven = [
         norm, linear(3 * D, D, False), attention + quantized(D), linear(D, D, True),
         norm, linear(4 * D, D, False) + quantized(4 * D), linear(D, 4 * D, True),
     ]  # fmt: skip
     launches = block_launches(tower, batch, ARCHS[80])
-    assert [bytes_of(one) for one in launches] == expected
+    moved = sum(bytes_of(one) for one in launches)
+    apart = [K for K in (D, 4 * D) if not quantizes_its_rows(M, K, ARCHS[80])]
+    assert moved == sum(seven) + sum(2 * M * K for K in apart)  # float rows are read once more
+    if not apart:
+        assert [bytes_of(one) for one in launches] == seven
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@towers
+def test_rows_are_quantized_where_the_account_finds_it_faster(tower: Tower, gpu: Gpu) -> None:
+    """Or where the account finds less than 1 us of a block between them."""
+    for batch in range(1, 33):
+        M, D = batch * tower.L, tower.D
+        seven, nine = (
+            {cost.name: cost.us + GRAPH_GAP_US for cost in block_costs(gpu, tower, batch, form)}
+            for form in (SEVEN, FLOAT)
+        )
+        for maker, K, quantize in (("attention", D, 0), ("fc1", 4 * D, 1)):
+            costs = block_costs(gpu, tower, batch, FLOAT)
+            own = [cost.us for cost in costs if cost.name == "quantize"][quantize] + GRAPH_GAP_US
+            saved = nine[maker] + own - seven[f"{maker}, quantized"]
+            if M <= FEW_ROWS and abs(saved) > 1:
+                assert quantizes_its_rows(M, K, gpu.arch) == (saved > 0), (maker, M, saved)
+            if M > 2 * FEW_ROWS and K > D:
+                assert not quantizes_its_rows(M, K, gpu.arch) and saved < 1, (maker, M, saved)
 
 
 @both_inputs
@@ -118,5 +145,5 @@ def test_a_product_alone_is_not_compiled_anew_for_another_width() -> None:
 def test_specialisation_of_what_triton_compiles() -> None:
     x, gamma = meta(50, 768, dtype=torch.float16), meta(768)
     source = launches_of(lambda: layer_norm_quantize(x, gamma, gamma, 1e-5, True))[0]
-    assert source.arguments["D"] == 768 and source.grid == (50,)
-    assert source.constants["CHUNKS"] == 12 and source.constants["SYMMETRIC"] is True
+    assert source.constants["D"] == 768 and source.grid == (50,)
+    assert source.constants["SYMMETRIC"] is True

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lraee.diagnostics.guarded_memory import poisoned
 from lraee.kernels import live_rows
-from lraee.kernels.configs import SEGMENT_K, RowConfig
 from lraee.kernels.float_attention import float_attention
+from lraee.kernels.float_configs import SEGMENT_K
 from lraee.kernels.float_linear import float_linear
 from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.quantize_rows import quantize_rows
+from lraee.kernels.row_configs import RowConfig
 from tests.support import assert_same
 
 IMAGES, ROWS = 3, 5

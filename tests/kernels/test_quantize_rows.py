@@ -5,9 +5,9 @@ import torch
 
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned
 from lraee.diagnostics.selftest_inputs import TYPES, rows_with_extremes
-from lraee.kernels.configs import RowConfig
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.quantize_rows import quantize_rows
+from lraee.kernels.row_configs import RowConfig
 from lraee.ops import reference
 from tests.support import assert_same
 

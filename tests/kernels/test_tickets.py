@@ -17,13 +17,15 @@ from triton.runtime import interpreter
 
 from bench.launches import Launch, recorded
 from lraee.diagnostics.selftest_inputs import attention, linear, probe
+from lraee.kernels import live_rows
 from lraee.kernels.configs import Config, ProbeConfig
 from lraee.kernels.exit_probe import exit_probe
-from lraee.kernels.int8_attention import int8_attention, int8_attention_quantized
+from lraee.kernels.float_attention import float_attention, float_attention_quantized
 from lraee.kernels.int8_linear import (
     int8_linear,
     int8_linear_quantized,
 )
+from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.operands import AttentionOperands
 from lraee.kernels.workspace import Workspace
 from lraee.ops import reference
@@ -123,11 +125,11 @@ def test_rows_are_quantized_after_their_tiles(config: Config) -> None:
 def test_rows_of_attention_are_quantized_after_their_heads() -> None:
     for seed, (B, L, H, d, num_queries) in enumerate([(2, 20, 3, 8, 20), (1, 70, 2, 8, 66), (9, 5, 2, 8, 1)]):  # fmt: skip  # noqa: E501
         qkv = attention(B, L, H, d, seed)
-        y = int8_attention(qkv, H, num_queries=num_queries)
+        y = float_attention(qkv, H, num_queries=num_queries)
         operands = AttentionOperands(H)
         given = {"qkv": qkv, "operands": operands, "symmetric": True, "num_queries": num_queries}
         expected = reference.quantize_rows(y.view(-1, H * d), True)
-        check(int8_attention_quantized, given, expected, seed)
+        check(float_attention_quantized, given, expected, seed)
 
 
 @pytest.mark.parametrize(("H", "B"), [(48, 1), (48, 18), (None, 3)])
@@ -136,6 +138,19 @@ def test_the_items_of_a_probe(H: int | None, B: int) -> None:
     given = probe(B, 5, 64, H, 40, 150, seed=B)
     expected = exit_probe(*given)
     check(lambda space: exit_probe(*given, config=config, space=space), {}, expected, seed=B)
+
+
+def test_the_items_of_a_probe_of_fewer_images() -> None:
+    """Programs of images that exited draw items too: 3 of 18, with one block of two left out."""
+    given = probe(18, 5, 64, 48, 40, 150, seed=3)
+    expected = [part[:3] for part in exit_probe(*given)]
+    images = torch.tensor([3], dtype=torch.int32)
+
+    def launch(space: Workspace) -> tuple[Tensor, ...]:
+        return tuple(part[:3] for part in exit_probe(*given, space=space))
+
+    with live_rows.using(LiveRows(images, 18)):
+        check(launch, {}, expected, seed=3)
 
 
 def test_parts_of_a_split_tile_are_summed_by_the_last() -> None:

@@ -64,11 +64,16 @@ def checked(name: str, calls: Counter[str]) -> Any:
         {"quick_gelu": True},
         {"vision": {"ls_init_value": 0.3}},
         {"vision": {"act_kwargs": {"approximate": "tanh"}}},
+        {"quick_gelu": True, "attention": "float_attention"},
     ],
-    ids=["quick_gelu", "gelu_layer_scale", "gelu_tanh"],
+    ids=["quick_gelu", "gelu_layer_scale", "gelu_tanh", "as_on_a_gpu"],
 )
 def test_tower(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     vision = {"layers": 2, **options.pop("vision", {})}
+    attention = options.pop("attention", "int8_attention")
+    if attention == "float_attention":
+        name = "lraee.layers.int8_attention.attention_on"
+        monkeypatch.setattr(name, lambda kind, device: "float")
     model = make_model(vision=vision, **options)
     fast: Any = lraee.accelerate(model, backend="reference")
     images = make_images(1)
@@ -95,7 +100,7 @@ def test_tower(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None
     assert calls == {
         "layer_norm_quantize": 4,
         "int8_linear": 8,
-        "int8_attention": 2,
+        attention: 2,
         "quantize_rows": 4,
         "float_linear": 2,  # patch embedding and projection
     }

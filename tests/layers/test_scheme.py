@@ -54,7 +54,7 @@ def test_unknown_scheme_names_the_choices():
     [
         ({"weights": "row"}, "weights must be one of channel, tensor, got 'row'"),
         ({"activations": "row"}, "activations must be one of token, batch, got 'row'"),
-        ({"attention": "fp8"}, "attention must be one of int8, float, got 'fp8'"),
+        ({"attention": "fp8"}, "attention must be one of auto, int8, float, got 'fp8'"),
         (
             {"calibration": "photos"},
             "calibration must be empty, 'images' or a sha256, got 'photos'",
@@ -65,6 +65,17 @@ def test_unknown_scheme_names_the_choices():
 def test_scheme_refuses(options, message):
     with pytest.raises(ValueError, match=f"Scheme: {message}"):
         Scheme(**options)
+
+
+def test_attention_is_the_devices_own():
+    """Of a scheme that names none."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert INT8.attention == "auto"
+    assert INT8.on(cpu) == Scheme(attention="int8")
+    assert INT8.on(gpu) == Scheme(attention="float")
+    for kind in ("int8", "float"):
+        assert Scheme(attention=kind).on(cpu) == Scheme(attention=kind).on(gpu)
+    assert PAPER.on(gpu) == PAPER.on(cpu) == PAPER
 
 
 def test_granularity_by_site():

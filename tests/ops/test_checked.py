@@ -262,6 +262,8 @@ def _errors() -> list[tuple[str, dict[str, Any], dict[str, Any], type[Exception]
          r"num_heads = 3, got \[2, 5, 32\]"),
         ("int8_block", {1: block._replace(norm_1=Norm(torch.ones(31), torch.ones(32)))}, {},
          ValueError, r"int8_block: norm_1.gamma must have shape \[32\], got \[31\]"),
+        ("int8_block", {1: block._replace(attention="fp8")}, {}, ValueError,
+         "int8_block: attention must be int8 or float, got 'fp8'"),
         ("int8_block", {1: block._replace(c_proj=block.in_proj)}, {}, ValueError,
          r"int8_block: c_proj.w_scale must have shape \[32\], got \[96\]"),
         ("int8_block", {1: block._replace(in_proj=block.in_proj._replace(w=foreign))}, {},

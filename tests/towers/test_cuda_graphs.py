@@ -5,10 +5,10 @@ On a GPU the same is asked of real graphs (tests marked gpu).
 
 import copy
 import logging
+import math
 import pickle
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,68 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import lraee
-from lraee.exits.gate import GateKind
 from lraee.towers import cuda_graphs as graphs
-from lraee.towers import runner as vision
 from lraee.towers.cuda_graphs import Captured, CaptureError, Function
 from tests.clip_models import make_images, make_model
 from tests.exits.random_exits import make_exits
 from tests.support import assert_same
+from tests.towers.graph_stand_in import StandIn
 
 BATCHES = (1, 3, 5, 4, 16, 2, 5)
-GATES: tuple[GateKind, ...] = ("learned", "confidence", "patience", "agreement")
-
-
-class NoEvent:
-    """An event of a device without streams."""
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
-
-    def record(self) -> None:
-        """Nothing to wait for later."""
-
-
-class StandIn:
-    """Captures segments as functions; each replay poisons the outputs of all others."""
-
-    def __init__(self) -> None:
-        self.outputs: list[tuple[Tensor, ...]] = []
-        self.captures = self.replays = 0
-
-    def capture(self, function: Function, padded: Tensor, pool: Any) -> tuple[Captured, Any]:
-        outputs = tuple(part.clone() for part in function(padded))
-        self.outputs.append(outputs)
-        self.captures += 1
-        self.poison()
-
-        def replay() -> None:
-            self.replays += 1
-            results = function(padded)
-            self.poison()
-            for output, result in zip(outputs, results, strict=True):
-                output.copy_(result)
-
-        return Captured(replay, padded, outputs), pool
-
-    def poison(self) -> None:
-        for outputs in self.outputs:
-            for part in outputs:
-                part.fill_(77)
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    graphs_of_functions = StandIn()
-    monkeypatch.setattr(graphs, "capture", graphs_of_functions.capture)
-    monkeypatch.setattr(graphs, "new_event", NoEvent)
-    monkeypatch.setattr(graphs, "on_device", lambda device: nullcontext())
-    monkeypatch.setattr(
-        vision.RowwiseTower,
-        "_is_for_graphs",
-        lambda tower, x: tower.cuda_graphs and 0 < len(x) <= 128 and not torch.is_grad_enabled(),
-    )
-    return graphs_of_functions
 
 
 @pytest.fixture(autouse=True)
@@ -109,45 +55,22 @@ def test_a_tower_of_any_batch(stand_in: StandIn) -> None:
     assert stand_in.captures == 6 and stand_in.replays == len(BATCHES)  # 5 and 6 share a bucket
 
 
-def test_one_graph_per_segment_between_exits(stand_in: StandIn) -> None:
-    """Segments are built once; a call replays those that its images reach, and no other."""
+def test_one_graph_for_a_tower_with_exits(stand_in: StandIn) -> None:
+    """Thresholds lie in memory that the graph reads: others are no other graph."""
     model = small()
     fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 3)))
-    segments, captures = fast.visual.segments, stand_in.captures
-    gate, images = fast.visual.exits.gate, make_images(4)
-    for thresholds, replays in (((-9.0, 9.0), 1), ((9.0, -9.0), 2), ((9.0, 9.0), 4)):
+    segments = fast.visual.segments
+    gate, images, captures = fast.visual.exits.gate, make_images(4), stand_in.captures
+    for thresholds in ((-9.0, 9.0), (9.0, -9.0), (9.0, 9.0)):
         fast.visual.exits.gate = replace(gate, thresholds=thresholds)
-        fast.encode_image(images)
+        fast.encode_image(images)  # the first call is checked
         before = stand_in.replays
-        fast.encode_image(images)
-        assert stand_in.replays - before == replays, thresholds
-    assert stand_in.captures - captures == 4  # two up to an exit, the end, and what finishes
+        assert_same(*with_and_without(fast, images), thresholds=thresholds)
+        assert (stand_in.captures, stand_in.replays) == (captures + 1, before + 1)
     assert fast.visual.segments is segments
     with lraee.full_depth(fast):
         assert_same(*with_and_without(fast, images))
-    assert stand_in.captures - captures == 5
-
-
-@pytest.mark.parametrize("kind", GATES)
-def test_exits(stand_in: StandIn, kind: GateKind) -> None:
-    model = small()
-    fast: Any = lraee.accelerate(model, exits=make_exits(model, blocks=(1, 2, 3), kind=kind))
-    left = set()
-    for seed, B in enumerate(BATCHES):
-        torch.manual_seed(seed)
-        images = make_images(B)
-        with lraee.trace(fast) as t:
-            result = fast.encode_image(images)
-        depths, scores = t.exit_block, t.scores
-        fast.visual.cuda_graphs = False
-        with lraee.trace(fast) as t:
-            expected = fast.encode_image(images)
-        del fast.visual.cuda_graphs
-        assert_same(result, expected, B=B)
-        assert_same(depths, t.exit_block, B=B)
-        assert_same(scores, t.scores, B=B)
-        left.update(depths.tolist())
-    assert stand_in.replays > len(BATCHES) and len(left) > 1, left
+    assert stand_in.captures == captures + 2
 
 
 def test_padding_rows_change_nothing(stand_in: StandIn) -> None:
@@ -269,6 +192,20 @@ def test_graphs_go_with_their_tower(stand_in: StandIn, monkeypatch: pytest.Monke
     assert len(graphs._all) == count - 1
 
 
+def test_a_constant_lies_in_one_place(stand_in: StandIn) -> None:
+    """Graphs read it there: it is written where it changes, and nowhere else."""
+    fast: Any = lraee.accelerate(small())
+    with torch.inference_mode():
+        held = graphs.of(fast.visual, torch.device("cpu"))
+        first = held.constant("images", (3,), torch.int32)
+        gate = held.constant("gate", (0.5, -math.inf), torch.float32)
+    assert first.tolist() == [3] and gate.tolist() == [0.5, -math.inf]
+    version = first._version
+    assert held.constant("images", (3,), torch.int32) is first and first._version == version
+    assert held.constant("images", (5,), torch.int32) is first and first.tolist() == [5]
+    assert held.constant("gate", (1.0,), torch.float32) is not gate
+
+
 def test_buckets() -> None:
     assert [graphs.bucket_of(B) for B in (1, 2, 5, 9, 33, 100, 128)] == [1, 2, 6, 12, 48, 128, 128]
     pairs = zip(graphs.BUCKETS, graphs.BUCKETS[1:], strict=False)
@@ -294,9 +231,11 @@ def test_graphs_on_a_gpu(on_gpu: tuple[Any, Any]) -> None:
         for seed, B in enumerate((*BATCHES, 128)):
             torch.manual_seed(seed)
             images = make_images(B).to("cuda")
+            fast.encode_image(images)  # the first call of a tower with exits is checked
             assert_same(*(part.cpu() for part in with_and_without(fast, images)), B=B)
         assert graphs._all[fast.visual]._captured
         assert not graphs._all[fast.visual]._refusal
+        assert all(graphs._all[fast.visual].checks.values())
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from lraee.ops.reference.attention import (
     int8_attention,
 )
 from lraee.ops.reference.block import int8_block
+from lraee.ops.reference.exits import exit_decide
 from lraee.ops.reference.gated import GatedRows, gated_quantize
 from lraee.ops.reference.linear import (
     MAX_K,
@@ -37,8 +38,8 @@ from lraee.ops.reference.rows import (
 
 __all__ = [
     "FIXED_POINT_KEYS", "LANES", "LARGEST_VALUE", "LARGEST_WEIGHT", "MAX_K", "SMALLEST_SCALE",
-    "GatedRows", "Probe", "Quantized", "activate", "exit_probe", "float_attention",
-    "float_linear", "gated_quantize", "int8_attention", "int8_block", "int8_linear", "lane_sum",
-    "layer_norm", "layer_norm_quantize", "pack_weight", "pool", "quantize_rows", "steady_sigmoid",
-    "top_two", "unpack_weight",
+    "GatedRows", "Probe", "Quantized", "activate", "exit_decide", "exit_probe",
+    "float_attention", "float_linear", "gated_quantize", "int8_attention", "int8_block",
+    "int8_linear", "lane_sum", "layer_norm", "layer_norm_quantize", "pack_weight", "pool",
+    "quantize_rows", "steady_sigmoid", "top_two", "unpack_weight",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lraee.kernels.operands import BlockOperands
-from lraee.ops.reference.attention import int8_attention
+from lraee.ops.reference.attention import float_attention, int8_attention
 from lraee.ops.reference.linear import int8_linear
 from lraee.ops.reference.rows import layer_norm_quantize, quantize_rows
 
@@ -17,6 +17,7 @@ class Definitions:
     layer_norm_quantize = staticmethod(layer_norm_quantize)
     int8_linear = staticmethod(int8_linear)
     int8_attention = staticmethod(int8_attention)
+    float_attention = staticmethod(float_attention)
 
 
 def int8_block(
@@ -41,7 +42,9 @@ def int8_block(
 
     quantized = operators.layer_norm_quantize(rows, *block.norm_1, symmetric[0])
     qkv = linear(quantized, block.in_proj).view(B, L, 3 * D)
-    y = operators.int8_attention(qkv, block.num_heads, block.causal, None, block.key_mask)
+    is_float = block.attention == "float"
+    attend = operators.float_attention if is_float else operators.int8_attention
+    y = attend(qkv, block.num_heads, block.causal, None, block.key_mask)
     y, rows = (y[:, 0], x[:, 0]) if first_only else (y.view(B * L, D), rows)
     quantized = operators.quantize_rows(y, symmetric[1])
     rows = linear(quantized, block.out_proj, residual=rows)

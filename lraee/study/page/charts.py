@@ -1,5 +1,6 @@
 """Charts as data, drawn by matplotlib: as SVG in the page's own colours and font, or as a PNG."""
 
+import html
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,17 @@ _SETTINGS: Any = {
     "axes.unicode_minus": True,
 }
 _SIZE = (5.5, 3.9)  # inches, of 72 units in the SVG
+_WIDE = (9.5, 4.6)
+_TITLE = 26.0  # units above a file's chart, for its title
+_STYLE = """<style>
+svg { --paper: #fcfcfa; --ink: #1a1a18; --grid: #c4c4bd; --blue: #0072b2; --red: #c24f00;
+  --green: #00795a; --purple: #a8548a; --orange: #9a6700; fill: var(--ink);
+  font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+.title { font-size: 13px; font-weight: 600; text-anchor: middle; }
+@media (prefers-color-scheme: dark) { svg { --paper: #161614; --ink: #ecece6; --grid: #4d4d46;
+  --blue: #56b4e9; --red: #f08a3c; --green: #2fc29a; --purple: #e29cc6; --orange: #e6b24a; } }
+</style>"""
+"""The colours of page.css."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,52 @@ class Intervals:
     has_zero: bool = False
 
 
-def svg(chart: Chart | Intervals) -> str:
+@dataclass(frozen=True)
+class Point:
+    """A place with half the length of its bars, and a label beside it."""
+
+    x: float
+    y: float
+    x_error: float
+    y_error: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points joined in their order."""
+
+    label: str
+    look: Look
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Axes of their own beside others of the same scales; `level` is a line y = c and its name."""
+
+    title: str
+    curves: Sequence[Curve]
+    level: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Panels side by side, one legend; `zero` names the line y = 0, `diagonal` that of y = x."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    panels: Sequence[Panel]
+    zero: str
+    diagonal: str
+
+
+Drawing = Chart | Intervals | Curves
+
+
+def svg(chart: Drawing) -> str:
     """The chart as an SVG element for inside HTML, with a label; its text is escaped.
 
     Raises: ImportError without matplotlib.
@@ -99,7 +156,27 @@ def svg(chart: Chart | Intervals) -> str:
     return _inlined(out.getvalue(), chart)
 
 
-def png(chart: Chart | Intervals, *, dpi: int = 110) -> bytes:
+def svg_file(chart: Drawing) -> str:
+    """The chart as an SVG file with its title, on a ground of its own, light or dark as the viewer.
+
+    Raises: ImportError without matplotlib.
+    """
+    text = svg(chart)
+    start = text.index("<svg ")
+    end = text.index(">", start) + 1
+    element = re.sub(r' class="plot"| aria-labelledby="[^"]*"', "", text[start:end])
+    match = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', element)
+    assert match is not None
+    width, height = (float(each) for each in match.groups())
+    view = f'viewBox="0 {-_TITLE:g} {width:g} {height + _TITLE:g}"'
+    element = element.replace(match[0], f'{view} width="{width:g}" height="{height + _TITLE:g}"')
+    title = html.escape(chart.title)
+    ground = f'<rect y="{-_TITLE:g}" width="100%" height="100%" rx="6" fill="var(--paper)"/>'
+    heading = f'<text x="{width / 2:g}" y="-9" class="title">{title}</text>'
+    return f"{element}<title>{title}</title>{_STYLE}{ground}{heading}{text[end:]}\n"
+
+
+def png(chart: Drawing, *, dpi: int = 110) -> bytes:
     """The chart as a PNG on white.
 
     Raises: ImportError without matplotlib.
@@ -126,12 +203,15 @@ def _matplotlib() -> Iterator[None]:
         yield
 
 
-def _figure(chart: Chart | Intervals) -> Any:
+def _figure(chart: Drawing) -> Any:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=_SIZE)
     if isinstance(chart, Chart):
         _draw_lines(drawn, chart)
+    elif isinstance(chart, Curves):
+        drawn.set_size_inches(_WIDE)
+        _draw_panels(drawn, chart)
     else:
         drawn.set_size_inches(_SIZE[0], 0.7 + 0.4 * max(len(chart.rows), 1))
         _draw_intervals(drawn, chart)
@@ -179,6 +259,63 @@ def _draw_intervals(drawn: Any, chart: Intervals) -> None:
     axes.grid(axis="x", color=GRID, linewidth=0.4)
 
 
+def _draw_panels(drawn: Any, chart: Curves) -> None:
+    left, below, between = 0.075, 0.21, 0.035
+    width = (0.985 - left - between * (len(chart.panels) - 1)) / max(len(chart.panels), 1)
+    first = None
+    for place, panel in enumerate(chart.panels):
+        box = (left + place * (width + between), below, width, 0.93 - below)
+        axes = drawn.add_axes(box, sharex=first, sharey=first)
+        first = first or axes
+        for curve in panel.curves:
+            x, y = [p.x for p in curve.points], [p.y for p in curve.points]
+            axes.errorbar(
+                x, y, xerr=[p.x_error for p in curve.points], fmt=curve.look.style,
+                yerr=[p.y_error for p in curve.points], color=curve.look.colour, label=curve.label,
+                markersize=5, linewidth=1.5, elinewidth=0.8, capsize=1.5,
+            )  # fmt: skip
+            for point in curve.points:
+                axes.annotate(
+                    point.label, (point.x, point.y), xytext=(5, -11), textcoords="offset points",
+                    fontsize=9, color=curve.look.colour,
+                )  # fmt: skip
+        axes.set_title(panel.title, fontsize=11)
+        axes.set_xlabel(chart.x_label, fontsize=10)
+        axes.grid(color=GRID, linewidth=0.4)
+        if place:
+            axes.tick_params(labelleft=False)
+    if first is not None:
+        first.set_ylabel(chart.y_label, fontsize=10)
+        _draw_references(drawn, chart)
+        handles, labels = first.get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=10)
+
+
+def _draw_references(drawn: Any, chart: Curves) -> None:
+    """y = 0 and y = x within the limits that the points need."""
+    levels = [panel.level[0] for panel in chart.panels if panel.level]
+    (left, right), (low, high) = drawn.axes[0].get_xlim(), drawn.axes[0].get_ylim()
+    space = 0.06 * (high - low)
+    low, high = min([low, *(y - space for y in levels)]), max([high, *(y + space for y in levels)])
+    for axes, panel in zip(drawn.axes, chart.panels, strict=True):
+        for y, name in [(0.0, chart.zero), *([panel.level] if panel.level else [])]:
+            is_below = name == chart.zero and any(abs(level) < 2 * space for level in levels)
+            axes.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+            axes.annotate(
+                name, (1.0, y), xycoords=("axes fraction", "data"),
+                xytext=(-3, -11 if is_below else 3), textcoords="offset points", fontsize=9,
+                ha="right",
+            )  # fmt: skip
+        end = min(right, high)
+        axes.plot([0.0, end], [0.0, end], color=INK, linewidth=0.9, linestyle=(0, (5, 3)))
+        axes.annotate(
+            chart.diagonal, (0.6 * end, 0.6 * end), xytext=(-6, 2), textcoords="offset points",
+            fontsize=9, ha="right",
+        )  # fmt: skip
+        axes.set_xlim(left, right)
+        axes.set_ylim(low, high)
+
+
 def _axes(drawn: Any, *, left: float, below: float) -> Any:
     """Axes placed by hand, a share from the left and inches from below.
 
@@ -194,7 +331,7 @@ def _locator(kind: str, **options: Any) -> Any:
     return getattr(ticker, kind)(**options)
 
 
-def _inlined(text: str, chart: Chart | Intervals) -> str:
+def _inlined(text: str, chart: Drawing) -> str:
     """matplotlib's file as an element: ids of its own, the page's colours and font, a label."""
     text = text[text.index("<svg ") :]
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)

@@ -3,7 +3,12 @@
 from lraee.study.schema import Spread
 
 NOTHING = "\u2013"
-BACKBONES = {"float": "float", "int8": "INT8 (lraee)", "paper": "INT8 (paper)"}
+BACKBONES = {
+    "float": "float",
+    "int8": "INT8 (lraee)",
+    "int8-calibrated": "INT8 (calibrated)",
+    "paper": "INT8 (paper)",
+}
 
 
 def figure(value: float | None, digits: int = 2) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lraee.storage.files import replace_file
 from lraee.study.page import formatting
@@ -26,25 +27,35 @@ def write_page(report: Report, path: Path | str) -> None:
 
 def render(report: Report) -> str:
     """The page as text; everything that comes from the report is escaped."""
+    template = environment().get_template("page.html.j2")
+    text: str = template.render(
+        report=report, parts=parts(report), verdict=_verdict,
+        counts=_counts(report["findings"]),
+    )  # fmt: skip
+    return text
+
+
+def environment() -> Any:
+    """Templates beside this file, with formats and charts; all that they show is escaped.
+
+    Raises: ImportError without jinja2.
+    """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
         raise ImportError(
             f"report: jinja2 must be installed: pip install 'lraee[report]' ({error})"
         ) from error
-    environment = Environment(
+    result: Environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": formatting.figure, "backbone": formatting.backbone}
-    template = environment.get_template("page.html.j2")
-    return template.render(
-        report=report, parts=parts(report), verdict=_verdict, svg=svg,
-        counts=_counts(report["findings"]),
-    )  # fmt: skip
+    result.filters |= {"figure": formatting.figure, "backbone": formatting.backbone}
+    result.globals["svg"] = svg
+    return result
 
 
 def _verdict(finding: Finding) -> tuple[str, str]:

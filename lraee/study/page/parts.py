@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lraee.study.page import plots, tables
-from lraee.study.page.charts import Chart, Intervals
+from lraee.study.page.charts import Drawing
 from lraee.study.page.tables import Table
 from lraee.study.schema import Example, Report
 
@@ -16,7 +16,7 @@ class Section:
     name: str
     title: str
     words: str
-    charts: Sequence[Chart | Intervals] = ()
+    charts: Sequence[Drawing] = ()
     tables: Sequence[Table] = ()
     photos: Sequence[Example] = ()
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from lraee.storage.files import replace_file
-from lraee.study.page import plots
-from lraee.study.page.charts import png
+from lraee.study.dose.schema import DoseReport
+from lraee.study.page import dose_plots, plots
+from lraee.study.page.charts import png, svg_file
 from lraee.study.schema import Report
 
 
@@ -26,3 +27,14 @@ def save(report: Report, folder: Path | str) -> list[Path]:
             written.append(folder / f"{name}.png")
             replace_file(written[-1], png(chart))
     return written
+
+
+def save_curve(report: DoseReport, path: Path | str) -> Path:
+    """Writes the curve of a dose study as an SVG that reads on light and dark pages alike.
+
+    Raises: ImportError without matplotlib.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, svg_file(dose_plots.of_curve(report)).encode())
+    return path

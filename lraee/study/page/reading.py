@@ -20,9 +20,12 @@ from lraee.storage.schema import (
     table,
 )  # fmt: skip
 from lraee.study import schema
+from lraee.study.dose import schema as dose_schema
+from lraee.study.dose.schema import DoseReport
 from lraee.study.schema import Report
 
 MAX_BYTES = 32 << 20
+_ADVICE = "write it again with lraee report"
 _LARGEST = 10**15  # of any number: no figure of a study is larger, and drawings stay finite
 _JPEG = (b"\xff\xd8\xff", b"\xff\xd9")  # how one begins and ends
 _NUMBER = scalar(
@@ -41,15 +44,31 @@ def read_report(path: Path | str) -> Report:
     Raises: lraee.CheckpointError naming the field, on any other.
     """
     path = Path(path)
-    with refusing(path, "write it again with lraee report"):
-        raw = read_json(path, MAX_BYTES)
-        is_known = raw.get("schema") == schema.SCHEMA
-        require(is_known, f"schema must be {schema.SCHEMA!r}", raw.get("schema"))
-        report = cast(Report, _kind(Report)(raw, ""))
+    with refusing(path, _ADVICE):
+        report = cast(Report, _checked(path, schema.SCHEMA, Report))
         for i, example in enumerate(report["examples"]):
             is_jpeg = _is_jpeg(example["jpeg"])
             require(is_jpeg, f"examples[{i}].jpeg must be a JPEG in base64", example["jpeg"])
     return report
+
+
+def read_doses(path: Path | str) -> DoseReport:
+    """The same of a dose study; see read_report."""
+    path = Path(path)
+    with refusing(path, _ADVICE):
+        return cast(DoseReport, _checked(path, dose_schema.SCHEMA, DoseReport))
+
+
+def is_of_doses(path: Path) -> bool:
+    """Whether the file says that it is of a dose study; see read_report for what is refused."""
+    with refusing(path, _ADVICE):
+        return read_json(path, MAX_BYTES).get("schema") == dose_schema.SCHEMA
+
+
+def _checked(path: Path, expected: str, hint: Any) -> Any:
+    raw = read_json(path, MAX_BYTES)
+    require(raw.get("schema") == expected, f"schema must be {expected!r}", raw.get("schema"))
+    return _kind(hint)(raw, "")
 
 
 def _kind(hint: Any) -> Kind:
