@@ -125,21 +125,25 @@ def _in_proj(own: Int8Linear, w: Tensor, b: Tensor) -> Int8Linear:
     """The block's own queries, and these keys and values [2 D, D], quantized."""
     w, b = w.to(own.w_scale.device), b.to(own.w_scale.device)
     queries = own.out_features - len(w)
-    folded = w if own.in_scale is None else w * own.in_scale
-    w_q, w_scale = quantize_weight(folded, INT8, own.backend)
+    w_q, w_scale = quantize_weight(w, INT8, own.backend)
+    rest = None
+    if own.rest is not None:
+        left = (w.float() - w_q * w_scale[:, None])[-own.rest.out_features :]
+        rest = quantize_weight(left, INT8, own.backend)
     bias = b.new_zeros(queries) if own.bias is None else own.bias[:queries]
     return Int8Linear(
         torch.cat([own.w_q[:queries], w_q]), torch.cat([own.w_scale[:queries], w_scale]),
-        torch.cat([bias, b]), dtype=own.dtype, granularity=own.granularity, in_scale=own.in_scale,
-        backend=own.backend,
+        torch.cat([bias, b]), dtype=own.dtype, granularity=own.granularity, copies=own.copies,
+        rest=rest, backend=own.backend,
     )  # fmt: skip
 
 
 def _macs(block: Int8Block, tokens: int) -> int:
     """Multiply-adds of the class token in a block to which the other tokens are keys and values."""
     in_proj = in_proj_of(block)
-    linears = (m for m in block.modules() if isinstance(m, Int8Linear))
-    weights = sum(m.in_features * m.out_features for m in linears)
+    linears = [m for m in block.modules() if isinstance(m, Int8Linear)]
+    rests = {id(m.rest) for m in linears}
+    weights = sum(m.in_features * m.out_features for m in linears if id(m) not in rests)
     weights += sum(p.numel() for p in block.parameters() if p.dim() == 2)
     own = in_proj.in_features * in_proj.out_features
     return weights + (tokens - 1) * own + 2 * tokens * in_proj.in_features

@@ -9,6 +9,7 @@ bits are others.
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lraee.layers.int8_linear import Int8Linear
@@ -134,8 +135,9 @@ class Composed(Watch):
         if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return linear.quantize(norm(x))
         gamma, beta = norm.weight.float(), norm.bias.float()
-        if linear.in_scale is not None:
-            gamma, beta = gamma / linear.in_scale, beta / linear.in_scale
+        if linear.is_cut:
+            wide = F.layer_norm(x.float(), gamma.shape, gamma, beta, norm.eps)
+            return linear.quantize(wide)
         symmetric = linear.granularity == "row_symmetric"
         return operators(self._backend).layer_norm_quantize(  # type: ignore[no-any-return]
             x, gamma, beta, norm.eps, symmetric
@@ -157,19 +159,16 @@ class Composed(Watch):
         gamma = None if scale is None else cast(Tensor, scale[0][scale[1]])
         wide = None if gamma is None else gamma.float()
         order = self._spec.order
-        packed = linear.packed._replace(layer_scale=None if order == "post" else wide)
-        multiply, out_dtype = operators(self._backend).int8_linear, rows.dtype
-        sums = None if order == "post" else rows
-        if second is not None:
-            rest = packed._replace(bias=None)
-            sums = multiply(*second, rest, residual=sums, out_dtype=out_dtype)
-        y = cast(Tensor, multiply(*x, packed, residual=sums, out_dtype=out_dtype))
+        y = linear.multiply(
+            x, second=second, residual=None if order == "post" else rows,
+            layer_scale=None if order == "post" else wide, out_dtype=rows.dtype,
+        )  # fmt: skip
         if order == "pre":
             return y
-        y = self._norms[norm.path](y)
+        y = cast(Tensor, self._norms[norm.path](y))
         if order == "sum":
-            return cast(Tensor, y)
-        return rows + cast(Tensor, y if gamma is None else y * gamma)
+            return y
+        return rows + (y if gamma is None else y * gamma)
 
 
 def _linear(block: nn.Module, linear: Linear) -> Int8Linear:

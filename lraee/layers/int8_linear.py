@@ -31,8 +31,10 @@ class Int8Linear(nn.Module):
     w_scale: Tensor
     w_sum: Tensor
     bias: Tensor | None
-    in_scale: Tensor | None
+    copies: Tensor | None
+    in_index: Tensor | None
     like: Tensor
+    rest: "Int8Linear | None"
 
     def __init__(
         self,
@@ -42,8 +44,9 @@ class Int8Linear(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         granularity: Granularity = "row",
-        in_scale: Tensor | None = None,
+        copies: Tensor | None = None,
         has_two_terms: bool = False,
+        rest: "tuple[Tensor, Tensor] | None" = None,
         backend: Backend = "auto",
     ) -> None:
         """Packs a quantized weight.
@@ -54,9 +57,11 @@ class Int8Linear(nn.Module):
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
           granularity: how the input is quantized, see lraee.layers.scheme.quantize_activation.
-          in_scale: float32 [K] that the input is divided by, w_q being of the weight times it, see
-            lraee.layers.scheme.folded_scale; None for ones.
+          copies: float32 [K], whole numbers, see lraee.layers.scheme.channel_copies: into how many
+            equal parts each input channel is cut, every part with its weight; None for one each.
           has_two_terms: `forward` takes its input in two terms of int8, as gated_quantize has them.
+          rest: w_q int8 [R, K] and w_scale float32 [R] of a second term of the weight, which is
+            added to the first one in the last R rows; None for none.
           backend: which implementation to run on.
         """
         super().__init__()
@@ -64,15 +69,22 @@ class Int8Linear(nn.Module):
         self.granularity: Granularity = granularity
         self.has_two_terms = has_two_terms
         self.backend: Backend = backend
-        w, w_sum = operators(backend).pack_weight(w_q)
+        in_index = None if copies is None else _index(copies)
+        w, w_sum = operators(backend).pack_weight(_columns(w_q, in_index))
         self.register_buffer("w", w, persistent=False)
         self.register_buffer("w_sum", w_sum, persistent=False)
         self.register_buffer("w_scale", w_scale.detach().float())
         # clone: the bias of the float layer must stay its own
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.register_buffer("in_scale", in_scale)
+        self.register_buffer("copies", None if copies is None else copies.clone())
+        self.register_buffer("in_index", in_index, persistent=False)
         # No elements: it follows .to() and .half(), and so remembers the type computed for
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=w.device), persistent=False)
+        self.rest = None
+        if rest is not None:
+            self.rest = Int8Linear(
+                *rest, None, dtype=dtype, granularity=granularity, copies=copies, backend=backend
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Any float type [..., K] -> the same type [..., N]."""
@@ -85,31 +97,49 @@ class Int8Linear(nn.Module):
 
     def quantize(self, x: Tensor) -> Quantized:
         """Rows [M, K] of this layer's input, in int8."""
-        x = x if self.in_scale is None else x.float() / self.in_scale
+        if self.is_cut:
+            copies, index = cast(Tensor, self.copies), cast(Tensor, self.in_index)
+            x = (x.float() / copies).index_select(1, index)
         return quantize_activation(x, self.granularity, self.backend)
 
     def _multiply_two_terms(self, x: Tensor) -> Tensor:
         """X @ w.T + bias of rows [M, K] in two terms."""
         both = torch.cat([torch.ones_like(x), x], 1)
         *first, r_q, r_scale = operators(self.backend).gated_quantize(both, "none")
-        rest, multiply = self.packed._replace(bias=None), operators(self.backend).int8_linear
-        y = multiply(r_q, r_scale, None, rest, out_dtype=x.dtype)
-        return cast(Tensor, multiply(*first, self.packed, residual=y, out_dtype=x.dtype))
+        return self.multiply(cast(Quantized, first), second=(r_q, r_scale, None), out_dtype=x.dtype)
 
     def multiply(
         self,
         x: Quantized,
         *,
+        second: tuple[Tensor, Tensor, None] | None = None,
         residual: Tensor | None = None,
         layer_scale: Tensor | None = None,
         activation: Activation = "none",
         out_dtype: torch.dtype,
     ) -> Tensor:
-        """act(x @ w.T + bias) * layer_scale + residual: [M, N] from a quantized input [M, K]."""
-        return operators(self.backend).int8_linear(  # type: ignore[no-any-return]
-            *x, packed_linear(self._buffers, layer_scale),
-            residual=residual, activation=activation, out_dtype=out_dtype,
-        )  # fmt: skip
+        """act(x @ w.T + bias) * layer_scale + residual: [M, N] from a quantized input [M, K].
+
+        Args:
+          x: first term of the input, or all of it.
+          second: its second term, or None; there is no activation then, nor with `rest`.
+          residual, layer_scale, activation, out_dtype: as int8_linear takes them.
+        """
+        packed = packed_linear(self._buffers, layer_scale)
+        product = operators(self.backend).int8_linear
+        if second is not None:
+            small = packed._replace(bias=None)
+            residual = product(*second, small, residual=residual, out_dtype=out_dtype)
+        rest = self.rest
+        if rest is not None and rest.out_features == self.out_features:
+            small = packed_linear(rest._buffers, layer_scale)
+            residual = product(*x, small, residual=residual, out_dtype=out_dtype)
+        y: Tensor = product(
+            *x, packed, residual=residual, activation=activation, out_dtype=out_dtype
+        )
+        if rest is not None and rest.out_features < self.out_features:
+            y[:, -rest.out_features :] += product(*x, rest.packed, out_dtype=out_dtype)
+        return y
 
     @property
     def packed(self) -> PackedLinear:
@@ -125,16 +155,36 @@ class Int8Linear(nn.Module):
         return PackedLinear(*views, b)
 
     @property
+    def is_cut(self) -> bool:
+        """Whether any input channel is read in parts."""
+        return self.in_index is not None and len(self.in_index) > self.in_features
+
+    @property
     def w_q(self) -> Tensor:
         """The weight as plain int8 [N, K]."""
         unpack = operators(self.backend).unpack_weight
-        return cast(Tensor, unpack(self.w, self.out_features, self.in_features))
+        if self.copies is None or self.in_index is None:
+            return cast(Tensor, unpack(self.w, self.out_features, self.in_features))
+        w_q = unpack(self.w, self.out_features, len(self.in_index))
+        return cast(Tensor, w_q.index_select(1, self._last_parts(self.copies)))
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Channels [M, K] of rows of parts, as `quantize` cuts them."""
+        if self.copies is None:
+            return x
+        return x.index_select(1, self._last_parts(self.copies)) * self.copies
+
+    @staticmethod
+    def _last_parts(copies: Tensor) -> Tensor:
+        return copies.cumsum(0).long() - 1
 
     @property
     def weight(self) -> Tensor:
         """The weight as numbers [N, K], of type `dtype`; made anew at each call."""
         weight = self.w_q * self.w_scale[:, None]
-        return (weight if self.in_scale is None else weight / self.in_scale).to(self.dtype)
+        if self.rest is not None:
+            weight[-self.rest.out_features :] += self.rest.w_q * self.rest.w_scale[:, None]
+        return weight.to(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,14 +203,18 @@ class Int8Linear(nn.Module):
         self.like = fn(self.like)
         if self.like.device != self.w.device:
             require_backend(self.backend, self.like.device)
-            self.w, self.w_sum = operators(self.backend).pack_weight(fn(self.w_q))
+            w_q = _columns(fn(self.w_q), None if self.in_index is None else fn(self.in_index))
+            self.w, self.w_sum = operators(self.backend).pack_weight(w_q)
         else:
             # flat: a channels_last of 4-D tensors is not meant for the packed layout
             self.w = uncast(fn, self.w.view(-1)).view(self.w.shape)
             self.w_sum = uncast(fn, self.w_sum)
         self.w_scale = uncast(fn, self.w_scale)
         self.bias = None if self.bias is None else uncast(fn, self.bias)
-        self.in_scale = None if self.in_scale is None else uncast(fn, self.in_scale)
+        if self.copies is not None and self.in_index is not None:
+            self.copies, self.in_index = uncast(fn, self.copies), uncast(fn, self.in_index)
+        if self.rest is not None:
+            self.rest._apply(fn)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,7 +224,8 @@ class Int8Linear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         buffers = dict(state["_buffers"])
-        w, w_sum = operators(state["backend"]).pack_weight(buffers.pop(_WEIGHT_KEY))
+        w_q = _columns(buffers.pop(_WEIGHT_KEY), buffers["in_index"])
+        w, w_sum = operators(state["backend"]).pack_weight(w_q)
         packed = {**state, "_buffers": {"w": w, "w_sum": w_sum, **buffers}}
         super().__setstate__(packed)  # type: ignore[no-untyped-call]
 
@@ -204,7 +259,20 @@ class Int8Linear(nn.Module):
             given = f"{w_q.dtype} {list(w_q.shape)}"
             error_msgs.append(f"{key} must be torch.int8 {list(shape)}, got {given}")
             return
-        self.w, self.w_sum = operators(self.backend).pack_weight(w_q.to(self.w.device))
+        if self.copies is not None:
+            self.in_index = _index(self.copies)
+        columns = _columns(w_q.to(self.w.device), self.in_index)
+        self.w, self.w_sum = operators(self.backend).pack_weight(columns)
+
+
+def _index(copies: Tensor) -> Tensor:
+    """Which channel each part is of, int64."""
+    return torch.arange(len(copies), device=copies.device).repeat_interleave(copies.long())
+
+
+def _columns(w_q: Tensor, index: Tensor | None) -> Tensor:
+    """The weight with a column for each part."""
+    return w_q if index is None else w_q.index_select(1, index)
 
 
 def to_other_process(linear: Int8Linear) -> tuple[Any, ...]:

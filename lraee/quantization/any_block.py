@@ -7,6 +7,7 @@ by family, and takes no scale without changing the float function.
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lraee.layers.build import build_block
@@ -70,19 +71,20 @@ class AnyBlock:
     def _round(self, module: Int8Linear, linear: Linear) -> Tensors:
         name = f"{self._name}.{linear.path}"
         weight = self._weights[name].detach().float().cpu()
-        if module.in_scale is not None:
-            weight = weight * module.in_scale.cpu()
         N, K = weight.shape
-        sums = Moments(K, N, has_target=False)
+        sums = Moments(K, N, has_target=False, has_class=self._streams.has_class)
         is_exact = module.has_two_terms
         where = slice(0, 0)
 
         def see(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, K)
-            if len(x) == (where.stop - where.start) * self._streams.L:
-                x = x[self._streams.picked(where, K).flatten().to(x.device)]
-            x_hat = x.float() if is_exact else numbers(module.quantize(x))
-            sums.add(x_hat.cpu())
+            picked = self._streams.picked(where, K)
+            if len(x) == picked.numel():
+                x = x[picked.flatten().to(x.device)]
+            else:
+                picked = torch.ones(len(picked), len(x) // len(picked), dtype=torch.bool)
+            x_hat = x.float() if is_exact else module.joined(numbers(module.quantize(x)))
+            sums.add(x_hat.cpu(), None, picked)
 
         handle = module.register_forward_pre_hook(see)
         try:
@@ -91,7 +93,7 @@ class AnyBlock:
         finally:
             handle.remove()
         bias = None if module.bias is None else module.bias.float().cpu()
-        tensors = sums.result(weight, bias).tensors(name)
+        tensors = _with_kept(sums.result(weight, bias).tensors(name), module, name)
         put_linear(module, tensors, name)
         return tensors
 
@@ -106,13 +108,28 @@ class AnyBlock:
             self._streams.int8[where] = self._run(where).float().cpu()
 
 
+def _with_kept(tensors: Tensors, module: Int8Linear, name: str) -> Tensors:
+    """The tensors, but for rows whose weight has a second term: these are near enough as they
+    are, and the second term is that of these very numbers.
+    """
+    if module.rest is None:
+        return tensors
+    R = module.rest.out_features
+    for own, tensor in tensors.items():
+        before: Tensor = getattr(module, own.removeprefix(f"{name}."))
+        tensor[-R:] = before[-R:].to(tensor)
+    return tensors
+
+
 def put_linear(module: Int8Linear, tensors: Tensors, name: str) -> None:
     """Gives an int8 linear the calibrated numbers of this name."""
     own = {"w_q": tensors[f"{name}.w_q"], "w_scale": tensors[f"{name}.w_scale"]}
     if module.bias is not None:
         own["bias"] = tensors[f"{name}.bias"]
-    if module.in_scale is not None:
-        own["in_scale"] = module.in_scale
+    if module.copies is not None:
+        own["copies"] = module.copies
+    if module.rest is not None:
+        own |= {f"rest.{key}": tensor for key, tensor in module.rest.state_dict().items()}
     module.load_state_dict(own)
 
 

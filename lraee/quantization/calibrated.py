@@ -24,7 +24,7 @@ from lraee.towers.families import block_specs, blocks_of, linear_shapes, tower_s
 from lraee.towers.runner import RowwiseTower
 from lraee.towers.state import tower_hash
 
-RECIPE = 1
+RECIPE = 2
 """Of the algorithm: stages that another one left are not used."""
 
 
@@ -62,8 +62,8 @@ def calibrate_tower(
     }  # fmt: skip
     folder = None if calibration.folder is None else Path(calibration.folder)
     stages = Stages(folder, settings)
-    streams = Streams(tokens, chunk)
     spec, specs = tower_spec(tower), block_specs(tower)
+    streams = Streams(tokens, chunk, has_class=spec.prefix_tokens > 0)
     is_plain = _is_plain(tower, scheme)
     tensors: Tensors = {}
     places = range(len(specs))

@@ -11,6 +11,10 @@ RIDGES = (0.01, 0.1)
 """Of the mean of the gram's diagonal: how far a fitted weight is held to the float one."""
 
 
+CLASS, MEAN = 1.0, 1.0
+"""How much the class token of an image, and its mean token, count beside all of its tokens."""
+
+
 class Moments:
     """Sums over rows x_hat [M, K], quantized inputs, and the outputs [M, N] that they should give.
 
@@ -19,23 +23,43 @@ class Moments:
     Args:
       K, N: inputs and outputs of the linear.
       has_target: whether outputs are given; else the float weight's are meant.
+      has_class: whether an image's first token is a class token.
     """
 
-    def __init__(self, K: int, N: int, *, has_target: bool) -> None:
-        self.has_target = has_target
+    def __init__(self, K: int, N: int, *, has_target: bool, has_class: bool = False) -> None:
+        self.has_target, self._has_class = has_target, has_class
         self._halves = [_Half.empty(K, N if has_target else 0) for _ in range(2)]
         self._turn = 0
 
-    def add(self, x_hat: Tensor, target: Tensor | None = None) -> None:
-        """Rows of one chunk of images, float32."""
+    def add(
+        self, x_hat: Tensor, target: Tensor | None = None, picked: Tensor | None = None
+    ) -> None:
+        """Rows of one chunk of images.
+
+        Embeddings are made of class tokens and means, and attention takes means in every block. The
+        error of a weight is the same for all tokens, so that no mean takes it away, as it does the
+        errors of inputs. Class token and mean of an image therefore count once more, CLASS and
+        MEAN times as much as its rows together.
+
+        Args:
+          x_hat: quantized inputs, float32 [M, K].
+          target: outputs that they should give, float32 [M, N], or None.
+          picked: which tokens of each image the rows are, bool [B, L]; None: nothing is counted
+            once more.
+        """
         half = self._halves[self._turn]
         self._turn = 1 - self._turn
-        half.count += len(x_hat)
-        half.gram += x_hat.T @ x_hat
-        half.x_sum += x_hat.sum(0, dtype=torch.float64)
-        if target is not None:
-            half.cross += x_hat.T @ target
-            half.target_sum += target.sum(0, dtype=torch.float64)
+        half.add(x_hat, target)
+        if picked is None:
+            return
+        image, place = picked.nonzero().T
+        per_image = len(x_hat) / len(picked)
+        means = None if target is None else _means(target, image)
+        half.add(_means(x_hat, image), means, MEAN * per_image)
+        if self._has_class:
+            is_class = place == 0
+            classes = None if target is None else target[is_class]
+            half.add(x_hat[is_class], classes, CLASS * per_image)
 
     def result(
         self, weight: Tensor, bias: Tensor | None, importance: Tensor | None = None
@@ -85,11 +109,18 @@ class Moments:
         return best
 
 
+def _means(rows: Tensor, image: Tensor) -> Tensor:
+    """The mean row of each image, [B, K]."""
+    counts = torch.bincount(image)
+    sums = torch.zeros(len(counts), rows.shape[1]).index_add_(0, image, rows)
+    return sums / counts[:, None]
+
+
 @dataclass
 class _Half:
-    """Sums: rows, x, x^T x, targets, x^T target; float64."""
+    """Weighted sums: rows, x, x^T x, targets, x^T target; float64."""
 
-    count: int
+    count: float
     x_sum: Tensor
     gram: Tensor
     target_sum: Tensor
@@ -99,6 +130,15 @@ class _Half:
     def empty(K: int, N: int) -> "_Half":
         shapes = ((K,), (K, K), (N,), (K, N))
         return _Half(0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, x_hat: Tensor, target: Tensor | None, weight: float = 1.0) -> None:
+        """Rows, each counted so many times."""
+        self.count += weight * len(x_hat)
+        self.gram += weight * (x_hat.T @ x_hat)
+        self.x_sum += weight * x_hat.sum(0, dtype=torch.float64)
+        if target is not None:
+            self.cross += weight * (x_hat.T @ target)
+            self.target_sum += weight * target.sum(0, dtype=torch.float64)
 
     def __add__(self, other: "_Half") -> "_Half":
         return _Half(

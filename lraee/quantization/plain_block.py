@@ -153,7 +153,7 @@ class PlainBlock:
         for where in streams.chunks():
             picked = streams.picked(where, in_proj.weight.shape[1])
             x_hat = self._normed(streams.int8[where][picked], norm, spec.in_proj)
-            sums.add(numbers(x_hat), target(self._norm_1(streams.exact[where][picked])))
+            sums.add(numbers(x_hat), target(self._norm_1(streams.exact[where][picked])), picked)
         tensors |= self._rounded(sums, in_proj, spec.in_proj)
         out_proj = self._out_proj.folded(values)
         sums = self._moments(out_proj)
@@ -163,7 +163,7 @@ class PlainBlock:
             branch = self._float_attention(where)
             lost = (streams.exact[where] - streams.int8[where])[picked]
             x_hat = self._requantized(y[picked], spec.out_proj)
-            sums.add(numbers(x_hat), branch[picked] + _over(lost, self._scale_1))
+            sums.add(numbers(x_hat), branch[picked] + _over(lost, self._scale_1), picked)
         tensors |= self._rounded(sums, out_proj, spec.out_proj, self._scale_1)
         self._int8_to_mid(tensors)
         return tensors
@@ -218,7 +218,9 @@ class PlainBlock:
         for where in streams.chunks():
             picked = streams.picked(where, fc1.weight.shape[1])
             x_hat = self._normed(streams.int8_mid[where][picked], norm, spec.fc1)
-            sums.add(numbers(x_hat), self._fc1(self._norm_2(streams.exact_mid[where][picked])))
+            sums.add(
+                numbers(x_hat), self._fc1(self._norm_2(streams.exact_mid[where][picked])), picked
+            )
         tensors |= self._rounded(sums, fc1, spec.fc1)
         sums = self._moments(self._fc2)
         for where in streams.chunks():
@@ -226,7 +228,7 @@ class PlainBlock:
             x_hat = self._int8_hidden(streams.int8_mid[where][picked], tensors)
             branch = self._float_mlp(where)
             lost = (streams.exact_mid[where] - streams.int8_mid[where])[picked]
-            sums.add(numbers(x_hat), branch[picked] + _over(lost, self._scale_2))
+            sums.add(numbers(x_hat), branch[picked] + _over(lost, self._scale_2), picked)
         tensors |= self._rounded(sums, self._fc2, spec.fc2, self._scale_2)
         self._int8_to_end(tensors)
         return tensors
@@ -271,7 +273,7 @@ class PlainBlock:
 
     def _moments(self, product: _Product) -> Moments:
         N, K = product.weight.shape
-        return Moments(K, N, has_target=True)
+        return Moments(K, N, has_target=True, has_class=self._streams.has_class)
 
     def _rounded(
         self, sums: Moments, product: _Product, linear: Linear, importance: Tensor | None = None

@@ -7,8 +7,10 @@ DAMPING = 0.001
 """Of the mean of the gram's diagonal, added to it."""
 
 _BLOCK = 128
-RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+RATIOS = (1.0, 0.97, 0.95, 0.92, 0.9, 0.87, 0.85, 0.82, 0.8, 0.75, 0.7)
 """Ranges that are tried, of the largest weight of a row."""
+SWEEPS = 2
+"""Of coordinate descent, after GPTQ: they take the loss down by a fifth, further ones by little."""
 
 
 def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
@@ -19,7 +21,7 @@ def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
       damping: raised tenfold where rounding has left the matrix without a Cholesky factor.
     """
     K = len(gram)
-    mean = float(gram.diagonal().mean())
+    mean = _mean(gram)
     identity = torch.eye(K, dtype=torch.float64)
     if not mean > 0:
         return identity
@@ -36,7 +38,8 @@ def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
 def round_weight(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """The int8 weight, w_q * w_scale[:, None], for whose inputs' gram x @ weight^T changes least.
 
-    Per output row, the range among RATIOS of max|row| whose rounding by GPTQ loses least.
+    Per output row, the range among RATIOS of max|row| whose rounding by GPTQ loses least; then
+    coordinate descent from there.
 
     Args:
       weight: float32 [N, K].
@@ -55,7 +58,47 @@ def round_weight(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> tupl
         best_q[is_better] = w_q[is_better]
         best_scale = torch.where(is_better, full * ratio, best_scale)
         least = torch.where(is_better, loss, least)
+    damped = (gram + torch.eye(len(gram), dtype=gram.dtype) * (damping * _mean(gram))).float()
+    for _ in range(SWEEPS):
+        best_q = descend(weight, damped, best_q, best_scale)
     return best_q, best_scale
+
+
+def descend(weight: Tensor, gram: Tensor, w_q: Tensor, w_scale: Tensor) -> Tensor:
+    """The int8 weight after one sweep of coordinate descent on d gram d^T, per row d of the
+    difference.
+
+    Column k = 0, 1, … in order takes the step that is best while all others stay. Changes of 128
+    columns reach the rest in one product.
+
+    Args:
+      weight: float32 [N, K].
+      gram: float32 [K, K].
+      w_q: int8 [N, K], where it begins.
+      w_scale: float32 [N].
+    Returns: int8 [N, K].
+    Source: Behdin et al., QuantEase, arXiv 2309.01885.
+    """
+    K = weight.shape[1]
+    steps = w_q.T.float()  # rows of a column lie together
+    slopes = gram @ (steps * w_scale - weight.T)
+    for start in range(0, K, _BLOCK):
+        end = min(start + _BLOCK, K)
+        inner, slope = gram[start:end, start:end], slopes[start:end].clone()
+        before = steps[start:end].clone()
+        for k in range(end - start):
+            if not inner[k, k] > 0:
+                continue
+            old = steps[start + k]
+            new = torch.round(old - slope[k] / (inner[k, k] * w_scale)).clamp_(-127, 127)
+            slope[k + 1 :] += inner[k, k + 1 :, None] * ((new - old) * w_scale)
+            steps[start + k] = new
+        slopes += gram[:, start:end] @ ((steps[start:end] - before) * w_scale)
+    return steps.T.contiguous().to(torch.int8)
+
+
+def _mean(gram: Tensor) -> float:
+    return float(gram.diagonal().mean())
 
 
 def gptq(weight: Tensor, U: Tensor, w_scale: Tensor) -> tuple[Tensor, Tensor]:

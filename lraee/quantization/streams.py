@@ -20,9 +20,11 @@ class Streams:
     Args:
       tokens: float32 [n, L, D] before the first block.
       chunk: images that a layer runs on at once.
+      has_class: whether the first token of an image is a class token.
     """
 
-    def __init__(self, tokens: Tensor, chunk: int) -> None:
+    def __init__(self, tokens: Tensor, chunk: int, *, has_class: bool) -> None:
+        self.has_class = has_class
         self.exact, self.int8 = tokens, tokens.clone()
         self.exact_mid, self.int8_mid = torch.empty_like(tokens), torch.empty_like(tokens)
         self.n, self.L, self.D = tokens.shape

@@ -363,11 +363,12 @@ def int8_shapes(tower: nn.Module, scheme: Scheme) -> dict[str, tuple[int, int]]:
 def int8_linears(tower: nn.Module) -> dict[str, Int8Linear]:
     """The int8 linears of an accelerated tower, by the names that int8_shapes gives them."""
     spec = tower_spec(tower)
+    paths = [{linear.path for linear in each.linears} for each in block_specs(tower)]
     linears = {
         f"{spec.block_name(i)}.{path}": module
         for i, block in enumerate(blocks_of(tower))
         for path, module in block.named_modules()
-        if isinstance(module, Int8Linear)
+        if isinstance(module, Int8Linear) and path in paths[i]
     }
     embedding = tower.get_submodule(spec.patch_embedding.path)
     own = {spec.patch_embedding.path: embedding} if isinstance(embedding, Int8Linear) else {}

@@ -157,8 +157,10 @@ def _weight_count(block: nn.Module) -> int:
 
 
 def _int8_weight_count(block: nn.Module) -> int:
+    """Second terms of weights are not counted, nor are those of inputs."""
     linears = (m for m in block.modules() if isinstance(m, Int8Linear))
-    return sum(m.in_features * m.out_features for m in linears)
+    rests = {id(m.rest) for m in block.modules() if isinstance(m, Int8Linear)}
+    return sum(m.in_features * m.out_features for m in linears if id(m) not in rests)
 
 
 # What FlopCounterMode does not know of

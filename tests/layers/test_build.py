@@ -13,7 +13,7 @@ from lraee.layers.build import build_block
 from lraee.layers.int8_attention import rotated
 from lraee.layers.int8_block import Int8Block
 from lraee.layers.int8_linear import Int8Linear
-from lraee.layers.scheme import INT8, Scheme, find_scheme, folded_scale
+from lraee.layers.scheme import INT8, Scheme, channel_copies, find_scheme
 from lraee.layers.spec import Attention, BlockSpec, Call, Linear, Mlp, Norm, Rope, Rows
 from tests.support import assert_same
 
@@ -199,31 +199,36 @@ def loud(gated: bool) -> tuple[RotaryBlock, BlockSpec]:
 
 @pytest.mark.parametrize("scheme", ["int8", "paper"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_a_norms_scale_is_folded_where_the_mlp_is_gated(gated: bool, scheme: str) -> None:
+def test_what_is_finer_where_the_mlp_is_gated(gated: bool, scheme: str) -> None:
+    """Loud channels cut behind norms; values and out_proj with a second term of the weight."""
     block, block_spec = loud(gated)
     fast = build(block, block_spec, find_scheme(scheme))
-    linears = {path: m for path, m in fast.named_modules() if isinstance(m, Int8Linear)}
-    folded = {path: m.in_scale for path, m in linears.items() if m.in_scale is not None}
+    paths = {linear.path for linear in block_spec.linears}
+    linears = {path: m for path, m in fast.named_modules() if path in paths}
+    assert all(isinstance(m, Int8Linear) for m in linears.values())
+    cut = {path: m.copies for path, m in linears.items() if m.copies is not None}
     is_on = gated and scheme == "int8"
-    assert set(folded) == ({"attn.qkv", "mlp.gate", "mlp.up"} if is_on else set())
-    for scale in folded.values():
-        expected = folded_scale(block.norm1.weight, None)
-        assert_same(scale[3:4], expected[3:4])
+    assert set(cut) == ({"attn.qkv", "mlp.gate", "mlp.up"} if is_on else set())
+    expected = channel_copies(block.norm1.weight, None)
+    for copies in cut.values():
+        assert_same(copies[3:4], expected[3:4])
+    rests = {path: m.rest.out_features for path, m in linears.items() if m.rest is not None}
+    assert rests == ({"attn.qkv": D, "attn.proj": D} if is_on else {})
     two = {path for path, m in linears.items() if m.has_two_terms}
     assert two == (
         {"attn.proj"} | ({"mlp.down"} if gated else set()) if scheme == "int8" else set()
     )
 
 
-def test_folding_lowers_the_error_of_a_loud_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cutting_lowers_the_error_of_a_loud_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     block, block_spec = loud(True)
     x, rope = torch.randn(B, L, D), tables()
     expected = block(x, rope=rope)
     error = (build(block, block_spec)(x, rope=rope) - expected).norm()
-    monkeypatch.setattr("lraee.layers.build.folded_scale", lambda gamma, beta: None)
-    unfolded = build(block, block_spec)
-    assert unfolded.get_submodule("mlp.up").in_scale is None
-    assert error < 0.8 * (unfolded(x, rope=rope) - expected).norm()
+    monkeypatch.setattr("lraee.layers.build.channel_copies", lambda gamma, beta: torch.ones(D))
+    uncut = build(block, block_spec)
+    assert not uncut.get_submodule("mlp.up").is_cut
+    assert error < 0.8 * (uncut(x, rope=rope) - expected).norm()
 
 
 def test_a_key_mask_with_rotary_positions_is_refused_in_one_line() -> None:

@@ -140,26 +140,78 @@ def test_the_bias_is_a_copy():
     assert bias.sum() == 2
 
 
-def test_in_scale_leaves_the_product_and_evens_out_a_loud_channel():
-    """One channel 64 times the others: folding lowers the error; `weight` is still the weight."""
+def test_copies_leave_the_product_and_even_out_a_loud_channel():
+    """A loud channel in 8 parts leaves finer steps to the others; `weight` is still the weight."""
     source = generator(3)
     weight, x = torch.randn(24, 33, generator=source), torch.randn(50, 33, generator=source)
-    x[:, 4] *= 64
-    in_scale = torch.ones(33)
-    in_scale[4] = 8
-    plain = Int8Linear(*quantize_weight(weight, INT8), None)
-    folded = Int8Linear(*quantize_weight(weight * in_scale, INT8), None, in_scale=in_scale)
-    expected = x @ weight.T
-    assert (folded(x) - expected).norm() < 0.3 * (plain(x) - expected).norm()
-    # half a step of a row, back in units of the weight
-    assert (folded.weight - weight).abs().le(0.5001 * folded.w_scale[:, None] / in_scale).all()
-    bits = folded(x)
-    for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+    x[:, 4] *= 16
+    copies = torch.ones(33)
+    copies[4], copies[32] = 8, 2
+    w_q, w_scale = quantize_weight(weight, INT8)
+    plain = Int8Linear(w_q, w_scale, None)
+    cut = Int8Linear(w_q, w_scale, None, copies=copies)
+    expected = x @ plain.weight.T
+    assert (cut(x) - expected).norm() < 0.5 * (plain(x) - expected).norm()
+    assert_same(cut.w_q, w_q)
+    assert_same(cut.weight, plain.weight)
+    parts, scale, zero = cut.quantize(x)
+    assert parts.shape == (50, 41)
+    held = cut.joined((parts - zero[:, None]) * scale[:, None])
+    torch.testing.assert_close(cut(x), held @ cut.weight.T, rtol=1e-5, atol=1e-4)
+    assert ((held - x).abs() <= 0.501 * scale[:, None] * copies).all()
+
+
+@pytest.mark.parametrize("R", [24, 8])
+def test_a_second_term_of_the_weight_is_16_bits(R):
+    """In the last R rows the output is the float weight's, but for the input's error."""
+    source = generator(5)
+    weight, x = torch.randn(24, 33, generator=source), torch.randn(50, 33, generator=source)
+    w_q, w_scale = quantize_weight(weight, INT8)
+    left = (weight - w_q * w_scale[:, None])[-R:]
+    bias, add = torch.randn(24, generator=source), torch.randn(50, 24, generator=source)
+    one = Int8Linear(w_q, w_scale, bias)
+    two = Int8Linear(w_q, w_scale, bias, rest=quantize_weight(left, INT8))
+    x_q, x_scale, x_zero = two.quantize(x)
+    held = (x_q - x_zero[:, None]) * x_scale[:, None]
+    y, first = two(x), one(x)
+    assert_same(y[:, :-R], first[:, :-R])
+    exact = held @ weight.T + bias
+    torch.testing.assert_close(y[:, -R:], exact[:, -R:], rtol=0, atol=2e-3)
+    assert (two.weight - weight)[-R:].abs().max() < 1e-3 * w_scale.max() * 127
+    if R == 24:
+        scale = torch.rand(24, generator=source)
+        given = {"residual": add, "layer_scale": scale, "out_dtype": torch.float32}
+        z = two.multiply((x_q, x_scale, x_zero), **given)
+        torch.testing.assert_close(z, exact * scale + add, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["copies", "rest", "both"])
+def test_copies_and_second_terms_travel(kind):
+    source = generator(6)
+    weight, x = torch.randn(24, 33, generator=source), torch.randn(9, 33, generator=source)
+    w_q, w_scale = quantize_weight(weight, INT8)
+    copies = torch.ones(33)
+    copies[[0, 20]] = torch.tensor([3.0, 2.0])
+    left = (weight - w_q * w_scale[:, None])[16:]
+    options = {"copies": copies} if kind != "rest" else {}
+    options |= {"rest": quantize_weight(left, INT8)} if kind != "copies" else {}
+    linear = Int8Linear(w_q, w_scale, None, **options)
+    bits = linear(x)
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert_same(other(x), bits)
-    other = Int8Linear(*quantize_weight(weight, INT8), None, in_scale=torch.ones(33))
-    other.load_state_dict(folded.state_dict())
-    assert_same(other.half().float()(x), bits)
-    assert "in_scale" not in plain.state_dict()
+    given = dict(options)
+    if kind != "rest":
+        given["copies"] = copies.roll(1)
+    blank = Int8Linear(torch.zeros_like(w_q), torch.ones(24), None, **given)
+    blank.load_state_dict(linear.state_dict())
+    assert_same(blank.half().float()(x), bits)
+    assert_same(torch.cat([linear(row[None]) for row in x]), bits)
+    spoiled = x.clone()
+    spoiled[4, 7] = float("nan")
+    y = linear(spoiled)
+    others = torch.arange(9) != 4
+    assert y[4].isnan().all()
+    assert_same(y[others], bits[others])
 
 
 def test_two_terms_are_254_times_as_fine():

@@ -9,8 +9,8 @@ from lraee.layers.scheme import (
     INT8,
     PAPER,
     Scheme,
+    channel_copies,
     find_scheme,
-    folded_scale,
     quantize_activation,
     quantize_batch,
     quantize_weight,
@@ -215,9 +215,24 @@ def _torch_dynamic(linear):
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(linear), {nn.Linear})[0]
 
 
-def test_folded_scale_by_hand():
-    """max(|gamma|, |beta|) ** (3 / 8): 256 -> 8, 1 / 256 -> 1 / 8."""
-    gamma, beta = torch.tensor([256.0, -1.0, 0.0, 1 / 256]), torch.tensor([0.0, 0.5, -256.0, 0.0])
-    assert_same(folded_scale(gamma, beta), torch.tensor([8.0, 1.0, 8.0, 1 / 8]))
-    assert_same(folded_scale(gamma[:2].half(), None), torch.tensor([8.0, 1.0]))
-    assert_same(folded_scale(torch.zeros(1), None), torch.tensor([2.0**-5 * 0.5**2.5]))
+def test_channel_copies_by_hand():
+    """Median 1, so a limit of 1.5: 9 -> 6 parts, 100 -> 8 at most; 1.5 is not above it."""
+    gamma = torch.ones(256)
+    gamma[3], gamma[5], gamma[7] = -9.0, 1.5, 0.0
+    copies = channel_copies(gamma, None)
+    assert copies[[3, 5, 7]].tolist() == [6, 1, 1] and copies.sum() == 261
+    beta = torch.zeros(256)
+    beta[7] = 100.0
+    both = channel_copies(gamma.half(), beta)
+    assert both[[3, 7]].tolist() == [6, 8]
+    assert channel_copies(torch.ones(256), None).eq(1).all()
+    assert channel_copies(torch.zeros(256), beta * 0).eq(1).all()
+
+
+def test_channel_copies_add_at_most_a_sixteenth():
+    """64 of 256 channels at 4: two parts each would be 64 more, so that the limit doubles twice."""
+    gamma = torch.ones(256)
+    gamma[:64] = 4.0
+    gamma[0] = 20.0
+    copies = channel_copies(gamma, None)
+    assert copies[0] == 4 and copies[1:].eq(1).all()

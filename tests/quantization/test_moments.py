@@ -80,3 +80,25 @@ def test_one_chunk_alone_is_not_fitted(importance: Tensor | None) -> None:
     w, x = torch.randn(4, 8, generator=generator(1)), rows(32, 8, 0)
     rounded = moments([(x, 3 * x @ w.T)]).result(w, torch.zeros(4), importance)
     assert (numbers(rounded) - w).abs().max() < 4 * rounded.w_scale.max()
+
+
+@pytest.mark.parametrize("has_class", [False, True])
+def test_class_and_mean_tokens_count_once_more(has_class: bool) -> None:
+    """The same sums as of rows written out: per image of 5 and 3 tokens 4 times the mean, and the
+    first token if it is a class token.
+    """
+    K, N = 8, 3
+    x, target = rows(8, K, 1), rows(8, N, 2)
+    picked = torch.tensor([[True] * 5, [True, False, True, False, True]])
+    sums = Moments(K, N, has_target=True, has_class=has_class)
+    sums.add(x, target, picked)
+    images = [slice(0, 5), slice(5, 8)]
+    parts: list[tuple[Tensor, Tensor]] = [(x, target)]
+    for image in images:
+        parts += [(x[image].mean(0, True), target[image].mean(0, True))] * 4
+        parts += [(x[image][:1], target[image][:1])] * (4 if has_class else 0)
+    plain = moments([tuple(torch.cat(each) for each in zip(*parts, strict=True))])
+    one, other = sums._halves[0], plain._halves[0]
+    assert one.count == other.count
+    for name in ("x_sum", "gram", "target_sum", "cross"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-4)
