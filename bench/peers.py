@@ -19,7 +19,7 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -233,6 +233,7 @@ def measure(
     batch: int,
     budget_s: float,
     expected_of: Mapping[str, Tensor],
+    untimed: Collection[str] = (),
 ) -> list[Any]:
     """Rows of one batch size: time, images per second, times the first variant, agreement.
 
@@ -242,6 +243,7 @@ def measure(
       batch: images of a round.
       budget_s: of all rounds.
       expected_of: float embeddings of runs that are not of the tower of "torch float32".
+      untimed: runs that take no turns.
     """
     photos = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
     expected = runs["torch float32"](images)
@@ -249,7 +251,8 @@ def measure(
     def call(encode: Encode) -> Callable[[], Tensor]:
         return lambda: encode(photos)
 
-    seconds = interleaved({n: call(e) for n, e in runs.items()}, budget_s=budget_s, warm_s=2.0)
+    timed = {n: call(e) for n, e in runs.items() if n not in untimed}
+    seconds = interleaved(timed, budget_s=budget_s, warm_s=2.0)
     ours = seconds["lraee int8"]
     rows = []
     for name, each in seconds.items():
@@ -295,6 +298,9 @@ def main(
         int, typer.Option(help="images that calibrate, and that agreement is measured on")
     ] = 32,
     threads: Annotated[int, typer.Option(help="threads of every peer")] = 2,
+    time_float: Annotated[
+        bool, typer.Option(help="a row of torch float32, which else is only what agreement is with")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Time every peer on the same towers, interleaved, with agreement beside each time."""
@@ -322,7 +328,8 @@ def main(
                 runs[label] = build("lraee int8", each, images, mode)
                 expected[label] = each(images)
             for size in batch:
-                for row in measure(runs, images, size, budget_s, expected):
+                untimed = () if time_float else ("torch float32",)
+                for row in measure(runs, images, size, budget_s, expected, untimed):
                     rows.append({"tower": name, **(asdict(mode) if mode else {}), **row})
                     typer.echo(_line(rows[-1]))
     if out is not None:

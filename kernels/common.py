@@ -33,6 +33,14 @@ ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
+def live_count(count, live_ptr, rows_per_image, HAS_LIVE: tl.constexpr):
+    """How many of `count` rows (or images) are live; see live_rows.operands."""
+    if HAS_LIVE:
+        count = tl.minimum(count, tl.load(live_ptr) * rows_per_image)
+    return count
+
+
+@triton.jit
 def round_half_even(x):
     """The nearest integer of |x| < 2**22, ties to even."""
     return (x + ROUNDER) - ROUNDER

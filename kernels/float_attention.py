@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch
+from lraee.kernels import launch, live_rows
 from lraee.kernels.common import INFINITY, INTERPRETED, convert
 from lraee.kernels.configs import FloatAttentionConfig, float_attention_config, head_tiles
 from lraee.kernels.operands import AttentionOperands
@@ -111,10 +111,10 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _float_attention_kernel(
-    qkv_ptr, y_ptr, rope_ptr, mask_ptr, L, num_queries, H, R, prefix, stride_b, stride_l, scale,
-    d: tl.constexpr, TILES: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_ROPE: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-    PRECISION: tl.constexpr,
+    qkv_ptr, y_ptr, rope_ptr, mask_ptr, live_ptr, L, num_queries, H, R, prefix, stride_b, stride_l,
+    scale, d: tl.constexpr, TILES: tl.constexpr, HAS_LIVE: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_ROPE: tl.constexpr, HAS_KEY_MASK: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_I of the queries i < num_queries of one head.
 
@@ -126,6 +126,8 @@ def _float_attention_kernel(
     item = tl.program_id(0)
     head = (item // tiles) % H
     image = (item // tiles // H).to(tl.int64)
+    if HAS_LIVE and image >= tl.load(live_ptr):
+        return
     first_query = (item % tiles) * BLOCK_I
     offs_i = first_query + tl.arange(0, BLOCK_I)
     q_ptr = qkv_ptr + image * stride_b + head * d
@@ -199,14 +201,16 @@ def float_attention(
     if not programs:
         return y
     rotated = 0 if rope is None else rope.shape[1]
+    live_ptr, per_image, has_live = live_rows.operands(B, y)
+    assert per_image <= 1, f"float_attention: B must be the images of live_rows, got {B}"
     launch.start(
         _float_attention_kernel,
         (programs,),
         qkv, y, y if rope is None else rope.contiguous(),
         y if key_mask is None else key_mask.contiguous().view(torch.int8),
-        L, num_queries, num_heads, rotated, L - rotated, qkv.stride(0), qkv.stride(1),
+        live_ptr, L, num_queries, num_heads, rotated, L - rotated, qkv.stride(0), qkv.stride(1),
         math.log2(math.e) / math.sqrt(d),
-        d=d, TILES=head_tiles(d), IS_CAUSAL=causal, HAS_ROPE=rope is not None,
+        d=d, TILES=head_tiles(d), HAS_LIVE=has_live, IS_CAUSAL=causal, HAS_ROPE=rope is not None,
         HAS_KEY_MASK=key_mask is not None, BLOCK_I=config.block_i, BLOCK_J=config.block_j,
         PRECISION="tf32x3" if qkv.dtype is torch.float32 else "ieee",
         num_warps=config.num_warps, num_stages=config.num_stages,

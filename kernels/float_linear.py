@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import device, launch, workspace
-from lraee.kernels.common import INTERPRETED, convert
+from lraee.kernels import device, launch, live_rows, workspace
+from lraee.kernels.common import INTERPRETED, convert, live_count
 from lraee.kernels.configs import WORKSPACE_PARTIALS
 from lraee.kernels.epilogue import tile_of
 from lraee.kernels.float_configs import (
@@ -41,16 +41,20 @@ def _segment(x_rows, w_rows, first_k, K, stride_wk, row_mask, col_mask, SEGMENT:
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _float_linear_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, partial_ptr, ticket_ptr, M, N, K,
-    stride_xm, stride_wn, stride_wk,
-    HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, y_ptr, partial_ptr, ticket_ptr, live_ptr, M, rows_per_image,
+    N, K, stride_xm, stride_wn, stride_wk,
+    HAS_LIVE: tl.constexpr, HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of y: all segments one after the other, or one of SPLITS."""
     tile = tl.program_id(0)
     pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    M = live_count(M, live_ptr, rows_per_image, HAS_LIVE)
+    if HAS_LIVE and pid_m * BLOCK_M >= M:
+        return
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = offs_m < M, offs_n < N
@@ -109,6 +113,7 @@ def float_linear(
         space = space or workspace.of_current_stream(x.device)
         size = tiles * splits * config.block_m * config.block_n
         assert size <= WORKSPACE_PARTIALS, f"float_linear: {size} partial sums are too many"
+    live_ptr, rows_per_image, has_live = live_rows.operands(M, x)
     launch.start(
         _float_linear_kernel,
         (tiles, splits),
@@ -118,8 +123,8 @@ def float_linear(
         y,
         x if space is None else space.partials.view(torch.float32),
         x if space is None else space.tickets,
-        M, N, K, x.stride(0), w.stride(0), w.stride(1),
-        HAS_BIAS=bias is not None, SEGMENT=SEGMENT_K, SPLITS=splits,
+        live_ptr, M, rows_per_image, N, K, x.stride(0), w.stride(0), w.stride(1),
+        HAS_LIVE=has_live, HAS_BIAS=bias is not None, SEGMENT=SEGMENT_K, SPLITS=splits,
         PRECISION="tf32x3" if x.dtype is torch.float32 else "ieee",
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=8,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch
+from lraee.kernels import launch, live_rows
 from lraee.kernels.common import (
     LANES,
     SMALLEST_SCALE,
     activate,
+    live_count,
     load_row,
     normalise_row,
     quantize_tile,
@@ -22,17 +23,20 @@ from lraee.kernels.quantize_rows import empty_quantized
 GatedRows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _gated_quantize_kernel(
     x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, r_q_ptr, r_scale_ptr,
-    M, H, stride_xm, eps,
-    ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BETA: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    live_ptr, M, rows_per_image, H, stride_xm, eps,
+    HAS_LIVE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BETA: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """v = act(x[:, :H]) * x[:, H:] of BLOCK_M rows, normed where HAS_NORM, in two terms.
 
     v ~ (x_q - x_zero) * x_scale + r_q * r_scale. Rows are held as chunks (see common).
     """
+    M = live_count(M, live_ptr, rows_per_image, HAS_LIVE)
+    if HAS_LIVE and tl.program_id(0) * BLOCK_M >= M:
+        return
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = offs_m < M
     starts = offs_m.to(tl.int64) * stride_xm
@@ -87,12 +91,14 @@ def gated_quantize(
     r_q = torch.empty((M, H), dtype=torch.int8, device=x.device)
     r_scale = torch.empty(M, dtype=torch.float32, device=x.device)
     if M:
+        live_ptr, rows_per_image, has_live = live_rows.operands(M, x)
         launch.start(
             _gated_quantize_kernel,
             (triton.cdiv(M, config.block_m),),
             x, x if gamma is None else gamma.contiguous(), x if beta is None else beta.contiguous(),
-            x_q, x_scale, x_zero, r_q, r_scale, M, H, x.stride(0), eps,
-            ACTIVATION=activation, HAS_NORM=gamma is not None, HAS_BETA=beta is not None,
+            x_q, x_scale, x_zero, r_q, r_scale, live_ptr, M, rows_per_image, H, x.stride(0), eps,
+            HAS_LIVE=has_live, ACTIVATION=activation,
+            HAS_NORM=gamma is not None, HAS_BETA=beta is not None,
             CHUNKS=max(1, triton.cdiv(H, 64)), BLOCK_M=config.block_m, num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero, r_q, r_scale

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch
+from lraee.kernels import launch, live_rows
 from lraee.kernels.common import (
     LANES,
+    live_count,
     load_row,
     normalise_row,
     quantize_tile,
@@ -17,16 +18,20 @@ from lraee.kernels.configs import RowConfig, chunk_config
 from lraee.kernels.quantize_rows import Quantized, empty_quantized
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _layer_norm_quantize_kernel(
-    x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, D, stride_xm, eps,
-    HAS_BETA: tl.constexpr, SYMMETRIC: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, gamma_ptr, beta_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, live_ptr, M, rows_per_image, D,
+    stride_xm, eps, HAS_LIVE: tl.constexpr, HAS_BETA: tl.constexpr, SYMMETRIC: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """x_q[m] = quantize(((x[m] - mean) * rstd) * gamma + beta) for BLOCK_M rows, each read once.
 
     The row is held as chunks (see common, [NOTE: a row as chunks]), so that the two sums and with
     them x_q are bit-equal to the definition.
     """
+    M = live_count(M, live_ptr, rows_per_image, HAS_LIVE)
+    if HAS_LIVE and tl.program_id(0) * BLOCK_M >= M:
+        return
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = offs_m < M
     x = load_row(x_ptr, offs_m.to(tl.int64) * stride_xm, row_mask, D, CHUNKS)
@@ -66,12 +71,14 @@ def layer_norm_quantize(
     config = config or chunk_config(M, D)
     x_q, x_scale, x_zero = empty_quantized(M, D, x.device)
     if M:
+        live_ptr, rows_per_image, has_live = live_rows.operands(M, x)
         launch.start(
             _layer_norm_quantize_kernel,
             (triton.cdiv(M, config.block_m),),
             x, gamma.contiguous(), gamma if beta is None else beta.contiguous(), x_q, x_scale,
-            x_zero, M, D, x.stride(0), eps,
-            HAS_BETA=beta is not None, SYMMETRIC=symmetric, CHUNKS=max(1, triton.cdiv(D, 64)),
+            x_zero, live_ptr, M, rows_per_image, D, x.stride(0), eps,
+            HAS_LIVE=has_live, HAS_BETA=beta is not None, SYMMETRIC=symmetric,
+            CHUNKS=max(1, triton.cdiv(D, 64)),
             BLOCK_M=config.block_m, num_warps=config.num_warps,
         )  # fmt: skip
     return x_q, x_scale, x_zero

@@ -52,3 +52,13 @@ def using(live: LiveRows) -> Iterator[None]:
 def current() -> LiveRows | None:
     """The live rows of this thread's launches; None where all rows are."""
     return _live.get()
+
+
+def operands(rows: int, absent: Tensor) -> tuple[Tensor, int, bool]:
+    """What a launch on that many rows, or images, is given: live_ptr, rows_per_image, HAS_LIVE.
+
+    Args:
+      absent: stands for the pointer where all rows are live; it is then not read.
+    """
+    live = current()
+    return (absent, 0, False) if live is None else (live.images, live.rows_per_image(rows), True)

@@ -2,7 +2,9 @@
 
 One NVIDIA H200, 2026-11-27, Triton 3.6, float16 results, linears of ViT-B and ViT-L at 1, 8, 32 and
 128 images: the fastest legal of up to 18 configs, in CUDA graphs, each call with other weights, as
-bench/tune_int8_linear.py measures. The model's own choices took 1.00 to 1.38 times as long.
+lraee.diagnostics.tuning measures, but without zero point, bias and residual: those of a
+tower take more registers, so that other configs may win there. The model's own choices took 1.00 to
+1.38 times as long.
 """
 
 Row = tuple[int, tuple[int, int, int, int, int, int]]

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch
-from lraee.kernels.common import quantize_tile, quantizer, tile_range
+from lraee.kernels import launch, live_rows
+from lraee.kernels.common import live_count, quantize_tile, quantizer, tile_range
 from lraee.kernels.configs import RowConfig, row_config
 
 Quantized = tuple[Tensor, Tensor, Tensor]
@@ -52,13 +52,16 @@ def quantize_block(
             tl.store(x_q_rows + k + offs_k[None, :], x_q, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_image"])
 def _quantize_rows_kernel(
-    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, M, K, stride_xm,
-    SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, live_ptr, M, rows_per_image, K, stride_xm,
+    HAS_LIVE: tl.constexpr, SYMMETRIC: tl.constexpr, IS_ONE_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """quantize_block of BLOCK_M rows."""
+    M = live_count(M, live_ptr, rows_per_image, HAS_LIVE)
+    if HAS_LIVE and tl.program_id(0) * BLOCK_M >= M:
+        return
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     quantize_block(
         x_ptr, x_q_ptr, x_scale_ptr, x_zero_ptr, offs_m, offs_m < M, K, stride_xm,
@@ -89,12 +92,13 @@ def quantize_rows(x: Tensor, symmetric: bool, *, config: RowConfig | None = None
     config = config or row_config(M, K)
     x_q, x_scale, x_zero = empty_quantized(M, K, x.device)
     if M:
+        live_ptr, rows_per_image, has_live = live_rows.operands(M, x)
         BLOCK_K = min(triton.next_power_of_2(max(K, 16)), 4096)
         launch.start(
             _quantize_rows_kernel,
             (triton.cdiv(M, config.block_m),),
-            x, x_q, x_scale, x_zero, M, K, x.stride(0),
-            SYMMETRIC=symmetric, IS_ONE_TILE=K <= BLOCK_K,
+            x, x_q, x_scale, x_zero, live_ptr, M, rows_per_image, K, x.stride(0),
+            HAS_LIVE=has_live, SYMMETRIC=symmetric, IS_ONE_TILE=K <= BLOCK_K,
             BLOCK_M=config.block_m, BLOCK_K=BLOCK_K,
             num_warps=config.num_warps,
         )  # fmt: skip

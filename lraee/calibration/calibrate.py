@@ -13,9 +13,11 @@ from lraee.calibration.gate_fitting import require_scikit_learn
 from lraee.calibration.head_training import Training
 from lraee.calibration.pipeline import BEST, PAPER, Calibration, Recipe, Task, digest
 from lraee.calibration.plans import Goal
+from lraee.calibration.search import BUDGET, calibrate_search
 from lraee.calibration.thresholds import MAX_EXITS
 from lraee.exits.bundle import Exits
 from lraee.exits.gate import CLASS_FREE, GateKind
+from lraee.exits.kinds import Target
 from lraee.model.accelerate import accelerate
 from lraee.model.acceleration import Acceleration, acceleration_of
 from lraee.model.set_classes import unit_classes
@@ -32,6 +34,7 @@ def calibrate(
     model: nn.Module,
     images: Images,
     *,
+    target: Target = "classes",
     classes: Tensor | None = None,
     labels: Tensor | None = None,
     gate: GateKind | None = None,
@@ -58,10 +61,17 @@ def calibrate(
     a budget of FLOPs, or proven to lose at most epsilon. Beside the plan of `gate`, the result
     holds one for each baseline (Exits.using), from the same heads for the same goal.
 
+        exits = lraee.calibrate(fast, images, target="search")
+
+    keeps the nearest photo: all images leave after one block, and their class token runs on alone
+    through the rest of the tower, see lraee.exits.class_token. Nothing is trained or timed. It
+    takes a tower that embeds its class token.
+
     Args:
       model: from lraee.accelerate; or a float model, which is then accelerated in `int8`.
       images: preprocessed [n, 3, H, W], n >= 100, or an iterable of such batches that can be
         iterated again; larger than the tower's input if crops may use what lies around the centre.
+      target: what the answers are that exits are to keep: classes, or what a search finds.
       classes: text embeddings [K, E] for the gates; without them gates are class-free.
       labels: int64 [n], index of the right class, -1 unknown; needs classes. With them gates learn
         what is right.
@@ -69,11 +79,12 @@ def calibrate(
         agreement without.
       recipe: "best", "paper" (arXiv 2605.26415, needs labels) or a Recipe.
       training: of the heads: distill, labels or both; None takes the recipe's.
-      budget: mean FLOPs over those of full depth, at most; 0.8 where epsilon is not given. FLOPs
-        are those that the accelerated tower runs: of the last block the class token's alone.
+      budget: mean FLOPs over those of full depth, at most; where epsilon is not given 0.8, and for
+        search 0.88. FLOPs are those that the accelerated tower runs: of the last block the class
+        token's alone.
       epsilon: instead of budget: top-1 disagreement with the int8 model at full depth (with labels:
-        loss of accuracy; without classes: another nearest image), at most so much with probability
-        1 - delta for images drawn as these.
+        loss of accuracy; for search and without classes: another nearest image), at most so much
+        with probability 1 - delta for images drawn as these.
       delta: see epsilon.
       num_exits: fixes how many exits are chosen, whatever their probes cost in time; 1 to 5, at
         least 2 for agreement. None chooses the number, within 2 % of the tower's time.
@@ -87,10 +98,25 @@ def calibrate(
     Raises: ValueError, TypeError on arguments that do not fit, LookupError if the float model was
       freed, ImportError without scikit-learn.
     """
+    if target == "search":
+        _require_none(
+            classes=classes, labels=labels, gate=gate, training=training, num_exits=num_exits,
+            recipe=None if recipe == "best" else recipe,
+        )  # fmt: skip
+    elif target != "classes":
+        raise ValueError(f"calibrate: target must be classes or search, got {target!r}")
     recipe = _find_recipe(recipe, training, num_exits)
-    goal = Goal(0.8 if budget is None and epsilon is None else budget, epsilon, delta)
+    default = BUDGET if target == "search" else 0.8
+    goal = Goal(default if budget is None and epsilon is None else budget, epsilon, delta)
     fast = model if acceleration_of(model) is not None else accelerate(model)
     acceleration = cast(Acceleration, acceleration_of(fast))
+
+    def opened() -> Pair:
+        float_model = _find_teacher(acceleration, model, teacher)
+        return Pair(float_model, fast, images, batch=batch, progress=progress)
+
+    if target == "search":
+        return _for_search(opened(), acceleration, goal, images, seed=seed, folder=folder)
     tower = cast(RowwiseTower, find_tower(fast))
     if not tower_spec(tower).prefix_tokens:
         recipe = replace(recipe, head=replace(recipe.head, has_class_token=False))
@@ -109,9 +135,7 @@ def calibrate(
         raise ValueError("calibrate: num_exits must be at least 2 for an agreement gate, got 1")
     _require_enough(kind, recipe, classes, labels)
     task = Task(recipe, goal, kind, classes, labels, _logit_scale(fast), seed, is_timed)
-    pair = Pair(
-        _find_teacher(acceleration, model, teacher), fast, images, batch=batch, progress=progress
-    )
+    pair = opened()
     settings = {
         "recipe": asdict(recipe), "seed": seed, "base": acceleration.base_hash,
         "scheme": acceleration.scheme.fields, "classes": digest(classes), "labels": digest(labels),
@@ -121,6 +145,38 @@ def calibrate(
     exits = Calibration(pair, acceleration, task, stages.get).run()
     stages.clear()
     return exits
+
+
+def _for_search(
+    pair: Pair,
+    acceleration: Acceleration,
+    goal: Goal,
+    images: Images,
+    *,
+    seed: int,
+    folder: str | os.PathLike[str] | None,
+) -> Exits:
+    """The exits for search; a run cut off goes on in the folder, whatever its goal."""
+    require_no_tokens(find_tower(pair.fast))
+    settings = {
+        "target": "search", "seed": seed, "base": acceleration.base_hash,
+        "scheme": acceleration.scheme.fields, "images": _digest_images(images, pair),
+    }  # fmt: skip
+    stages = Stages(None if folder is None else Path(folder), settings)
+    exits = calibrate_search(pair, acceleration, goal, seed=seed, keep=stages.get)
+    stages.clear()
+    return exits
+
+
+def _require_none(**given: object) -> None:
+    """Raises ValueError on the first argument that exits for search have no use for."""
+    for name, value in given.items():
+        if value is not None:
+            got = f"{type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"calibrate: {name} must not be given with target 'search', got {got}; photos that"
+                " search each other are all that it takes"
+            )
 
 
 def _find_recipe(recipe: str | Recipe, training: Training | None, num_exits: int | None) -> Recipe:

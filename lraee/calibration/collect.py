@@ -213,6 +213,16 @@ class Pair:
 
             return joined(batches())
 
+    @torch.inference_mode()
+    def tokens(self, rows: Tensor, description: str) -> Iterator[list[Tensor]]:
+        """Of each batch of the centre crops that `rows` marks, the int8 tower's tokens [B, L, D]:
+        before the first block, then after each.
+        """
+        with full_depth(self.fast), tapped(find_tower(self.fast)) as z:
+            for images in self._marked(rows, description):
+                encode(self.fast, centred(images, self.size))
+                yield z
+
     def marked(self, rows: Tensor) -> "Pair":
         """The same models on the images that `rows` marks, bool [n], in memory."""
         some = torch.cat(list(self._marked(rows, "images")))

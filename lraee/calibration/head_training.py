@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from lraee.calibration.kinds import Training as Training
 from lraee.exits.head import HeadWeights
 
 _log = logging.getLogger("lraee")
 
 HeadKind = Literal["affine", "mlp"]
-Training = Literal["distill", "labels", "both"]
 Schedule = Literal["constant", "cosine"]
 
 _WARM_UP = 0.1

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lraee.calibration.head_training import Training
+from lraee.calibration.kinds import Training
 from lraee.cli import tables
 from lraee.cli.common import (
     Checkpoint,
@@ -20,7 +20,7 @@ from lraee.cli.common import (
     line,
     require_writable,
 )
-from lraee.exits.gate import GateKind
+from lraee.exits.kinds import GateKind, Target
 
 
 @command
@@ -36,12 +36,19 @@ def calibrate(
     ] = None,
     checkpoint: Checkpoint = None,
     recipe: Annotated[str, typer.Option(help="best, or paper: LRA-EE as published.")] = "best",
+    target: Annotated[
+        Target,
+        typer.Option("--for", help="What exits keep: classes, or the nearest photo of a search."),
+    ] = "classes",
     gate: Annotated[
         GateKind | None,
         typer.Option(help="What decides; agreement and static need no classes. [default: learned]"),
     ] = None,
     class_free: Annotated[
-        bool, typer.Option("--class-free", help="For retrieval: gates see no class texts.")
+        bool,
+        typer.Option(
+            "--class-free", help="Gates see no class texts; for search take --for search."
+        ),
     ] = False,
     labels: Annotated[
         bool, typer.Option("--labels", help="Gates and thresholds count what the folders say.")
@@ -51,7 +58,8 @@ def calibrate(
         typer.Option(help="Of the heads; labels and both need --labels. [default: the recipe's]"),
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Mean FLOPs over full depth's, at most. [default: 0.8]")
+        float | None,
+        typer.Option(help="Mean FLOPs over full depth's, at most. [default: 0.8; search: 0.88]"),
     ] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="Instead of --budget: loss against full depth, at most.")
@@ -70,7 +78,10 @@ def calibrate(
 ) -> None:
     """Learn early exits from photos: heads, gates and thresholds, for `accelerate(exits=…)`.
 
+    For search nothing is trained: minutes are seconds.
+
     Example: `lraee calibrate --data train.zip --classes classes.json --out exits`
+    Example: `lraee calibrate --data photos.zip --for search --out exits`
     """
     from lraee.calibration.calibrate import calibrate
     from lraee.data.batches import PhotoImages
@@ -87,6 +98,8 @@ def calibrate(
     require_one(scheme, checkpoint)
     find_scheme(scheme or "int8")
     known = read_classes(classes) if classes else None
+    if target == "search" and (classes is not None or class_free):
+        raise typer.BadParameter("--for search takes no --classes and no --class-free")
     if labels and known is None:
         raise typer.BadParameter("--labels needs --classes, which names the folders")
     photos = Photos(data, classes=known, limit=limit)
@@ -94,7 +107,7 @@ def calibrate(
     images = PhotoImages(photos, opened.with_margin, batch=batch, progress=progress)
     names = known.names if known else opened.class_names
     texts = None
-    if not class_free:
+    if not class_free and target == "classes":
         texts = class_features(opened.model, opened.tokenizer, names, progress=progress)
     fast = (
         accelerate(opened.model, scheme=scheme or "int8")
@@ -102,7 +115,7 @@ def calibrate(
         else load(checkpoint, opened.model)
     )
     exits = calibrate(
-        fast, images, classes=texts,
+        fast, images, target=target, classes=texts,
         labels=images.labels if labels else None, gate=gate, recipe=recipe,
         training=training, budget=budget, epsilon=epsilon, delta=delta, num_exits=num_exits,
         seed=seed, is_timed=timed, folder=out / "unfinished", progress=progress,
@@ -114,6 +127,8 @@ def calibrate(
     for key, text in tables.card_lines(exits.card):
         line(key, text)
     console.print(tables.of_plans(exits))
+    if "depths" in exits.card:
+        console.print(tables.of_depths(exits.card["depths"]))
     line("written", str(out))
 
 

@@ -74,6 +74,9 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     @wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         with _one_line_errors():
+            from lraee.measurement.machine import limit_threads
+
+            limit_threads()
             function(*args, **kwargs)
 
     return app.command(epilog=None)(guarded)

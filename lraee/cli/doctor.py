@@ -27,6 +27,9 @@ def doctor(as_json: AsJson = False) -> None:
         line(f"isa {level}", state)
     for row in result["cuda"]:
         line("cuda", row)
+    for key in ("tilings", "float16"):
+        for row in result[key]:
+            line(key, row)
     for group in doctor.grouped(result["operators"]):
         console.print(f"\non {group.device} tensors: {group.runs}", markup=False, soft_wrap=True)
         console.print(f"    for {', '.join(group.operators)}", markup=False, soft_wrap=True)

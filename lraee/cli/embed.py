@@ -31,6 +31,9 @@ def embed(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Instead of PHOTOS: one text a line."),
     ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="int8: texts by an int8 text tower. [default: float]")
+    ] = None,
     model: Model = "lraee-tiny",
     pretrained: Pretrained = None,
     scheme: Scheme = None,
@@ -76,6 +79,7 @@ def embed(
     from lraee.data.sources import Limits
     from lraee.layers.scheme import find_scheme
     from lraee.model.opened import require_one
+    from lraee.model.text import require_text_scheme
     from lraee.serving.embed import Shard, run
     from lraee.serving.embed_model import DTYPES, MAX_SECONDS, Choice, PhotoModel, TextModel
     from lraee.serving.listing import TextListing, open_listing
@@ -83,6 +87,12 @@ def embed(
 
     if bool(photos) == bool(texts):
         raise typer.BadParameter("PHOTOS or --texts must be given, and not both")
+    if texts is None and text is not None:
+        raise typer.BadParameter("--text is of --texts, and they are missing")
+    if texts is not None and exits is not None:
+        raise typer.BadParameter("--exits are of PHOTOS; a text tower has none")
+    if texts is not None and scheme is not None and text is None:
+        raise typer.BadParameter("--scheme with --texts needs --text int8: the tower is float")
     if ray is not None and (texts or shard or photos == ["-"]):
         raise typer.BadParameter("--ray takes PHOTOS that each machine can list, and no --shard")
     if dtype not in DTYPES:
@@ -92,6 +102,8 @@ def embed(
         if scheme is not None:
             find_scheme(scheme)
         require_one(scheme, checkpoint)
+        require_one(text, checkpoint, "text")
+        require_text_scheme(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     limits = decoding.Limits(
@@ -102,7 +114,7 @@ def embed(
     with Output(out) as output:
         choice = Choice(
             model, _version(), pretrained, scheme=scheme, exits=exits, limits=limits, dtype=dtype,
-            mode="exact" if exact else "fast", checkpoint=checkpoint,
+            mode="exact" if exact else "fast", checkpoint=checkpoint, text=text,
         )  # fmt: skip
         if ray is not None:
             from lraee.serving import ray as on_ray

@@ -1,17 +1,18 @@
 """The command `lraee`: one file per command beside this one.
 
+Commands import what they need when they run: `lraee --help` loads no torch.
+
 Exit codes: 0 done, 1 could not be done (one line says why), 2 wrong usage.
 """
 
 import importlib
 import io
 import logging
+import os
 import sys
 
-from lraee.cli import waiting
+from lraee.cli import environment
 from lraee.cli.common import app
-from lraee.diagnostics import interpreter
-from lraee.measurement.machine import limit_threads
 
 COMMANDS = (
     "doctor",
@@ -21,6 +22,7 @@ COMMANDS = (
     "evaluate",
     "bench",
     "selftest",
+    "tune",
     "report",
     "embed",
     "merge",
@@ -39,9 +41,5 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    if interpreter.is_requested(sys.argv[1:]):
-        interpreter.restart()
-    if waiting.is_own_process(sys.orig_argv) and waiting.is_requested(sys.argv[1:]):
-        waiting.restart()
-    limit_threads()
+    os.environ.update(environment.choose(sys.argv[1:]))  # no command has imported torch yet
     app()

@@ -4,13 +4,15 @@ Names come from files: they are Text, in which rich sees no markup.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 from rich.text import Text
 
 from lraee.data.names import printable
-from lraee.exits.bundle import Exits
+
+if TYPE_CHECKING:
+    from lraee.exits.bundle import Exits
 
 Figures = Mapping[str, tuple[str, float, int]]
 """Key in a report's row -> title, factor, digits behind the point."""
@@ -75,7 +77,7 @@ def of_answers(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def of_plans(exits: Exits) -> Table:
+def of_plans(exits: "Exits") -> Table:
     """What each gate did on the images that thresholds were picked on."""
     table = Table("gate", "after blocks", "exits there, %", "FLOPs saved, %", "right, %", "full, %")
     for name, row in exits.card["plans"].items():
@@ -88,6 +90,17 @@ def of_plans(exits: Exits) -> Table:
             f"{100 * row['gain']:.2f}",
             f"{100 * row['gain_at_full_depth']:.2f}",
         )
+    return table
+
+
+def of_depths(depths: Sequence[Mapping[str, Any]]) -> Table:
+    """What a search would find at each depth that exits for search may have."""
+    table = Table(
+        "after block", "FLOPs saved, %", "nearest photo as at full depth, %", "among the first 5, %"
+    )
+    for row in depths:
+        shares = (row["flops_saved"], row["nearest"], row["among_five"])
+        table.add_row(str(row["block"]), *(f"{100 * share:.1f}" for share in shares))
     return table
 
 

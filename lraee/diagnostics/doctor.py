@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lraee.diagnostics import tables
 from lraee.measurement import machine
 from lraee.ops import registry
 from lraee.towers import text
@@ -54,6 +55,8 @@ def examine() -> dict[str, Any]:
         **machine.describe(),
         "isa": _isa_rows(),
         "cuda": cuda_rows(),
+        "tilings": tables.tiling_lines(),
+        "float16": tables.float_lines(),
         "towers": list(family_lines()),
         "text_towers": list(text.family_lines()),
         "operators_on_cpu": machine.cpu_operators(),

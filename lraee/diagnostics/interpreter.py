@@ -1,15 +1,10 @@
-"""Triton's interpreter: kernels on CPU tensors, for a process that chose it before it began.
+"""Triton's interpreter: kernels on CPU tensors, for a process that chose it before Triton.
 
-Triton binds its language to the interpreter, or not, when it is imported, and importing lraee
-imports Triton. So the environment must name it first; this file alone reads and writes that.
+Triton binds its language to the interpreter, or not, when it is imported. So the environment must
+name it first; `lraee selftest --device interpreter` does (lraee.cli.environment).
 """
 
-import os
-import sys
-from collections.abc import Sequence
 from typing import Literal
-
-from lraee.kernels import register
 
 Device = Literal["cuda", "interpreter"]
 """Where kernels may run."""
@@ -18,20 +13,10 @@ VARIABLE = "TRITON_INTERPRET"
 DEVICE: Device = "interpreter"
 
 
-def is_requested(arguments: Sequence[str]) -> bool:
-    """Whether these command-line arguments ask for `--device interpreter`."""
-    pairs = zip(arguments, arguments[1:], strict=False)
-    return f"--device={DEVICE}" in arguments or ("--device", DEVICE) in pairs
-
-
-def restart() -> None:
-    """Starts this very command again with the interpreter; returns where it already has it."""
-    if os.environ.get(VARIABLE) != "1":
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, VARIABLE: "1"})
-
-
 def require(device: Device) -> None:
     """Raises NotImplementedError unless Triton is in the mode that this device needs."""
+    from lraee.kernels import register  # the command line imports this file before Triton is chosen
+
     is_interpreted = register.is_interpreted()
     if device == DEVICE and not is_interpreted:
         raise NotImplementedError(

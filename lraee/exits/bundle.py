@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lraee.exits import serialization
+from lraee.exits.class_token import ClassTokenWeights
 from lraee.exits.gate import CLASS_FREE
 from lraee.exits.head import HeadWeights
 from lraee.exits.plan import ExitsData, Plan
@@ -82,9 +83,8 @@ class Exits(ExitsData):
         return router if device is None else router.to(device)
 
 
-def one_class(head: HeadWeights) -> Tensor:
+def one_class(head: HeadWeights | ClassTokenWeights) -> Tensor:
     """A unit vector [1, E] for exit_probe where no classes are given."""
-    last = head.w1 if head.w2 is None else head.w2
-    classes = torch.zeros(1, last.shape[0])
+    classes = torch.zeros(1, head.embedding_size)
     classes[0, 0] = 1.0
     return classes

@@ -10,14 +10,14 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from lraee.exits.kinds import GateKind as GateKind
 from lraee.ops.reference import Probe, lane_sum, steady_sigmoid
 
-GateKind = Literal["learned", "confidence", "patience", "agreement", "static"]
 CLASS_FREE: tuple[GateKind, ...] = ("agreement", "static")
 """Gates that read nothing of the classes."""
 

@@ -38,6 +38,11 @@ class HeadWeights:
     b2: Tensor | None = None
 
     @property
+    def embedding_size(self) -> int:
+        """E."""
+        return (self.w1 if self.w2 is None else self.w2).shape[0]
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one image."""
         return self.w1.numel() + (0 if self.w2 is None else self.w2.numel())

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lraee.exits.class_token import ClassTokenWeights
 from lraee.exits.gate import Gate
 from lraee.exits.head import HeadWeights
 from lraee.exits.router import Compaction
@@ -55,7 +56,7 @@ class ExitsData:
     Raises: ValueError where these do not fit each other.
     """
 
-    heads: Mapping[int, HeadWeights]
+    heads: Mapping[int, HeadWeights | ClassTokenWeights]
     plans: Mapping[str, Plan]
     chosen: str
     classes: Tensor | None
@@ -77,6 +78,12 @@ class ExitsData:
             if missing:
                 raise ValueError(
                     f"Exits: plan {name!r} must use heads that are there, got block {missing[0]}"
+                )
+            alone = [b for b in plan.blocks if isinstance(self.heads[b], ClassTokenWeights)]
+            if alone and plan.gate.kind != "static":
+                raise ValueError(
+                    f"Exits: plan {name!r} must have a static gate where the class token runs on"
+                    f" alone, got {plan.gate.kind!r} at block {alone[0]}"
                 )
         if not math.isfinite(self.logit_scale):
             raise ValueError(f"Exits: logit_scale must be finite, got {self.logit_scale}")

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lraee.exits.class_token import ClassTokenHead, ClassTokenWeights
 from lraee.exits.gate import Gate, Memory, score
 from lraee.exits.head import HeadWeights, Int8Head, TypedBuffers, contrasts, probe_tokens
 from lraee.exits.record import Record, new_record
@@ -60,7 +61,7 @@ class Router(TypedBuffers):
     def __init__(
         self,
         blocks: Sequence[int],
-        heads: Sequence[HeadWeights],
+        heads: Sequence[HeadWeights | ClassTokenWeights],
         gate: Gate,
         *,
         classes: Tensor,
@@ -77,7 +78,10 @@ class Router(TypedBuffers):
         self.register_buffer("classes", classes.detach().float().clone())
         self.register_buffer("contrasts", contrasts(self.classes))
         self.heads = nn.ModuleList(
-            Int8Head(weights, gate.vector(e), backend=backend) for e, weights in enumerate(heads)
+            ClassTokenHead(weights)
+            if isinstance(weights, ClassTokenWeights)
+            else Int8Head(weights, gate.vector(e), backend=backend)
+            for e, weights in enumerate(heads)
         )
         self.training = False
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from lraee.exits.class_token import ClassTokenWeights
 from lraee.exits.gate import Gate, GateKind
 from lraee.exits.head import HeadWeights
 from lraee.exits.plan import ExitsData, Plan
@@ -34,6 +35,7 @@ _THRESHOLD = schema.scalar(
 )
 SCHEME = schema.options(Scheme(), SINCE)
 _HEAD = record({"block": _BLOCK, "inputs": _WIDTH, "hidden": nullable(_WIDTH)})
+_CLASS_TOKEN = record({"block": _BLOCK, "projections": integer(1, 512), "width": _WIDTH})
 _PLAN = record(
     {
         "blocks": items(_BLOCK, 0, _MAX_HEADS),
@@ -44,7 +46,8 @@ _PLAN = record(
     build=lambda blocks, kind, weights, thresholds: Plan(blocks, Gate(kind, weights, thresholds)),
 )
 FIELDS: dict[str, schema.Kind] = {
-    "heads": items(_HEAD, 1, _MAX_HEADS),
+    "heads": items(_HEAD, 0, _MAX_HEADS),
+    "class_tokens": items(_CLASS_TOKEN, 0, _MAX_HEADS),
     "embedding": _WIDTH,
     "classes": nullable(integer(1, 1 << 24)),
     "plans": schema.table(_PLAN, 1, 256),
@@ -55,11 +58,14 @@ FIELDS: dict[str, schema.Kind] = {
     "base_hash": schema.DIGEST,
     "card": schema.free(size_bytes=1 << 20, levels=32),
 }
-FORMAT = sealed.Format("lraee exits", 1, "exits.json", "exits", "Exits.save", FIELDS)
+FIELDS_SINCE: dict[str, Any] = {"class_tokens": []}
+"""Fields that older files lack; they are not written where they say nothing."""
+FORMAT = sealed.Format("lraee exits", 1, "exits.json", "exits", "Exits.save", FIELDS, FIELDS_SINCE)
 
 _LAYER = {name: Spec(torch.float32, sizes) for name, sizes in
           (("gamma", "P"), ("beta", "P"), ("w1", "NP"), ("b1", "N"))}  # fmt: skip
 _LAST = {"w2": Spec(torch.float32, "EN"), "b2": Spec(torch.float32, "E")}
+_PROJECTIONS = {"w": Spec(torch.float32, "RND"), "b": Spec(torch.float32, "RN")}
 _CLASSES = {"classes": Spec(torch.float32, "KE", "rows of length 1")}
 
 
@@ -83,11 +89,12 @@ def load(directory: str | os.PathLike[str], kind: type[Kind]) -> Kind:
 
 def to_parts(exits: ExitsData) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields for a JSON config and tensors for a file beside it; from_parts is the inverse."""
-    heads = dict(sorted(exits.heads.items()))
-    last = next(iter(heads.values()))
+    every = dict(sorted(exits.heads.items()))
+    heads = {b: head for b, head in every.items() if isinstance(head, HeadWeights)}
+    alone = {b: head for b, head in every.items() if isinstance(head, ClassTokenWeights)}
     fields = {
         "heads": [{"block": block, **_sizes(head)} for block, head in heads.items()],
-        "embedding": (last.b1 if last.b2 is None else last.b2).numel(),
+        "embedding": next(iter(every.values())).embedding_size,
         "classes": None if exits.classes is None else exits.classes.shape[:1].numel(),
         "plans": {name: _plan_fields(plan) for name, plan in exits.plans.items()},
         "chosen": exits.chosen,
@@ -97,9 +104,14 @@ def to_parts(exits: ExitsData) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "base_hash": exits.base_hash,
         "card": dict(exits.card),
     }
+    if alone:
+        fields["class_tokens"] = [
+            {"block": block, "projections": len(head.w), "width": head.w.shape[2]}
+            for block, head in alone.items()
+        ]
     tensors = {
         f"heads.{block}.{name}": tensor
-        for block, head in heads.items()
+        for block, head in every.items()
         for name, tensor in head.tensors().items()
     }
     if exits.classes is not None:
@@ -127,17 +139,24 @@ def tensor_specs(fields: Mapping[str, Any]) -> Specs:
 
     Raises: Violation where the sizes of the heads do not fit each other.
     """
-    heads, E = fields["heads"], fields["embedding"]
-    blocks = [head["block"] for head in heads]
-    require(blocks == sorted(set(blocks)), "heads[].block must ascend", blocks)
+    heads, alone, E = fields["heads"], fields["class_tokens"], fields["embedding"]
+    for name, group in (("heads", heads), ("class_tokens", alone)):
+        blocks = [head["block"] for head in group]
+        require(blocks == sorted(set(blocks)), f"{name}[].block must ascend", blocks)
+    both = sorted({head["block"] for head in heads} & {head["block"] for head in alone})
+    require(not both, "class_tokens[].block must have no other head", both)
     widths = {head["inputs"] for head in heads}
-    D = min(widths)
+    D = min(widths, default=1)
     require(widths <= {D, 2 * D}, "heads[].inputs must be D or 2 D, one D for all", sorted(widths))
     specs: Specs = {}
     for head in heads:
         declared = _LAYER if head["hidden"] is None else _LAYER | _LAST
         sizes = {"P": head["inputs"], "N": head["hidden"] or E, "E": E}
         specs |= sized(f"heads.{head['block']}.", declared, sizes)
+    for head in alone:
+        R, D = head["projections"], head["width"]
+        sizes = {"R": R, "N": 2 * D, "D": D}
+        specs |= sized(f"heads.{head['block']}.", _PROJECTIONS, sizes)
     if fields["classes"] is not None:
         specs |= sized("", _CLASSES, {"K": fields["classes"], "E": E})
     size = sum(spec.size_bytes for spec in specs.values())
@@ -151,12 +170,20 @@ def from_parts(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: t
 
     Raises: ValueError where they do not fit each other.
     """
-    heads: dict[int, dict[str, Tensor]] = {head["block"]: {} for head in fields["heads"]}
+    alone = {head["block"] for head in fields["class_tokens"]}
+    heads: dict[int, dict[str, Tensor]] = {
+        block: {} for block in (*(head["block"] for head in fields["heads"]), *sorted(alone))
+    }
     for name in sorted(tensors.keys() - {"classes"}):
         _, block, own = name.split(".")
         heads[int(block)][own] = tensors[name]
     return kind(
-        heads={block: HeadWeights.of(own) for block, own in heads.items()},
+        heads={
+            block: ClassTokenWeights(**own, embedding_size=fields["embedding"])
+            if block in alone
+            else HeadWeights.of(own)
+            for block, own in heads.items()
+        },
         classes=tensors.get("classes"),
         compaction=Compaction(fields["copy_share"]),
         **{name: fields[name] for name in _SAME},

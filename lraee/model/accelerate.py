@@ -1,7 +1,6 @@
 """accelerate: a float CLIP model to an int8 one."""
 
 import copy
-import logging
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from lraee.model.acceleration import (
     set_record,
 )
 from lraee.model.fidelity import compare, require_fidelity
+from lraee.model.messages import log_result, warn_of_float16
 from lraee.model.set_classes import ClassSetter
 from lraee.model.text import TextRecord, require_text_scheme
 from lraee.ops.backend import Backend, implementation, require_backend
@@ -42,19 +42,16 @@ from lraee.towers.families import (
     device_of,
     encode,
     find_tower,
-    int8_linears,
     require_kept,
     require_supported,
     tower_spec,
 )
-from lraee.towers.flops import count_macs
 from lraee.towers.state import tower_hash
 from lraee.towers.wrappers import require_own_weights, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _CHECK_BATCH = 32
-_log = logging.getLogger("lraee")
 
 
 def accelerate(
@@ -142,7 +139,8 @@ def accelerate(
             raise
     if exits is not None:
         add_exits(fast, exits)
-    _log_result(image_tower(fast), implementation(backend, device_of(model)))
+    log_result(image_tower(fast), implementation(backend, device_of(model)))
+    warn_of_float16(tower, device_of(model))
     return fast
 
 
@@ -379,20 +377,3 @@ def _image_swaps(tower: nn.Module, scheme: Scheme, common: dict[str, Any]) -> li
         build_embedding = partial(build_patch_embedding, embedding, path, **common)
         swaps.append(_Swap(tower, path, embedding, build_embedding))
     return swaps
-
-
-def _log_result(tower: nn.Module | None, name: str) -> None:
-    if tower is None:
-        _log.info("accelerate: the text tower's blocks in int8, implementation %s", name)
-        return
-    total = sum(len(spec.linears) for spec in block_specs(tower))
-    count = len(int8_linears(tower))
-    macs = count_macs(tower)
-    _log.info(
-        "accelerate: %d of %d linears in int8, %.1f %% of the tower's multiply-adds in int8"
-        " operators, implementation %s",
-        count,
-        total,
-        100 * macs.share,
-        name,
-    )

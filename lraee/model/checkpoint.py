@@ -53,7 +53,7 @@ FORMAT = sealed.Format(
         "backend": choice(*get_args(Backend)),
         "base_sha256": DIGEST,  # tower_hash of the float image tower, or of a text tower alone
         "state_sha256": DIGEST,  # the same hash of the whole accelerated model
-        "exits": nullable(record(serialization.FIELDS)),
+        "exits": nullable(record(serialization.FIELDS, since=serialization.FIELDS_SINCE)),
         "text": nullable(record({"scheme": choice("int8"), "base_sha256": DIGEST})),
     },
     since={"text": None},

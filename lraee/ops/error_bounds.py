@@ -64,12 +64,16 @@ def of_attention(qkv: Tensor, expected: Tensor, num_heads: int) -> Tensor:
 
     Scores are the same bits. p = exp(.) / sum: both implementations err by less than 8 units of
     float32 and (L + 8) units through the sum; p may then round to the other neighbour in its type,
-    and P @ V adds L terms of size at most max|v| with weights that sum to 1.
+    and P @ V adds L terms of size at most max|v| with weights that sum to 1. Where the definition
+    is in fixed point an implementation may keep P @ V in float: half a step of each p, and of V.
     """
     B, L, D3 = qkv.shape
     v = qkv.view(B, L, 3, num_heads, -1)[:, :, 2].double().abs().amax(1)
     step = HALF_STEP[qkv.dtype]
-    error = (2 * (2 * L + 16) * EPS32 + 2 * step) * v.reshape(B, 1, D3 // 3)
+    fixed = 0.0
+    if L in reference.FIXED_POINT_KEYS:
+        fixed = 0.5 * L / reference.LARGEST_WEIGHT + 0.6 / reference.LARGEST_VALUE
+    error = (2 * (2 * L + 16) * EPS32 + 2 * step + fixed) * v.reshape(B, 1, D3 // 3)
     return error + 2 * step * expected.double().abs()
 
 

@@ -41,7 +41,8 @@ class Choice:
       limits: what is refused undecoded.
       dtype: of the column `embedding`.
       version: lraee's.
-      checkpoint: where lraee.save wrote, or None; it has a scheme of its own.
+      checkpoint: where lraee.save wrote, or None; it has a scheme and a text tower of its own.
+      text: of `accelerate`, for texts.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Choice:
     limits: Limits = Limits(max_seconds=MAX_SECONDS)
     dtype: str = "float32"
     checkpoint: Path | None = None
+    text: str | None = None
 
     def settings(self, opened: Opened, **more: Any) -> dict[str, Any]:
         """As the metadata of a file has it."""
@@ -98,15 +100,10 @@ class PhotoModel:
             weights=about.base_hash,
             scheme=about.scheme.fields,
             exits=_file_hash(self._choice.exits, "exits.json"),
-            **self._checkpoint,
+            **_checkpoint(self._choice),
             preprocess=_rules(self._preprocess),
             dimensions=self.encode([black])[0].shape[1],
         )
-
-    @property
-    def _checkpoint(self) -> dict[str, str | None]:
-        folder = self._choice.checkpoint
-        return {} if folder is None else {"checkpoint": _file_hash(folder, "lraee.json")}
 
     def prepare(self, data: bytes) -> Prepared:
         """Pixels float32 [3, H, W] of one photo; raises DataError."""
@@ -126,24 +123,36 @@ class PhotoModel:
 
 
 class TextModel:
-    """Texts to unit embeddings, by the float text tower.
+    """Texts to unit embeddings, by the float text tower, or by an int8 one.
 
-    The last bits depend on the texts in a batch, so `batch` is one of the settings.
+    The last bits of a float one depend on the texts in a batch, so `batch` is one of the settings.
+
+    Raises: as `open_model` and `accelerate`.
     """
 
     def __init__(self, choice: Choice, batch: int) -> None:
         self._choice, self._batch = choice, batch
         self._opened = open_model(choice.model, choice.pretrained)
+        state = self._opened.model.state_dict()
+        self._weights = tower_hash({k: v for k, v in state.items() if not k.startswith("visual.")})
+        self._model = self._opened.model
+        if choice.text is not None or choice.checkpoint is not None:
+            self._model = accelerated(
+                self._model, scheme=choice.scheme, text=choice.text, checkpoint=choice.checkpoint
+            )
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """See Choice; runs the tower once."""
-        state = self._opened.model.state_dict()
+        about = acceleration_of(self._model)
+        scheme = {"scheme": about.scheme.fields} if about is not None and about.text else {}
         return self._choice.settings(
             self._opened,
             kind="texts",
-            weights=tower_hash({k: v for k, v in state.items() if not k.startswith("visual.")}),
+            weights=self._weights,
             batch=self._batch,
+            **scheme,
+            **_checkpoint(self._choice),
             dimensions=self.encode([Prepared("")])[0].shape[1],
         )
 
@@ -155,7 +164,7 @@ class TextModel:
     def encode(self, rows: Sequence[Prepared]) -> tuple[np.ndarray, Sequence[int | None]]:
         """Embeddings float32 [n, E]."""
         tokens = self._opened.tokenizer([row.data for row in rows])
-        encode = cast(Callable[..., Tensor], self._opened.model.encode_text)
+        encode = cast(Callable[..., Tensor], self._model.encode_text)
         return encode(tokens, normalize=True).float().numpy(), [None] * len(rows)
 
 
@@ -164,6 +173,11 @@ def _rules(rules: preprocess.Preprocess) -> dict[str, Any]:
     about = {field.name: getattr(rules, field.name) for field in fields(rules)}
     table = hashlib.sha256(about.pop("table").tobytes()).hexdigest()
     return {**about, "limits": asdict(rules.limits), "table": table}
+
+
+def _checkpoint(choice: Choice) -> dict[str, str | None]:
+    folder = choice.checkpoint
+    return {} if folder is None else {"checkpoint": _file_hash(folder, "lraee.json")}
 
 
 def _file_hash(folder: Path | None, name: str) -> str | None:

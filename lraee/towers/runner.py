@@ -18,7 +18,7 @@ from lraee.layers.modules import Adapter, is_hooked
 from lraee.layers.pooling import RowwiseAttention
 from lraee.ops.backend import Backend, implementation
 from lraee.ops.reference import Probe
-from lraee.towers import compiled
+from lraee.towers import compiled, search_exits
 from lraee.towers import cuda_graphs as graphs
 from lraee.towers.calls import embedding_size, require_numbers, require_plain_call
 from lraee.towers.executor import EagerExecutor, Executor, GraphExecutor
@@ -153,7 +153,7 @@ class RowwiseTower(Rowwise):
 
     def probe(self, e: int, z: Tensor) -> Probe:
         """What exit e measures on tokens [B, L, D]."""
-        return cast(Router, exits_of(self)).probe(e, z)
+        return search_exits.probe(self, cast(Router, exits_of(self)), e, z)
 
     def finish(self, z: Tensor) -> Tensor:
         """Tokens after the last block -> embeddings [B, E]."""
@@ -338,6 +338,7 @@ def attach_exits(tower: nn.Module, router: Router) -> None:
     require_exits_fit(tower, router)
     graphs.drop(tower)
     router.prefix_tokens = tower_spec(tower).prefix_tokens
+    search_exits.attach(tower, router)
     tower.exits = router
     cast(RowwiseTower, tower).segments = Segments.of(len(blocks_of(tower)), router.blocks)
 
@@ -359,8 +360,8 @@ def require_no_tokens(tower: nn.Module) -> None:
         extra = spec.extra_output
     if extra is not None:
         raise NotImplementedError(
-            f"exits: {extra} must be False, got True: an image that exits early has no"
-            " tokens of the last block; use lraee.full_depth"
+            f"exits: {extra} must be False, got True: an image that exits early has no tokens of"
+            " the last block; use lraee.full_depth"
         )
     if _are_parents_hooked(tower, spec):
         raise NotImplementedError(
@@ -384,6 +385,8 @@ def require_exits_fit(tower: nn.Module, router: Router) -> None:
             f"accelerate: exits must stand before the last of {L} blocks, got {router.blocks[-1]}"
         )
     for block, module in zip(router.blocks, router.heads, strict=True):
+        if search_exits.fits(tower, block, module):
+            continue
         head = cast(Int8Head, module)
         shape = head.gamma.shape[0], head.embedding_size
         if shape[0] not in widths or shape[1] != E:

@@ -60,6 +60,24 @@ def calibrate(data: tuple[Path, Path], out: Path, *options: object) -> Result:
     return run("calibrate", "--data", data[0], "--out", out, *quiet, *options)
 
 
+def test_exits_for_search_take_photos_alone(data: tuple[Path, Path], tmp_path: Path) -> None:
+    photos, classes = data
+    out, report = tmp_path / "exits", tmp_path / "report.json"
+    result = calibrate(data, out, "--for", "search")
+    assert result.exit_code == 0, result.output
+    assert "51 for heads, 51 for thresholds" in result.stdout
+    assert "static (chosen)" in result.stdout and "at most 88 % of full" in result.stdout
+    assert "nearest photo as at full depth, %" in result.stdout
+    assert Exits.load(out).plan.blocks == (9,)
+    options = ("--no-progress", "--exits", out, "--retrieval", "--limit", 24, "--out", report)
+    result = run("evaluate", "--data", photos, "--classes", classes, "--scheme", "int8", *options)
+    assert result.exit_code == 0, result.output
+    rows = {row["scheme"]: row for row in json.loads(report.read_text())["rows"]}
+    assert rows["exits static"]["flops_saved"] == pytest.approx(13.15, abs=0.1)
+    refused = calibrate(data, tmp_path / "no", "--for", "search", "--classes", classes)
+    assert "--for search takes no --classes" in refused.stderr
+
+
 def test_from_photos_to_a_report(data: tuple[Path, Path], tmp_path: Path) -> None:
     photos, classes = data
     out, report = tmp_path / "new" / "exits", tmp_path / "report.json"

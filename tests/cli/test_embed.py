@@ -120,6 +120,11 @@ def test_texts(tmp_path: Path) -> None:
     assert table["text"].to_pylist() == ["a cat", "a dog"]
     assert table.schema.field("embedding").type == pa.list_(pa.float16(), 256)
     assert failures(tmp_path / "out") == {"line 2": "is empty"}
+    embedded("--texts", tmp_path / "t.txt", "--out", tmp_path / "int8", "--text", "int8")
+    int8 = rows(tmp_path / "int8")["embedding"].to_pylist()
+    float_rows = table["embedding"].to_pylist()
+    for one, other in zip(int8, float_rows, strict=True):
+        assert sum(x * y for x, y in zip(one, other, strict=True)) == pytest.approx(1, abs=0.01)
 
 
 def test_modes_and_limits(photos: Path, tmp_path: Path) -> None:
@@ -144,6 +149,10 @@ def test_modes_and_limits(photos: Path, tmp_path: Path) -> None:
         ("embed", ".", "--out", "x", "--dtype", "int8"),
         ("embed", ".", "--out", "x", "--scheme", "int4"),
         ("embed", ".", "--out", "x", "--batch", "0"),
+        ("embed", ".", "--out", "x", "--text", "int8"),
+        ("embed", "--texts", __file__, "--out", "x", "--text", "int4"),
+        ("embed", "--texts", __file__, "--out", "x", "--scheme", "int8"),
+        ("embed", "--texts", __file__, "--out", "x", "--exits", "."),
         ("merge", "--out", "x"),
         ("merge", "/nowhere", "--out", "x"),
     ],

@@ -54,6 +54,9 @@ def _exact(qkv: Tensor, H: int, causal: bool) -> tuple[Tensor, Tensor]:
     reach = float(logit.max() - logit.min())
     if causal:
         logit = logit.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), -math.inf)
+    if L > 512:
+        relative = (2 * min(reach, 86.0) + 16 + L / 64) * EPS32
+        return _exact_in_fixed_point(logit, v, relative, qkv.dtype)
     p = torch.softmax(logit, -1)
     half = 0.0 if qkv.dtype is torch.float32 else HALF_STEP[qkv.dtype]
     smallest = 2.0**-25 if qkv.dtype is torch.float16 else 2.0**-120
@@ -61,6 +64,30 @@ def _exact(qkv: Tensor, H: int, causal: bool) -> tuple[Tensor, Tensor]:
     v = v.double()
     bound = relative * (p @ v.abs()) + half * (p @ v).abs() + smallest * (1 + v.abs().sum(2, True))
     flat = [t.transpose(1, 2).reshape(B, L, H * d) for t in (p @ v, bound * 1.01)]
+    return flat[0], flat[1]
+
+
+def _exact_in_fixed_point(
+    logit: Tensor, v: Tensor, relative: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """P V of more than 512 keys, and a bound on the error.
+
+    p_q is exact but for those that the relative error of e * step takes across a tie: these are one
+    off. The sum is exact; it is rounded to float32, and times scales that err by `relative`.
+    """
+    B, H, L, d = v.shape
+    e = torch.exp(logit - logit.amax(-1, keepdim=True))
+    step = (507904 / e.sum(-1, keepdim=True)).clamp(max=32767)
+    scale = v.abs().amax(2, keepdim=True) / 4095
+    v_q = torch.round(v * (1.0 / scale)).double()
+    weight, p_q = e * step, torch.round(e * step)
+    is_near_tie = (0.5 - (weight - p_q).abs() <= weight * relative).double()
+    steps = scale.double() / (step * e.sum(-1, keepdim=True))
+    y, moved = (p_q @ v_q) * steps, (is_near_tie @ v_q.abs()) * steps
+    half = 0.0 if dtype is torch.float32 else HALF_STEP[dtype]
+    smallest = 2.0**-25 if dtype is torch.float16 else 2.0**-120
+    bound = moved + (8 * EPS32 + relative + half) * (y.abs() + moved) + smallest
+    flat = [t.transpose(1, 2).reshape(B, L, H * d) for t in (y, bound * 1.01)]
     return flat[0], flat[1]
 
 
@@ -76,13 +103,84 @@ def test_is_within_the_bound_of_the_exact_softmax(level: str, dtype: torch.dtype
         assert_within(y, expected, bound, L=L, d=d, level=level, causal=causal)
 
 
-@pytest.mark.parametrize("L", [257, 320, 577])
+@pytest.mark.parametrize("L", [257, 320, 512, 513, 577, 729])
 def test_long_sequences_are_within_the_bound(L: int) -> None:
-    qkv = _qkv(1, L, 2, 64)
-    expected, bound = _exact(qkv, 2, False)
-    for level in LEVELS[1:]:
-        y = at_level(level, partial(_attend, qkv, 2))[0]
-        assert_within(y, expected, bound, L=L, level=level)
+    for d, dtype in itertools.product((64, 72), TYPES if L > 512 else TYPES[:1]):
+        qkv = _qkv(1, L, 2, d).to(dtype)
+        for causal in (False, True) if L > 512 else (False,):
+            expected, bound = _exact(qkv, 2, causal)
+            for level in LEVELS[1:]:
+                y = at_level(level, partial(_attend, qkv, 2, causal))[0]
+                assert_within(y, expected, bound, L=L, d=d, level=level, causal=causal)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_all_levels_and_thread_counts_agree_on_long_sequences(dtype: torch.dtype) -> None:
+    for B, L, H, d in [(1, 513, 2, 72), (1, 600, 1, 7), (2, 514, 1, 40), (1, 577, 1, 128)]:
+        qkv = _qkv(B, L, H, d).to(dtype)
+        assert_same_everywhere(partial(_attend, qkv, H), B=B, L=L, H=H, d=d)
+    assert_same_everywhere(partial(_attend, qkv, 1, True))
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 4.0])
+def test_the_error_of_fixed_point_is_small(sharpness: float) -> None:
+    """Below that of P and V in bfloat16, however flat the rows; far below that of the scores."""
+    qkv = _qkv(1, 729, 2, 72)
+    qkv[:, :, :144] *= sharpness
+    q, k, v = qkv.view(1, 729, 3, 2, 72).permute(2, 0, 3, 1, 4)
+    k = k - k.mean(2, keepdim=True)
+    (q_q, q_scale, _), (k_q, k_scale, _) = (
+        reference.quantize_rows(each.reshape(-1, 72), True) for each in (q, k)
+    )
+    back = [(q_q * q_scale[:, None]).view(q.shape), (k_q * k_scale[:, None]).view(k.shape)]
+    p = torch.softmax(back[0].double() @ back[1].double().mT / 72**0.5, -1)
+    expected = p @ v.double()
+    y = ops.int8_attention(qkv, num_heads=2).view(1, 729, 2, 72).transpose(1, 2)
+    error = (y - expected).norm()
+    in_half = p.bfloat16().double() @ v.bfloat16().double()
+    truth = torch.softmax(q.double() @ k.double().mT / 72**0.5, -1) @ v.double()
+    assert error < (in_half - expected).norm()
+    assert error < 0.1 * (expected - truth).norm() or sharpness < 1
+
+
+def test_long_sequences_with_values_of_all_kinds() -> None:
+    """A channel of zeros, one of the smallest numbers, one loud token, odd numbers of keys."""
+    qkv = _qkv(2, 515, 1, 24)
+    qkv[:, :, 48] = 0.0
+    qkv[:, :, 49] = 1e-40
+    qkv[:, :, 50] *= 1e30
+    qkv[:, 7, 51] = 1e6
+    expected = reference.int8_attention(qkv, 1)
+    for level in LEVELS:
+        y = at_level(level, partial(_attend, qkv, 1))[0]
+        assert_within(y, expected, bounds.of_attention(qkv, expected, 1), level=level)
+        assert not y[:, :, :2].any()
+
+
+def test_nan_and_inf_stay_in_their_image_of_long_sequences() -> None:
+    """And in the channel that holds one, where it is a value."""
+    clean = ops.int8_attention(_qkv(2, 514, 2, 16), num_heads=2)
+    for place, poison in itertools.product((0, 35, 70), (math.nan, math.inf, -math.inf)):
+        qkv = _qkv(2, 514, 2, 16)
+        qkv[1, 4, place] = poison
+        expected = reference.int8_attention(qkv, 2)
+        for level in LEVELS:
+            y = at_level(level, partial(_attend, qkv, 2))[0]
+            assert_same(y[:1], clean[:1])
+            assert torch.equal(y.isnan(), expected.isnan()), (place, poison, level)
+
+
+def test_masked_tokens_of_long_sequences_change_no_bit() -> None:
+    """The number of keys chooses between fixed point and float, not the padding."""
+    for keys, L in ((500, 600), (520, 600)):
+        qkv, mask = _qkv(1, L, 2, 24), torch.zeros(1, L, dtype=torch.bool)
+        mask[0, torch.randperm(L, generator=generator(1))[:keys]] = True
+        alone = qkv[:, mask[0]]
+        qkv[~mask] = math.nan
+        for level in LEVELS:
+            y = at_level(level, lambda: [ops.int8_attention(qkv, num_heads=2, key_mask=mask)])[0]  # noqa: B023
+            expected = at_level(level, partial(_attend, alone, 2))[0]
+            assert_same(y[:, mask[0]], expected, level=level, keys=keys)
 
 
 def test_one_unit_of_a_score_would_be_seen() -> None:

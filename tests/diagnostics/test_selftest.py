@@ -234,27 +234,16 @@ def test_help_has_an_example() -> None:
     assert result.exit_code == 0 and "lraee selftest --device cuda" in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "is_requested"),
-    [
-        (["selftest", "--device", "interpreter"], True),
-        (["selftest", "--quick", "--device=interpreter"], True),
-        (["selftest", "--device", "cuda"], False),
-        (["selftest"], False),
-        (["evaluate", "--data", "interpreter"], False),
-    ],
-)
-def test_who_wants_the_interpreter(arguments: list[str], is_requested: bool) -> None:
-    assert interpreter.is_requested(arguments) == is_requested
-
-
 def test_the_command_chooses_the_interpreter_by_itself(tmp_path: Path) -> None:
-    """It starts itself again, for importing lraee has imported triton without."""
     code = (
-        "from lraee.cli import main as cli; from lraee.diagnostics import selftest;"
-        " from lraee.diagnostics import selftest_cases as c;"
-        " c.TINY = c.Sizes((3,), ((20, 40),), (9,), ((1, 5, 1, 8),), ((2, 4, 16, 8, 12, 5),));"
-        " cli.main()"
+        "from lraee.cli import main as cli\n"
+        "run = cli.app\n"
+        "def with_tiny_sizes():\n"
+        "    from lraee.diagnostics import selftest_cases as c\n"
+        "    c.TINY = c.Sizes((3,), ((20, 40),), (9,), ((1, 5, 1, 8),), ((2, 4, 16, 8, 12, 5),))\n"
+        "    run()\n"
+        "cli.app = with_tiny_sizes\n"
+        "cli.main()"
     )
     environment = {name: v for name, v in os.environ.items() if name != interpreter.VARIABLE}
     command = [sys.executable, "-c", code, "selftest", "--device", "interpreter", "--no-progress"]

@@ -56,6 +56,10 @@ def test_several_tiles_of_keys(causal: bool) -> None:
     check(1, 330, 1, 8, seed=0, causal=causal, block_i=128)
 
 
+def test_float_values_where_the_definition_is_in_fixed_point() -> None:
+    check(1, 520, 1, 8, seed=0, causal=False, block_i=128)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_first_tokens_alone_have_the_same_bits(causal: bool) -> None:
     qkv = attention(3, 50, 2, 8, seed=1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import lraee
 from lraee.data.sources import DataError
 from lraee.model.accelerate import accelerate
 from lraee.serving.embed_model import Choice, PhotoModel, TextModel
@@ -108,3 +109,19 @@ def test_texts() -> None:
     assert np.array_equal(embeddings, expected.numpy()) and list(blocks) == [None, None]
     assert model.settings["kind"] == "texts" and model.settings["batch"] == 2
     assert model.settings["weights"] != PhotoModel(CHOICE).settings["weights"]
+
+
+def test_texts_by_an_int8_tower(tmp_path: Path) -> None:
+    fast = lraee.accelerate(open_model("lraee-tiny").model, text="int8")
+    lraee.save(fast, tmp_path)
+    tokens = open_model("lraee-tiny").tokenizer(["a cat", "a dog"])
+    with torch.inference_mode():
+        expected = fast.encode_text(tokens, normalize=True).numpy()
+    text = TextModel(CHOICE, batch=2)
+    for choice in (replace(CHOICE, text="int8"), replace(CHOICE, checkpoint=tmp_path)):
+        model = TextModel(choice, batch=2)
+        embeddings, _ = model.encode([model.prepare(text) for text in (b"a cat", b"a dog")])
+        assert np.array_equal(embeddings, expected)
+        assert model.settings["weights"] == text.settings["weights"]
+        assert model.settings["scheme"]["weights"] == "channel" and model.settings != text.settings
+    assert "scheme" not in text.settings

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cpu/int8_attention/fixed_point.h"
 #include "cpu/numerics/exp.h"
 #include "cpu/numerics/quantizer.h"
 
@@ -47,10 +48,11 @@ LRAEE_INLINE void mean_of_keys(int64_t d, const T* k, int64_t stride, AttentionS
 // Key l, centred on the mean and quantized, goes to its place in the panels.
 template <class T>
 LRAEE_INLINE void pack_key(int64_t d, const T* k, int64_t l, AttentionScratch& s) {
+  // Zeros behind d move no scale, and are 0 in the panels.
   for_vectors(d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
-    store_first(s.row + c, load_first(k + c, n) - load(s.k_mean + c), n);
+    store(s.row + c, load_first(k + c, n) - load(s.k_mean + c));
   });
-  s.k_scale[l] = quantize_row<true>(s.row, d, s.row_q).scale;
+  s.k_scale[l] = quantize_row<true>(s.row, round_up(d, kWidth), s.row_q).scale;
   int8_t* const panel = s.k_q + l / kKeysPerPanel * s.groups * kKeysPerPanel * 4;
   for (int64_t g = 0; g < s.groups; ++g) {
     std::memcpy(panel + (g * kKeysPerPanel + l % kKeysPerPanel) * 4, s.row_q + g * 4, 4);
@@ -88,15 +90,19 @@ LRAEE_INLINE void rotate(const T* x, const float* cos, const float* sin, int64_t
   });
 }
 
-// The row of a token in float32, rotated where it is to be.
+// The query or key of a token in float32, rotated where it is to be. y has room for whole vectors:
+// what is not rotated fills the last one with zeros. A masked load of the last values takes 200
+// cycles on Zen 5; the values behind them, of the next head or of the keys or values, may be read.
 template <class T>
 LRAEE_INLINE void copy_row(const Int8AttentionArgs& args, const T* x, int64_t token, float* y) {
+  const bool has_more = args.H * args.d >= kWidth;
   if (args.cos != nullptr && token >= args.prefix) {
     const int64_t at = (token - args.prefix) * args.d;
     rotate(x, args.cos + at, args.sin + at, args.d, y);
   } else {
-    for_vectors(args.d, [&](int64_t c, int n, int)
-                            LRAEE_INLINE_LAMBDA { store_first(y + c, load_first(x + c, n), n); });
+    for_vectors(args.d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA {
+      store(y + c, has_more ? keep_first(load(x + c), n) : load_first(x + c, n));
+    });
   }
 }
 
@@ -104,8 +110,8 @@ template <class T>
 LRAEE_INLINE void pack_value(int64_t d, const T* v, int64_t l, AttentionScratch& s) {
   float* const row = s.v + l * s.d_pad;
   for (int64_t c = d / 16 * 16; c < s.d_pad; ++c) row[c] = 0.0f;
-  for_vectors(d, [&](int64_t c, int n, int)
-                     LRAEE_INLINE_LAMBDA { store_first(row + c, load_first(v + c, n), n); });
+  for_vectors(
+      d, [&](int64_t c, int n, int) LRAEE_INLINE_LAMBDA { store(row + c, load_first(v + c, n)); });
 }
 
 // k: the keys, one at each stride.
@@ -124,36 +130,42 @@ LRAEE_INLINE void pack_keys(int64_t d, const T* k, int64_t stride, AttentionScra
 template <class T>
 void pack_keys_and_values(const Int8AttentionArgs& args, const T* k, const T* v,
                           AttentionScratch& s) {
-  if (!args.copies_keys()) {
+  const bool is_copied = args.copies_keys();
+  const auto value = [&](int64_t l) LRAEE_INLINE_LAMBDA {
+    return v + (is_copied ? s.tokens[l] : l) * args.stride_l;
+  };
+  if (is_copied) {
+    for (int64_t l = 0; l < s.L; ++l) {
+      const int64_t token = s.tokens[l];
+      copy_row(args, k + token * args.stride_l, token, s.k_rows + l * s.d_pad);
+    }
+    pack_keys<float>(args.d, s.k_rows, s.d_pad, s);
+  } else {
     pack_keys(args.d, k, args.stride_l, s);
-    for (int64_t l = 0; l < s.L; ++l) pack_value(args.d, v + l * args.stride_l, l, s);
-    return;
   }
-  for (int64_t l = 0; l < s.L; ++l) {
-    const int64_t token = s.tokens[l];
-    copy_row(args, k + token * args.stride_l, token, s.k_rows + l * s.d_pad);
-    pack_value(args.d, v + token * args.stride_l, l, s);
+  if (is_fixed_point(s.L)) {
+    pack_fixed_values<T>(args.d, value, s);
+  } else {
+    for (int64_t l = 0; l < s.L; ++l) pack_value(args.d, value(l), l, s);
   }
-  pack_keys<float>(args.d, s.k_rows, s.d_pad, s);
 }
 
-// x: row i of the block of queries.
+// x: row i of the block of queries, K values of it, whole vectors. What is written behind the
+// groups of the row is the start of the next one, which comes later.
 template <class T>
-LRAEE_INLINE void pack_query_row(const Int8AttentionArgs& args, const T* x, int64_t i,
+LRAEE_INLINE void pack_query_row(const Int8AttentionArgs& args, const T* x, int64_t K, int64_t i,
                                  AttentionScratch& s) {
-  int8_t* const q_q = s.q_q + i * s.groups * 4;
-  for (int64_t c = args.d; c < s.groups * 4; ++c) q_q[c] = 0;  // the keys are 0 there
-  const Quantization quantization = quantization_of_row<true>(x, args.d);
-  write_quantized<true>(x, args.d, quantization, q_q);
+  const Quantization quantization = quantization_of_row<true>(x, K);
+  write_quantized<true>(x, K, quantization, s.q_q + i * s.groups * 4);
   s.q_scale[i] = quantization.scale * args.root;
 }
 
 template <class T>
 LRAEE_INLINE void pack_query(const Int8AttentionArgs& args, const T* q, int64_t token, int64_t i,
                              AttentionScratch& s) {
-  if (args.cos == nullptr) return pack_query_row(args, q, i, s);
+  if (args.cos == nullptr && args.d % kWidth == 0) return pack_query_row(args, q, args.d, i, s);
   copy_row(args, q, token, s.q_row);
-  pack_query_row<float>(args, s.q_row, i, s);
+  pack_query_row<float>(args, s.q_row, round_up(args.d, kWidth), i, s);
 }
 
 // Logits of kQueries queries from `query` on against kPanels panels from `panel` on.
@@ -169,7 +181,8 @@ void score_tile(const AttentionScratch& s, int64_t query, int64_t panel) {
   const int64_t depth = s.groups * 4;
   const int8_t* const q_q = s.q_q + query * depth;
   const int8_t* const k_q = s.k_q + panel * kKeysPerPanel * depth;
-  for (int64_t g = 0; g < s.groups; ++g) {
+  int64_t g = 0;
+  do {  // where the loop may be empty GCC 12 copies and spills its sums
     Right k[kVectors];
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
@@ -182,7 +195,7 @@ void score_tile(const AttentionScratch& s, int64_t query, int64_t panel) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) acc[q][v] = dot4(acc[q][v], four, k[v]);
     }
-  }
+  } while (++g < s.groups);
 #pragma GCC unroll 16
   for (int v = 0; v < kVectors; ++v) {
     const int64_t j = panel * kKeysPerPanel + v * kWidth;
@@ -244,22 +257,31 @@ LRAEE_INLINE void hide_from(float* row, int64_t visible, int64_t L_pad) {
   for (; j < L_pad; j += kWidth) store(row + j, hidden);
 }
 
-// Logits of a row -> P, of which the first `visible` are not 0.
-template <class T>
-LRAEE_INLINE void softmax_row(float* row, int64_t visible, int64_t L_pad) {
+// Logits of a row -> exp(logit - largest), of which the first `visible` are not 0, and their sum.
+LRAEE_INLINE float exp_row(float* row, int64_t visible, int64_t L_pad) {
   hide_from(row, visible, L_pad);
   Vf best[4];
   for (Vf& slot : best) slot = set1(-std::numeric_limits<float>::infinity());
   for_vectors(L_pad, [&](int64_t j, int, int slot)
                          LRAEE_INLINE_LAMBDA { best[slot] = max(best[slot], load(row + j)); });
   const Vf most = set1(max_of(max(max(best[0], best[1]), max(best[2], best[3]))));
-  const float sum = lane_sum(L_pad, [&](int64_t j, int) LRAEE_INLINE_LAMBDA {
+  return lane_sum(L_pad, [&](int64_t j, int) LRAEE_INLINE_LAMBDA {
     const Vf e = exp_nonpositive(load(row + j) - most);
     store(row + j, e);
     return e;
   });
+}
+
+// Logits of row i of the block -> P, of which the first `visible` are not 0.
+template <class T>
+LRAEE_INLINE void softmax_row(int64_t i, int64_t visible, AttentionScratch& s) {
+  float* const row = s.score + i * s.L_pad;
+  // A query without keys gets 0.
+  if (visible == 0) std::fill(row, row + s.L_pad, 0.0f);
+  const float sum = visible == 0 ? 1.0f : exp_row(row, visible, s.L_pad);
+  if (is_fixed_point(s.L)) return store_fixed_row(row, sum, i, s);
   const Vf share = set1(1.0f / sum);
-  for_vectors(L_pad, [&](int64_t j, int, int) LRAEE_INLINE_LAMBDA {
+  for_vectors(s.L_pad, [&](int64_t j, int, int) LRAEE_INLINE_LAMBDA {
     store(row + j, rounded_as(load(row + j) * share, static_cast<const T*>(nullptr)));
   });
 }
@@ -310,10 +332,17 @@ LRAEE_INLINE void value_block(const Int8AttentionArgs& args, const AttentionScra
   for (int64_t query = 0; query < queries; query += kTileQueries) {
     with_count<kTileQueries>(queries - query, [&]<int kQueries>() {
       T* const rows = y + query * args.H * args.d;
-      for (int64_t c = 0; c < s.d_pad; c += kTileUnits * 16) {
-        with_count<kTileUnits>((s.d_pad - c) / 16, [&]<int kUnits>() {
-          value_tile<kQueries, kUnits>(args, s, query, c, rows);
+      int64_t tiles = (s.d_pad / 16 + kTileUnits - 1) / kTileUnits;  // of nearly equal width
+      for (int64_t c = 0; c < s.d_pad; --tiles) {
+        const int64_t units = ((s.d_pad - c) / 16 + tiles - 1) / tiles;
+        with_count<kTileUnits>(units, [&]<int kUnits>() {
+          if (is_fixed_point(s.L)) {
+            fixed_value_tile<kQueries, kUnits>(args, s, query, c, rows);
+          } else {
+            value_tile<kQueries, kUnits>(args, s, query, c, rows);
+          }
         });
+        c += units * 16;
       }
     });
   }
@@ -326,6 +355,7 @@ void int8_attention_of(const Int8AttentionArgs& args, const Int8AttentionPart& p
   const T* const q = static_cast<const T*>(args.qkv) + part.b * args.stride_b + part.h * args.d;
   T* const y = static_cast<T*>(args.y) + part.b * args.y_stride + part.h * args.d;
   pack_keys_and_values(args, q + D, q + 2 * D, s);
+  std::fill(s.q_row, s.q_row + s.d_pad, 0.0f);
   int64_t visible = 0;  // keys that the query sees, where it does not see all
   const auto sees = [&](int64_t token) {
     if (!args.is_causal) return s.L;
@@ -340,15 +370,7 @@ void int8_attention_of(const Int8AttentionArgs& args, const Int8AttentionPart& p
     for (int64_t n = 0; n < queries; ++n)
       pack_query(args, q + (i + n) * args.stride_l, i + n, n, s);
     score_block(s, queries);
-    for (int64_t n = 0; n < queries; ++n) {
-      float* const row = s.score + n * s.L_pad;
-      const int64_t count = sees(i + n);
-      if (count == 0) {  // a query without keys gets 0
-        std::fill(row, row + s.L_pad, 0.0f);
-      } else {
-        softmax_row<T>(row, count, s.L_pad);
-      }
-    }
+    for (int64_t n = 0; n < queries; ++n) softmax_row<T>(n, sees(i + n), s);
     value_block(args, s, queries, y + i * D);
     i += queries;
   }

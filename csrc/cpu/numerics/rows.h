@@ -14,25 +14,38 @@ constexpr int kGroups = kLanes / kWidth;
 template <class T>
 LRAEE_INLINE Vf load_first(const T* p, int n) {
   if (n == kWidth) return load(p);
-  T padded[kWidth] = {};
-  std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
-  return load(padded);
+  if constexpr (kWidth == 16) {  // bytes and then a vector of them would wait for each other
+    return load_masked(p, n);
+  } else {
+    T padded[kWidth] = {};
+    std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+    return load(padded);
+  }
 }
 
 template <class T>
 LRAEE_INLINE void store_first(T* p, Vf a, int n) {
   if (n == kWidth) return store(p, a);
-  T padded[kWidth];
-  store(padded, a);
-  std::memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
+  if constexpr (kWidth == 16 && std::is_same_v<T, float>) {
+    store_masked(p, a, n);
+  } else {
+    T padded[kWidth];
+    store(padded, a);
+    std::memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
+  }
 }
 
 // a with zero in the lanes from n on.
-LRAEE_INLINE Vf keep_first(Vf a, int n) {
+template <class V = Vf>
+LRAEE_INLINE V keep_first(V a, int n) {
   if (n == kWidth) return a;
-  float kept[kWidth];
-  store(kept, a);
-  return load_first(kept, n);
+  if constexpr (kWidth == 16) {
+    return keep_masked(a, n);
+  } else {
+    float kept[kWidth];
+    store(kept, a);
+    return load_first(kept, n);
+  }
 }
 
 // Calls body(k, n, slot) for n values from k on; slots 0..3 alternate, so that four chains can run

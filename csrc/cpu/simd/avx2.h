@@ -34,6 +34,10 @@ LRAEE_INLINE Vi dot4(Vi acc, Left a, Right b) {
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
 
+LRAEE_INLINE Vi dot2(Vi acc, Pairs a, Pairs b) {
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))};
+}
+
 }  // namespace
 }  // namespace lraee::cpu
 

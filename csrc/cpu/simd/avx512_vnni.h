@@ -72,6 +72,22 @@ LRAEE_INLINE Vf load(const F16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 
+LRAEE_INLINE uint16_t first_bits(int n) { return static_cast<uint16_t>((1u << n) - 1); }
+LRAEE_INLINE Vf load_masked(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(first_bits(n), p)};
+}
+LRAEE_INLINE Vf load_masked(const Bf16* p, int n) {
+  const __m256i half = _mm256_maskz_loadu_epi16(first_bits(n), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+LRAEE_INLINE Vf load_masked(const F16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_bits(n), p))};
+}
+LRAEE_INLINE Vf keep_masked(Vf a, int n) { return {_mm512_maskz_mov_ps(first_bits(n), a.v)}; }
+LRAEE_INLINE void store_masked(float* p, Vf a, int n) {
+  _mm512_mask_storeu_ps(p, first_bits(n), a.v);
+}
+
 LRAEE_INLINE Vi load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 
 LRAEE_INLINE void store(float* p, Vf a) { _mm512_storeu_ps(p, a.v); }
@@ -130,7 +146,30 @@ LRAEE_INLINE Left load_left(const void* p) {
   std::memcpy(&quad, p, 4);
   return {_mm512_set1_epi32(quad)};
 }
-LRAEE_INLINE Vi dot4(Vi acc, Left a, Right b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
+// In assembly: of the intrinsics GCC 12 copies each sum twice a step of a loop, and spills many.
+LRAEE_INLINE Vi dot4(Vi acc, Left a, Right b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
+}
+
+using Pairs = Vi;
+LRAEE_INLINE Pairs load_pairs(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+LRAEE_INLINE Pairs set_pairs(const int16_t* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, 4);
+  return {_mm512_set1_epi32(pair)};
+}
+LRAEE_INLINE Vi dot2(Vi acc, Pairs a, Pairs b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
+}
+LRAEE_INLINE void store_pairs(int16_t* p, Vi first, Vi second) {
+  _mm512_storeu_si512(
+      p, _mm512_mask_blend_epi16(0xAAAAAAAA, first.v, _mm512_slli_epi32(second.v, 16)));
+}
+LRAEE_INLINE void store_i16(int16_t* p, Vi a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
 
 }  // namespace
 }  // namespace lraee::cpu

@@ -7,7 +7,7 @@
 
 #define LRAEE_BEGIN_AVX512VL_VNNI \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avx512f,avx512vl,avx512vnni\")")
-#define LRAEE_DPBUSD _mm256_dpbusd_epi32
+#define LRAEE_VNNI_PREFIX ""
 
 LRAEE_BEGIN_AVX512VL_VNNI
 

@@ -7,7 +7,7 @@
 
 #define LRAEE_BEGIN_AVX_VNNI \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c,avxvnni\")")
-#define LRAEE_DPBUSD _mm256_dpbusd_avx_epi32
+#define LRAEE_VNNI_PREFIX "%{vex%} "  // braces choose a dialect in assembly
 
 LRAEE_BEGIN_AVX_VNNI
 

@@ -106,6 +106,24 @@ LRAEE_INLINE int32_t max_of(Vi a) {
   return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xB1)));
 }
 
+using Pairs = Vi;
+LRAEE_INLINE Pairs load_pairs(const int16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+LRAEE_INLINE Pairs set_pairs(const int16_t* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, 4);
+  return {_mm256_set1_epi32(pair)};
+}
+LRAEE_INLINE void store_pairs(int16_t* p, Vi first, Vi second) {
+  const __m256i pairs = _mm256_blend_epi16(first.v, _mm256_slli_epi32(second.v, 16), 0xAA);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
+}
+LRAEE_INLINE void store_i16(int16_t* p, Vi a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1)));
+}
+
 struct Right {
   __m256i v;
 };

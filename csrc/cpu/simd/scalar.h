@@ -122,5 +122,19 @@ LRAEE_INLINE Vi dot4(Vi acc, Left a, Right b) {
   return {acc.v + a.v[0] * b.v[0] + a.v[1] * b.v[1] + a.v[2] * b.v[2] + a.v[3] * b.v[3]};
 }
 
+struct Pairs {
+  int16_t v[2];
+};
+LRAEE_INLINE Pairs load_pairs(const int16_t* p) { return {{p[0], p[1]}}; }
+LRAEE_INLINE Pairs set_pairs(const int16_t* p) { return load_pairs(p); }
+LRAEE_INLINE Vi dot2(Vi acc, Pairs a, Pairs b) {
+  return acc + Vi{a.v[0] * b.v[0]} + Vi{a.v[1] * b.v[1]};
+}
+LRAEE_INLINE void store_pairs(int16_t* p, Vi first, Vi second) {
+  p[0] = static_cast<int16_t>(first.v);
+  p[1] = static_cast<int16_t>(second.v);
+}
+LRAEE_INLINE void store_i16(int16_t* p, Vi a) { *p = static_cast<int16_t>(a.v); }
+
 }  // namespace
 }  // namespace lraee::cpu

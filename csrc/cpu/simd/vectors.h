@@ -11,6 +11,8 @@
 //   Vf, Vi                    kWidth float32 / int32 lanes
 //   load, store, set1         of float, Bf16, F16 and int32; stores to Bf16 and F16 round half to
 //                             even, NaN becomes the quiet NaN 0x7FC0 of torch in Bf16
+//   load_masked, store_masked, keep_masked
+//                             at 16 lanes only: the first n values; zero in the lanes beyond
 //   + - * /                   each rounded on its own; of int32 without the division, and wrapping
 //   fma, fnma                 a * b + c and c - a * b, rounded once
 //   min, max                  of the two operands the second, if one is NaN
@@ -23,6 +25,10 @@
 //   fold                      the lanes of a vector added in halves: lane[i] += lane[i + half]
 //   Left, Right, dot4         int8 products in groups of four; see [NOTE: u8s8 compensation]
 //   store_left                int8 lanes in the form that dot4 wants on its left
+//   Pairs, dot2               int16 products in groups of two: exact, and wrapping sums
+//   load_pairs, set_pairs     a vector of pairs; one pair in every lane
+//   store_pairs               the low 16 bits of two vectors, as pairs
+//   store_i16                 lanes within -32768..32767
 
 #if defined(__x86_64__)
 #include <immintrin.h>

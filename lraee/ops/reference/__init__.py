@@ -6,7 +6,13 @@ within a derived bound. Rounding is half to even, division is true division, and
 fused with a sum.
 """
 
-from lraee.ops.reference.attention import float_attention, int8_attention
+from lraee.ops.reference.attention import (
+    FIXED_POINT_KEYS,
+    LARGEST_VALUE,
+    LARGEST_WEIGHT,
+    float_attention,
+    int8_attention,
+)
 from lraee.ops.reference.block import int8_block
 from lraee.ops.reference.gated import GatedRows, gated_quantize
 from lraee.ops.reference.linear import (
@@ -30,8 +36,9 @@ from lraee.ops.reference.rows import (
 )
 
 __all__ = [
-    "LANES", "MAX_K", "SMALLEST_SCALE", "GatedRows", "Probe", "Quantized", "activate",
-    "exit_probe", "float_attention", "float_linear", "gated_quantize", "int8_attention",
-    "int8_block", "int8_linear", "lane_sum", "layer_norm", "layer_norm_quantize", "pack_weight",
-    "pool", "quantize_rows", "steady_sigmoid", "top_two", "unpack_weight",
+    "FIXED_POINT_KEYS", "LANES", "LARGEST_VALUE", "LARGEST_WEIGHT", "MAX_K", "SMALLEST_SCALE",
+    "GatedRows", "Probe", "Quantized", "activate", "exit_probe", "float_attention",
+    "float_linear", "gated_quantize", "int8_attention", "int8_block", "int8_linear", "lane_sum",
+    "layer_norm", "layer_norm_quantize", "pack_weight", "pool", "quantize_rows", "steady_sigmoid",
+    "top_two", "unpack_weight",
 ]  # fmt: skip

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from lraee.ops.reference.linear import integer_product
-from lraee.ops.reference.rows import divide, quantize_rows
+from lraee.ops.reference.rows import SMALLEST_SCALE, divide, quantize_rows
+
+FIXED_POINT_KEYS = range(513, 32769)
+"""Numbers of keys of which P V is in fixed point; above, int32 sums could overflow."""
+LARGEST_WEIGHT, LARGEST_SUM, LARGEST_VALUE = 32767, 507904, 4095
+"""Of a row of P, of its sum, and of a channel of V, there."""
 
 
 def int8_attention(
@@ -22,8 +27,12 @@ def int8_attention(
     mean over tokens: that adds the same number to every score of a query, which softmax does not
     see, and it takes the large common part out of K's range (SageAttention, arXiv 2410.02367).
     score_ij = int32 sum; logit = score_ij * ((q_scale_i * d^-1/2) * k_scale_j) in float32; P is
-    rounded to the type of qkv; P @ V adds in float32. A token masked by key_mask is no key: it
-    takes no part in the mean, and has no weight. Its own row of the result is that of a query.
+    rounded to the type of qkv; P @ V adds in float32. With 513 to 32,768 keys P and V are int16
+    and their product is exact: with e = exp(logit - largest) of a row, p_q = round(e * step),
+    step = min(32767, 507904 / sum(e)), v_q = round(v * (1 / v_scale)) and v_scale = max|v| / 4095
+    of a channel over the keys, P @ V = int32 sum * (1 / (step * sum(e)) * v_scale). A token masked
+    by key_mask is no key: it takes no part in the mean, and has no weight. Its own row of the
+    result is that of a query.
 
     Args:
       qkv: float32, bfloat16 or float16 [B, L, 3 D]: Q, K, V side by side, each head by head.
@@ -111,12 +120,27 @@ def _attend(
     root = torch.tensor(1.0 / math.sqrt(d), dtype=torch.float32, device=q.device)
     steps = (q_scale * root).view(B, H, L, 1) * k_scale.view(B, H, 1, K)
     logit = score.float() * steps
-    if queries is None:
-        return torch.softmax(logit, dim=-1).to(dtype).float() @ v
-    hidden = keys[None, :] > queries[:, None]
-    p = torch.softmax(logit.masked_fill(hidden, -math.inf), dim=-1)
-    p = torch.where(hidden.all(1, keepdim=True), 0.0, p)
-    return p.to(dtype).float() @ v
+    hidden = torch.zeros(1, K, dtype=torch.bool, device=q.device)
+    if queries is not None:
+        hidden = keys[None, :] > queries[:, None]
+    logit, sees_none = logit.masked_fill(hidden, -math.inf), hidden.all(1, keepdim=True)
+    if K in FIXED_POINT_KEYS:
+        return torch.where(sees_none, 0.0, _fixed_point(logit, v))
+    return torch.where(sees_none, 0.0, torch.softmax(logit, dim=-1)).to(dtype).float() @ v
+
+
+def _fixed_point(logit: Tensor, v: Tensor) -> Tensor:
+    """softmax(logit) @ v of [B, H, L, K] and [B, H, K, d] in int16: see int8_attention."""
+    e = torch.exp(logit - logit.amax(-1, keepdim=True))
+    total = e.sum(-1, keepdim=True)
+    step = LARGEST_SUM / total
+    step = step.clamp(max=LARGEST_WEIGHT)
+    v_scale = divide(v.abs().amax(2, keepdim=True), LARGEST_VALUE)
+    v_scale = torch.where(v_scale < SMALLEST_SCALE, 1.0, v_scale)
+    v_scale = torch.where(v_scale.isfinite(), v_scale, math.nan)
+    p_q, v_q = torch.round(e * step).nan_to_num(0.0), torch.round(v * (1.0 / v_scale))
+    total_q = (p_q.double() @ v_q.nan_to_num(0.0).double()).float()
+    return total_q * (1.0 / (step * total) * v_scale)
 
 
 def _rotated(x: Tensor, rope: Tensor) -> Tensor:
