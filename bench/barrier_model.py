@@ -111,7 +111,8 @@ class PingPong:
         barriers = [(0, count) for count in counts]
         barriers[place["order0"]] = (1, 1)
         # Of w and each stage: what is in it; copies on their way; stage, step of products begun
-        first = ((0, 0, 0), tuple(barriers), (-1,) * (self.stages + 1), frozenset(), ((), ()))
+        empty: frozenset[tuple[int, int]] = frozenset()
+        first = ((0, 0, 0), tuple(barriers), (-1,) * (self.stages + 1), empty, ((), ()))
 
         def arrive(barriers: tuple, name: str) -> tuple:  # type: ignore[type-arg]
             phase, pending = barriers[place[name]]
@@ -231,12 +232,12 @@ class Tickets:
         return explore(first, steps, is_end)
 
 
-SOUND = (
+SOUND: tuple[PingPong | Tickets, ...] = (
     PingPong(), PingPong(tiles=6, tiles_m=2, steps=3, stages=2), PingPong(7, 7, 2, 4),
     PingPong(tiles=4, tiles_m=1, steps=2, stages=2),
     *(Tickets(resident=resident) for resident in (1, 2, 3)), Tickets(3, 2, 1, 3),
 )  # fmt: skip
-SEEDED = (
+SEEDED: tuple[PingPong | Tickets, ...] = (
     PingPong(has_order=False), PingPong(waits_for_column=False),
     PingPong(frees_after_product=False), Tickets(pieces_first=True, resident=2),
     Tickets(forgets=1),
