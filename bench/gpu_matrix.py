@@ -34,11 +34,13 @@ from lraee.kernels.configs import Config, Shape
 from lraee.kernels.exit_decide import agreement_score, exit_decide, exit_merge, exit_move
 from lraee.kernels.exit_probe import exit_probe
 from lraee.kernels.exit_state import ExitState
+from lraee.kernels.families import persistent_config
 from lraee.kernels.float_attention import float_attention, float_attention_quantized
 from lraee.kernels.float_linear import float_linear
 from lraee.kernels.gated_quantize import gated_quantize
 from lraee.kernels.int8_attention import int8_attention
 from lraee.kernels.int8_linear import int8_linear, int8_linear_quantized
+from lraee.kernels.int8_linear_persistent import int8_linear_persistent
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.live_rows import LiveRows
 from lraee.kernels.measured import MEASURED
@@ -59,9 +61,9 @@ INSTRUCTIONS = {
 }
 CALL_FRAME = 8
 """Bytes of stack that ptxas gives to a caller of its division routine and never touches."""
-HAS_PRODUCT = ("int8_linear", "int8_attention", "exit_probe")
+HAS_PRODUCT = ("int8_linear", "int8_linear_persistent", "int8_attention", "exit_probe")
 HAS_FLOAT_PRODUCT = ("float_linear", "float_attention", "int8_attention")
-HAS_PIPELINE = ("int8_linear", "float_linear", "exit_probe")
+HAS_PIPELINE = ("int8_linear", "int8_linear_persistent", "float_linear", "exit_probe")
 """int8 attention reads each tile once and centres it in registers: nothing to copy ahead. Rows of
 floats that do not start at 16 bytes (K = 588, the patches of ViT-L/14) cannot be copied so.
 """
@@ -85,8 +87,8 @@ class Record:
 
 
 def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
-    """Each config with everything fused that can be, alone and with its rows quantized after its
-    tiles, as blocks use it.
+    """Each config with everything fused that can be, and as fc1 of a block uses it: with gelu, and
+    its rows quantized after its tiles.
     """
     for M, rows in zip(ROWS_OF_BUCKET, configs.TABLE[arch.capability], strict=True):
         for row in rows:
@@ -110,11 +112,26 @@ def _cells_of_config(label: str, M: int, config: Config) -> Iterator[tuple[str, 
 
     fc2 = meta_linear(768, 3072, has_layer_scale=True)
     yield label, launches_of(lambda: int8_linear(*quantized(3072), fc2, **options(768)))[0]
-    fc1 = meta_linear(3072, 768, has_layer_scale=True)
+    fc1, only = meta_linear(3072, 768), {"activation": "gelu", "out_dtype": half, "config": config}
     after = launches_of(
-        lambda: int8_linear_quantized(*quantized(768), fc1, symmetric=False, **options(3072))
+        lambda: int8_linear_quantized(*quantized(768), fc1, symmetric=False, **only)  # type: ignore[arg-type]
     )
     yield f"quantized {label}", after[0]
+
+
+def persistent_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
+    """The config of a persistent launch for fc1, whose gelu it computes, and for fc2."""
+    half = torch.float16
+    for name, N, K, has_residual in (("gelu", 3072, 768, False), ("residual", 768, 3072, True)):
+        config = persistent_config(arch, has_residual=has_residual)
+        assert configs.legal(config, Shape(1600, N, K), arch), config
+        x = meta(1600, K, dtype=torch.int8), meta(1600), meta(1600, dtype=torch.int32)
+        call = partial(
+            int8_linear_persistent, *x, meta_linear(N, K, has_layer_scale=has_residual),
+            activation="none" if has_residual else "gelu", config=config, arch=arch,
+            out_dtype=half, residual=meta(1600, N, dtype=half) if has_residual else None,
+        )  # fmt: skip
+        yield f"{name} {_label(config)}", launches_of(call)[0]
 
 
 def _label(config: Config) -> str:
@@ -241,8 +258,8 @@ def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     """Every (name, launch) of an architecture, each name once."""
     recorded = set()
     for sub in (
-        linear_cells(arch), float_linear_cells(), row_cells(), attention_cells(),
-        float_attention_cells(), probe_cells(), exit_cells(),
+        linear_cells(arch), persistent_cells(arch), float_linear_cells(), row_cells(),
+        attention_cells(), float_attention_cells(), probe_cells(), exit_cells(),
     ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"
@@ -253,7 +270,7 @@ def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
 
 def subset(arch: Arch) -> Iterator[tuple[str, Launch]]:
     """One cell of each kernel and the largest tile of each table, for the tests."""
-    wanted = ("M=1600 128x128", "50x768", "L=257 d=64", "E=768 class token")
+    wanted = ("M=1600 128x128", "persistent", "50x768", "L=257 d=64", "E=768 class token")
     for name, launch in cells(arch):
         if any(part in name for part in wanted):
             yield name, launch
@@ -267,6 +284,7 @@ class MachineCode:
     sass: str
     shared: int
     num_warps: int
+    is_warp_specialized: bool
 
 
 def machine_code(launch: Launch, arch: Arch) -> MachineCode:
@@ -279,7 +297,8 @@ def machine_code(launch: Launch, arch: Arch) -> MachineCode:
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("cuobjdump", "-sass", file.name)
-    return MachineCode(usage, sass, compiled.metadata.shared, compiled.metadata.num_warps)
+    meta, is_split = compiled.metadata, "ttg.warp_specialize" in compiled.asm["ttgir"]
+    return MachineCode(usage, sass, meta.shared, meta.num_warps, is_split)
 
 
 def compile_cell(launch: Launch, arch: Arch) -> Record:
@@ -289,6 +308,8 @@ def compile_cell(launch: Launch, arch: Arch) -> Record:
     assert result, code.usage
     registers, stack, local = map(int, result.groups())
     counts = {name: len(re.findall(pattern, code.sass)) for name, pattern in INSTRUCTIONS.items()}
+    if code.is_warp_specialized:
+        counts["byte_loads"] -= 1  # of the number of the part that a group of warps is to run
     warps = _resident_warps(arch, registers, code.shared, code.num_warps)
     return Record(registers, stack, local, code.shared, **counts, warps_per_sm=warps)
 

@@ -311,18 +311,20 @@ def gated(
     size = tl.abs(y)
     if INTERPRETED:
         t = tl.where(size > CLAMP, CLAMP, size)
-        positive = tl.where(y < 0.0, 0.0, y)
     else:
-        # In PTX -0 is below +0. max(y, -0) keeps the sign of a zero, and that of a negative y
-        # is lost in the sum below
-        negative_zero = tl.cast(NEGATIVE_ZERO_BITS, tl.float32, bitcast=True)
         t = tl.minimum(size, CLAMP, propagate_nan=tl.PropagateNan.ALL)
-        positive = tl.maximum(y, negative_zero, propagate_nan=tl.PropagateNan.ALL)
     root = fused_multiply_add(t, COEFFICIENTS[DEGREE], COEFFICIENTS[DEGREE - 1])
     for i in tl.static_range(2, DEGREE + 1):
         root = fused_multiply_add(root, t, COEFFICIENTS[DEGREE - i])
     for _ in tl.static_range(SQUARINGS):
         root = root * root
+    if INTERPRETED:
+        positive = tl.where(y < 0.0, 0.0, y)
+    else:
+        # In PTX -0 is below +0. max(y, -0) keeps the sign of a zero, and that of a negative y
+        # is lost in the sum below
+        negative_zero = tl.cast(NEGATIVE_ZERO_BITS, tl.float32, bitcast=True)
+        positive = tl.maximum(y, negative_zero, propagate_nan=tl.PropagateNan.ALL)
     # root is never 0, t may be: before Triton 3.8 -t is 0 - t, which is +0 for 0
     return fused_multiply_add(t, -root, positive)
 

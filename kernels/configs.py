@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lraee.kernels import first_use, tuned
 from lraee.kernels.archs import Arch
-from lraee.kernels.families import legal_persistent, persistent_config
+from lraee.kernels.families import legal_gluon, legal_persistent, persistent_config
 from lraee.kernels.measured import MEASURED
 from lraee.kernels.tiling import Config as Config
 from lraee.kernels.tiling import Shape as Shape
@@ -65,8 +65,8 @@ def legal(config: Config, shape: Shape, arch: Arch) -> bool:
     """The single statement of what may be launched; pick, the tuner and the tests all call it."""
     if config.family == "persistent":
         return legal_persistent(config, shape, arch)
-    if config.family != "simple":
-        return False
+    if config.family == "gluon":
+        return legal_gluon(config, shape, arch)
     blocks = (config.block_m, config.block_n, config.block_k)
     if any(block & (block - 1) for block in blocks) or min(blocks) < 16:
         return False  # Triton: tiles are powers of two, products at least 16 wide
@@ -205,14 +205,21 @@ def epilogue_name(
     return "+".join([activation, *(name for name, is_there in parts.items() if is_there)])
 
 
+LACKS = {
+    "persistent": {"quantized", "float32"},
+    "gluon": {"quantized", "float32", "residual", "layer_scale"},
+}
+"""Parts of an epilogue that a family does not do."""
+
+
 def tuned_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) -> Config | None:
     """The legal config that `lraee tune` found fastest for this layer on this GPU, if it did."""
     row = None if gpu is None else tuned.row_of(gpu, shape.N, shape.K, shape.M, epilogue)
     if row is None:
         return None
     config = Config(*row.config, family=row.family)
-    is_simple = row.family == "simple" or not {"quantized", "float32"} & set(epilogue.split("+"))
-    return config if is_simple and legal(config, shape, arch) else None
+    lacks = LACKS.get(row.family, set()) & set(epilogue.split("+"))
+    return config if not lacks and legal(config, shape, arch) else None
 
 
 def unmeasured_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) -> Config | None:
@@ -222,7 +229,7 @@ def unmeasured_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) 
     hide. What `lraee tune` measured comes before it.
     """
     parts = set(epilogue.split("+"))
-    if gpu is None or arch.capability != 90 or {"quantized", "float32"} & parts:
+    if gpu is None or arch.capability != 90 or LACKS["persistent"] & parts:
         return None
     config = persistent_config(arch, has_residual="residual" in parts)
     if math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n) < arch.sms:

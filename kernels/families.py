@@ -1,5 +1,7 @@
 """Families of int8_linear beside the simple kernel: what may be launched, and in which tiles."""
 
+import functools
+import importlib
 import math
 
 from lraee.kernels.archs import Arch
@@ -45,3 +47,32 @@ def persistent_config(arch: Arch, *, has_residual: bool) -> Config:
         80: (128, 128, 128, 8, 3),
     }.get(arch.capability, (128, 128, 64, 8, 3))
     return Config(*numbers, family="persistent")
+
+
+@functools.cache
+def gluon_unavailable_reason() -> str | None:
+    """Why products in Gluon cannot be used by this installation, or None; looks at no device."""
+    try:
+        importlib.import_module("lraee.kernels.int8_linear_gluon")
+    except (ImportError, AttributeError) as error:
+        return f"gluon products: this Triton has no Gluon that they are written for: {error}"
+    return None
+
+
+def legal_gluon(config: Config, shape: Shape, arch: Arch) -> bool:
+    """A tile of 128 x 128 for each of two groups of warps on sm_90, and the column of w at hand."""
+    tile = (config.block_m, config.block_n, config.block_k, config.num_warps, config.split_k)
+    shared = 128 * (shape.K + 128 * config.num_stages) + 2 * 2 * 128 * 64 + 1024
+    return (
+        arch.capability == 90
+        and tile == (128, 128, 128, 4, 1)
+        and config.num_stages >= 2
+        and shape.K % 128 == shape.N % 8 == 0
+        and shared <= arch.shared_per_block
+        and gluon_unavailable_reason() is None
+    )
+
+
+def gluon_config(shape: Shape) -> Config:
+    """The tile of products in Gluon, with stages for what memory the column of w leaves."""
+    return Config(128, 128, 128, 4, num_stages=3 if shape.K <= 768 else 2, family="gluon")

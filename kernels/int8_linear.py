@@ -5,7 +5,7 @@ follows (fc1 for fc2). Each row is read and quantized once, by programs of their
 the tiles (see tickets).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -215,10 +215,18 @@ def _launch(
     )  # fmt: skip
     if config.family != "simple":
         assert quantizing is None, f"int8_linear: {config.family} quantizes no rows"
-        return int8_linear_persistent(
-            x_q, x_scale, x_zero, linear, config=config, residual=residual, activation=activation,
-            out_dtype=out_dtype,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "config": config, "activation": activation, "out_dtype": out_dtype
+        }  # fmt: skip
+        if config.family == "persistent":
+            return int8_linear_persistent(
+                x_q, x_scale, x_zero, linear, residual=residual, **options
+            )
+        assert residual is None, "int8_linear: gluon adds no residual"
+        # Not every Triton has Gluon
+        from lraee.kernels.int8_linear_gluon import int8_linear_gluon
+
+        return int8_linear_gluon(x_q, x_scale, x_zero, linear, **options)
     if space is None and (config.split_k > 1 or quantizing is not None):
         space = workspace.of_current_stream(x_q.device)
     row_blocks = triton.cdiv(M, config.block_m)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lraee.kernels import device, launch, live_rows
+from lraee.kernels.archs import Arch
 from lraee.kernels.common import convert
 from lraee.kernels.epilogue import before_residual, tile_of
 from lraee.kernels.families import persistent_programs, specializes_warps
@@ -96,22 +97,24 @@ def int8_linear_persistent(
     residual: Tensor | None = None,
     activation: str = "none",
     out_dtype: torch.dtype = torch.float32,
+    arch: Arch | None = None,
 ) -> Tensor:
     """int8_linear in a config of the family persistent, the same bits.
 
     Args:
       config: legal for the shape; M, N and K are not 0.
+      arch: that of the device when None.
       others: as in int8_linear; K and the strides of x_q are multiples of 16 bytes, as are those of
         the residual and of y.
     """
     (M, K), N = x_q.shape, linear.N
     w, w_scale, w_sum, bias, layer_scale = linear
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
-    x_q = x_q if _is_tileable(x_q) else x_q.clone(memory_format=torch.contiguous_format)
-    if residual is not None and not _is_tileable(residual):
+    x_q = x_q if is_tileable(x_q) else x_q.clone(memory_format=torch.contiguous_format)
+    if residual is not None and not is_tileable(residual):
         residual = residual.clone(memory_format=torch.contiguous_format)
     live, absent = live_rows.current(), w_scale
-    arch = device.arch(x_q.device)
+    arch = arch or device.arch(x_q.device)
     operands = (x_scale, x_zero, w, w_scale, w_sum, bias, layer_scale)
     _start(
         (persistent_programs(config, Shape(M, N, K), arch),),
@@ -131,7 +134,7 @@ def int8_linear_persistent(
     return y
 
 
-def _is_tileable(x: Tensor) -> bool:
+def is_tileable(x: Tensor) -> bool:
     """Whether a descriptor can describe a matrix: rows and its start at multiples of 16 bytes."""
     size = x.element_size()
     starts = (x.stride(0) * size, x.storage_offset() * size)

@@ -54,8 +54,8 @@ def _row(value: Any) -> Row | None:
     if not isinstance(value, dict):
         return None
     sizes: list[Any] = [value.get(name) for name in ("N", "K", "most_m")]
-    epilogue, family, us = (value.get(name) for name in ("epilogue", "family", "us"))
-    config: Any = value.get("config")
+    fields: list[Any] = [value.get(name) for name in ("epilogue", "family", "us", "config")]
+    epilogue, family, us, config = fields
     if not (isinstance(config, list) and len(config) == LENGTH):
         return None
     is_row = (
@@ -66,7 +66,8 @@ def _row(value: Any) -> Row | None:
         and type(us) in (int, float)
         and math.isfinite(us)
     )
-    return Row(*sizes, str(epilogue), str(family), tuple(config)) if is_row else None
+    N, K, most_m = sizes
+    return Row(N, K, most_m, epilogue, family, tuple(config)) if is_row else None
 
 
 def parse(content: Any, gpu: str) -> Table:
