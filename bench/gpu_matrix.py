@@ -12,12 +12,10 @@ recorded, and a record that differs from the golden one of the same Triton versi
 
 import argparse
 import json
-import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from bench.launches import Launch, launches_of, meta, meta_linear
+from bench.machine_code import Record, compile_cell
 from lraee.kernels import configs, live_rows
 from lraee.kernels.archs import ARCHS, Arch
 from lraee.kernels.configs import Config, Shape
@@ -48,17 +46,8 @@ from lraee.kernels.operands import AttentionOperands, Norm, PackedLinear, ProbeH
 from lraee.kernels.quantize_rows import quantize_rows
 
 GOLDEN = Path(__file__).parent / "golden" / f"gpu_matrix_triton-{triton.__version__}.json"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROWS_OF_BUCKET = (1, 50, 197, 1600)
 """A number of rows in each bucket of the config table."""
-INSTRUCTIONS = {
-    "int8_products": r"\b(?:IMMA|IGMMA|UTCIMMA|UTCOMMA)\b",
-    "float_products": r"\b(?:HMMA|HGMMA|UTCHMMA)\b",
-    "async_copies": r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b",
-    "byte_loads": r"\bLDS\.[US]8\b",
-    "saturating": r"\bF2IP?\.[US]8\b",
-    "spills": r"\b(?:STL|LDL)\b",
-}
 CALL_FRAME = 8
 """Bytes of stack that ptxas gives to a caller of its division routine and never touches."""
 HAS_PRODUCT = ("int8_linear", "int8_linear_persistent", "int8_attention", "exit_probe")
@@ -67,23 +56,6 @@ HAS_PIPELINE = ("int8_linear", "int8_linear_persistent", "float_linear", "exit_p
 """int8 attention reads each tile once and centres it in registers: nothing to copy ahead. Rows of
 floats that do not start at 16 bytes (K = 588, the patches of ViT-L/14) cannot be copied so.
 """
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one cell compiled to."""
-
-    registers: int
-    stack: int
-    local: int
-    shared: int
-    int8_products: int
-    float_products: int
-    async_copies: int
-    byte_loads: int
-    saturating: int
-    spills: int
-    warps_per_sm: int
 
 
 def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
@@ -274,56 +246,6 @@ def subset(arch: Arch) -> Iterator[tuple[str, Launch]]:
     for name, launch in cells(arch):
         if any(part in name for part in wanted):
             yield name, launch
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What one launch compiles to for one architecture: resources as cuobjdump prints them."""
-
-    usage: str
-    sass: str
-    shared: int
-    num_warps: int
-    is_warp_specialized: bool
-
-
-def machine_code(launch: Launch, arch: Arch) -> MachineCode:
-    """Compiles one launch for one architecture."""
-    options = {**launch.options, "enable_fp_fusion": False}
-    target = GPUTarget("cuda", arch.capability, 32)
-    compiled = triton.compile(launch.source(), target=target, options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("cuobjdump", "-sass", file.name)
-    meta, is_split = compiled.metadata, "ttg.warp_specialize" in compiled.asm["ttgir"]
-    return MachineCode(usage, sass, meta.shared, meta.num_warps, is_split)
-
-
-def compile_cell(launch: Launch, arch: Arch) -> Record:
-    """Compiles one launch for one architecture and reads its machine code."""
-    code = machine_code(launch, arch)
-    result = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code.usage)
-    assert result, code.usage
-    registers, stack, local = map(int, result.groups())
-    counts = {name: len(re.findall(pattern, code.sass)) for name, pattern in INSTRUCTIONS.items()}
-    if code.is_warp_specialized:
-        counts["byte_loads"] -= 1  # of the number of the part that a group of warps is to run
-    warps = _resident_warps(arch, registers, code.shared, code.num_warps)
-    return Record(registers, stack, local, code.shared, **counts, warps_per_sm=warps)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return result.stdout + result.stderr
-
-
-def _resident_warps(arch: Arch, registers: int, shared: int, num_warps: int) -> int:
-    """Warps of this kernel that one SM holds: registers come in units of 8, 1 KiB is reserved."""
-    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * num_warps)
-    by_shared = arch.shared_per_sm // (shared + 1024)
-    return num_warps * min(by_registers, by_shared, arch.warps_per_sm // num_warps)
 
 
 def failures(record: Record, launch: Launch, arch: Arch) -> list[str]:

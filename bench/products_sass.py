@@ -24,8 +24,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.gpu_matrix import TOOLS, _tool
 from bench.launches import meta, meta_linear, recorded
+from bench.machine_code import TOOLS, tool
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.families import gluon_config, gluon_unavailable_reason, persistent_config
 from lraee.kernels.int8_linear_persistent import int8_linear_persistent
@@ -66,8 +66,8 @@ def facts_of(compiled: Any) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("cuobjdump", "-sass", file.name)
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        sass = tool("cuobjdump", "-sass", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, (TOOLS, usage)
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", sass)

@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
-from bench.gpu_matrix import machine_code
 from bench.launches import Launch, launches_of, meta
+from bench.machine_code import machine_code
 from lraee.kernels.archs import ARCHS
 from lraee.kernels.layer_norm_quantize import layer_norm_quantize
 from lraee.kernels.quantize_rows import quantize_rows

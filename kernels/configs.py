@@ -64,9 +64,9 @@ class ProbeConfig:
 def legal(config: Config, shape: Shape, arch: Arch) -> bool:
     """The single statement of what may be launched; pick, the tuner and the tests all call it."""
     if config.family == "persistent":
-        return legal_persistent(config, shape, arch)
+        return bool(legal_persistent(config, shape, arch))
     if config.family == "gluon":
-        return legal_gluon(config, shape, arch)
+        return bool(legal_gluon(config, shape, arch))
     blocks = (config.block_m, config.block_n, config.block_k)
     if any(block & (block - 1) for block in blocks) or min(blocks) < 16:
         return False  # Triton: tiles are powers of two, products at least 16 wide
@@ -85,7 +85,7 @@ def legal(config: Config, shape: Shape, arch: Arch) -> bool:
     row_blocks = math.ceil(shape.M / config.block_m)
     tiles = row_blocks * math.ceil(shape.N / config.block_n)
     partials = tiles * config.split_k * config.block_m * config.block_n
-    return (
+    return bool(
         config.split_k <= math.ceil(shape.K / config.block_k)
         and 1 + row_blocks + tiles <= WORKSPACE_TICKETS
         and partials <= WORKSPACE_PARTIALS

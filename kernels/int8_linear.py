@@ -177,6 +177,28 @@ def _int8_linear_kernel(
             arrive(row_ticket_ptr)
 
 
+def _by_family(
+    x: tuple[Tensor, Tensor, Tensor | None],
+    linear: PackedLinear,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    config: Config,
+) -> Tensor:
+    """The launch of a config that is not the simple kernel's."""
+    options: dict[str, Any] = {"config": config, "activation": activation, "out_dtype": out_dtype}
+    y: Tensor
+    if config.family == "persistent":
+        y = int8_linear_persistent(*x, linear, residual=residual, **options)
+        return y
+    assert residual is None, "int8_linear: gluon adds no residual"
+    # Not every Triton has Gluon
+    from lraee.kernels.int8_linear_gluon import int8_linear_gluon
+
+    y = int8_linear_gluon(*x, linear, **options)
+    return y
+
+
 class _Quantizing(NamedTuple):
     """Where a launch quantizes the rows of y to, and how."""
 
@@ -215,18 +237,7 @@ def _launch(
     )  # fmt: skip
     if config.family != "simple":
         assert quantizing is None, f"int8_linear: {config.family} quantizes no rows"
-        options: dict[str, Any] = {
-            "config": config, "activation": activation, "out_dtype": out_dtype
-        }  # fmt: skip
-        if config.family == "persistent":
-            return int8_linear_persistent(
-                x_q, x_scale, x_zero, linear, residual=residual, **options
-            )
-        assert residual is None, "int8_linear: gluon adds no residual"
-        # Not every Triton has Gluon
-        from lraee.kernels.int8_linear_gluon import int8_linear_gluon
-
-        return int8_linear_gluon(x_q, x_scale, x_zero, linear, **options)
+        return _by_family((x_q, x_scale, x_zero), linear, residual, activation, out_dtype, config)
     if space is None and (config.split_k > 1 or quantizing is not None):
         space = workspace.of_current_stream(x_q.device)
     row_blocks = triton.cdiv(M, config.block_m)

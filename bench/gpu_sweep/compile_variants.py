@@ -18,8 +18,8 @@ from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from bench.block_launches import block_launches, probe_launches
-from bench.gpu_matrix import compile_cell
 from bench.launches import ALIGNMENT, Launch, launches_of, meta, meta_linear
+from bench.machine_code import compile_cell
 from bench.shapes import B16, B32, L14
 from lraee.diagnostics.product_families import FAMILIES
 from lraee.kernels import device
