@@ -184,7 +184,8 @@ def dose_run(report: DoseReport) -> str:
     photos = sum(kept["photos"] for kept in report["kept"])
     worst = max((kept["largest_error"] for kept in report["kept"]), default=0.0)
     return (
-        f"{'Dose' if len(report['doses']) == 1 else 'Doses'} {doses}; {seeds} {'seed' if seeds == 1 else 'seeds'}; {report['learned_from']:,}"
+        f"{'Dose' if len(report['doses']) == 1 else 'Doses'} {doses}; {seeds}"
+        f" {'seed' if seeds == 1 else 'seeds'}; {report['learned_from']:,}"
         f" photos to learn from, {report['reported_on']:,} to report on."
         f" With the doses in, float gave the same answer to {same:,}"
         f" of {photos:,} photos; its embeddings moved by {worst:.1e} at most."
