@@ -180,14 +180,13 @@ def dose_run(report: DoseReport) -> str:
     """What was run, in one sentence."""
     doses = ", ".join(f"{dose:g}" for dose in report["doses"])
     seeds = len(report["seeds"])
-    runs = f"{'Dose' if len(report['doses']) == 1 else 'Doses'} {doses}"
-    runs += f"; {seeds} {'seed' if seeds == 1 else 'seeds'}"
     same = sum(kept["same_answers"] for kept in report["kept"])
     photos = sum(kept["photos"] for kept in report["kept"])
     worst = max((kept["largest_error"] for kept in report["kept"]), default=0.0)
     return (
-        f"{runs}; {report['learned_from']:,} photos to learn from,"
-        f" {report['reported_on']:,} to report on."
+        f"{'Dose' if len(report['doses']) == 1 else 'Doses'} {doses}; {seeds}"
+        f" {'seed' if seeds == 1 else 'seeds'}; {report['learned_from']:,}"
+        f" photos to learn from, {report['reported_on']:,} to report on."
         f" With the doses in, float gave the same answer to {same:,}"
         f" of {photos:,} photos; its embeddings moved by {worst:.1e} at most."
     )
