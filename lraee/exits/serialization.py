@@ -46,7 +46,7 @@ _PLAN = record(
     build=lambda blocks, kind, weights, thresholds: Plan(blocks, Gate(kind, weights, thresholds)),
 )
 FIELDS: dict[str, schema.Kind] = {
-    "heads": items(_HEAD, 0, _MAX_HEADS),
+    "heads": items(_HEAD, 1, _MAX_HEADS),
     "class_tokens": items(_CLASS_TOKEN, 0, _MAX_HEADS),
     "embedding": _WIDTH,
     "classes": nullable(integer(1, 1 << 24)),
@@ -90,10 +90,9 @@ def load(directory: str | os.PathLike[str], kind: type[Kind]) -> Kind:
 def to_parts(exits: ExitsData) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Fields for a JSON config and tensors for a file beside it; from_parts is the inverse."""
     every = dict(sorted(exits.heads.items()))
-    heads = {b: head for b, head in every.items() if isinstance(head, HeadWeights)}
     alone = {b: head for b, head in every.items() if isinstance(head, ClassTokenWeights)}
     fields = {
-        "heads": [{"block": block, **_sizes(head)} for block, head in heads.items()],
+        "heads": [{"block": block, **_sizes(head)} for block, head in every.items()],
         "embedding": next(iter(every.values())).embedding_size,
         "classes": None if exits.classes is None else exits.classes.shape[:1].numel(),
         "plans": {name: _plan_fields(plan) for name, plan in exits.plans.items()},
@@ -119,7 +118,9 @@ def to_parts(exits: ExitsData) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return fields, {name: sealed.own_copy(tensor) for name, tensor in tensors.items()}
 
 
-def _sizes(head: HeadWeights) -> dict[str, int | None]:
+def _sizes(head: HeadWeights | ClassTokenWeights) -> dict[str, int | None]:
+    if isinstance(head, ClassTokenWeights):
+        return {"inputs": head.w.shape[2], "hidden": None}
     hidden = None if head.w2 is None else head.b1.numel()
     return {"inputs": head.gamma.numel(), "hidden": hidden}
 
@@ -143,8 +144,9 @@ def tensor_specs(fields: Mapping[str, Any]) -> Specs:
     for name, group in (("heads", heads), ("class_tokens", alone)):
         blocks = [head["block"] for head in group]
         require(blocks == sorted(set(blocks)), f"{name}[].block must ascend", blocks)
-    both = sorted({head["block"] for head in heads} & {head["block"] for head in alone})
-    require(not both, "class_tokens[].block must have no other head", both)
+    unknown = sorted({head["block"] for head in alone} - {head["block"] for head in heads})
+    require(not unknown, "class_tokens[].block must be one of heads", unknown)
+    heads = [h for h in heads if h["block"] not in {head["block"] for head in alone}]
     widths = {head["inputs"] for head in heads}
     D = min(widths, default=1)
     require(widths <= {D, 2 * D}, "heads[].inputs must be D or 2 D, one D for all", sorted(widths))
@@ -171,9 +173,7 @@ def from_parts(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: t
     Raises: ValueError where they do not fit each other.
     """
     alone = {head["block"] for head in fields["class_tokens"]}
-    heads: dict[int, dict[str, Tensor]] = {
-        block: {} for block in (*(head["block"] for head in fields["heads"]), *sorted(alone))
-    }
+    heads: dict[int, dict[str, Tensor]] = {head["block"]: {} for head in fields["heads"]}
     for name in sorted(tensors.keys() - {"classes"}):
         _, block, own = name.split(".")
         heads[int(block)][own] = tensors[name]
