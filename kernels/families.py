@@ -36,7 +36,8 @@ def legal_persistent(config: Config, shape: Shape, arch: Arch) -> bool:
 def persistent_programs(config: Config, shape: Shape, arch: Arch) -> int:
     """Programs of a persistent launch: one an SM, or a tile each where there are fewer."""
     tiles = math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n)
-    return min(int(arch.sms), tiles)
+    programs: int = min(arch.sms, tiles)
+    return programs
 
 
 def persistent_config(arch: Arch, *, has_residual: bool) -> Config:
