@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cpu/int8_attention/fixed_point.h"
+#include "cpu/int8_attention/scores.h"
 #include "cpu/numerics/exp.h"
 #include "cpu/numerics/quantizer.h"
 
@@ -12,9 +13,6 @@
 namespace lraee::cpu {
 namespace {
 
-constexpr int kPanelVectors = static_cast<int>(kKeysPerPanel) / kWidth;
-constexpr int kTileQueries = kWidth == 1 ? 1 : 6;
-constexpr int kTilePanels = kWidth == 16 ? 2 : 1;
 // 16 values of d are the unit of a tile of P V: at most 24 of 32 registers, or 12 of 16, hold sums.
 constexpr int kTileUnits = kWidth == 16 ? 4 : 1;
 constexpr int kMeanVectors = kWidth == 1 ? 1 : 4;  // sums side by side
@@ -166,69 +164,6 @@ LRAEE_INLINE void pack_query(const Int8AttentionArgs& args, const T* q, int64_t 
   if (args.cos == nullptr && args.d % kWidth == 0) return pack_query_row(args, q, args.d, i, s);
   copy_row(args, q, token, s.q_row);
   pack_query_row<float>(args, s.q_row, round_up(args.d, kWidth), i, s);
-}
-
-// Logits of kQueries queries from `query` on against kPanels panels from `panel` on.
-template <int kQueries, int kPanels>
-void score_tile(const AttentionScratch& s, int64_t query, int64_t panel) {
-  constexpr int kVectors = kPanels * kPanelVectors;
-  Vi acc[kQueries][kVectors];
-#pragma GCC unroll 8
-  for (int q = 0; q < kQueries; ++q) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) acc[q][v] = set1(0);
-  }
-  const int64_t depth = s.groups * 4;
-  const int8_t* const q_q = s.q_q + query * depth;
-  const int8_t* const k_q = s.k_q + panel * kKeysPerPanel * depth;
-  int64_t g = 0;
-  do {  // where the loop may be empty GCC 12 copies and spills its sums
-    Right k[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t line = v / kPanelVectors * kKeysPerPanel * depth + g * kKeysPerPanel * 4;
-      k[v] = load_right(k_q + line + v % kPanelVectors * kWidth * 4);
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < kQueries; ++q) {
-      const Left four = load_left(q_q + q * depth + g * 4);
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) acc[q][v] = dot4(acc[q][v], four, k[v]);
-    }
-  } while (++g < s.groups);
-#pragma GCC unroll 16
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t j = panel * kKeysPerPanel + v * kWidth;
-    const Vi offset = load(s.k_offset + j);
-    const Vf k_scale = load(s.k_scale + j);
-#pragma GCC unroll 8
-    for (int q = 0; q < kQueries; ++q) {
-      const Vf scale = set1(s.q_scale[query + q]) * k_scale;
-      store(s.score + (query + q) * s.L_pad + j, to_f32(acc[q][v] - offset) * scale);
-    }
-  }
-}
-
-// Calls fn.template operator()<n>(), 1 <= n <= kMost.
-template <int kMost, class Fn>
-LRAEE_INLINE void with_count(int64_t n, Fn fn) {
-  if constexpr (kMost > 1) {
-    if (n < kMost) return with_count<kMost - 1>(n, fn);
-  }
-  fn.template operator()<kMost>();
-}
-
-LRAEE_INLINE void score_block(const AttentionScratch& s, int64_t queries) {
-  const int64_t panels = s.L_pad / kKeysPerPanel;
-  for (int64_t query = 0; query < queries; query += kTileQueries) {
-    with_count<kTileQueries>(queries - query, [&]<int kQueries>() {
-      int64_t panel = 0;
-      for (; panel + kTilePanels <= panels; panel += kTilePanels) {
-        score_tile<kQueries, kTilePanels>(s, query, panel);
-      }
-      for (; panel < panels; ++panel) score_tile<kQueries, 1>(s, query, panel);
-    });
-  }
 }
 
 // p as the type of qkv holds it. No NaN with a payload comes here: those of Quantization and of
