@@ -224,12 +224,3 @@ def float16_us(gpu: Gpu, tower: Tower, batch: int) -> float:
         return blocks + first + more * batch
     pixels = batch * 3 * tower.image_px**2
     return blocks + constants.FP16_OUTSIDE_US + 4 * pixels / gpu.elementwise_bytes_per_us
-
-
-def exit_us(gpu: Gpu, tower: Tower, batch: int) -> float:
-    """One exit that no image takes, decided on the device: a probe, a decision, two gaps."""
-    D = tower.D
-    weights = 512 * 2 * D + tower.E * 512 + HALF * 1000 * tower.E
-    read = (HALF * batch * tower.L * D + weights) / gpu.bytes_per_us
-    probe = constants.ROW_START_US + constants.PROBE_CHAIN_US + read
-    return probe + constants.DECIDE_US + 2 * constants.GRAPH_GAP_US

@@ -23,7 +23,6 @@ from bench.gpu_account import (
     PERSISTENT,
     SEVEN,
     block_costs,
-    exit_us,
     float16_costs,
     float16_us,
     int8_us,
@@ -106,22 +105,11 @@ def print_towers() -> None:
 
 
 def print_rules() -> None:
-    """Up to how many rows seven launches are faster than nine, and what an exit costs."""
+    """Up to how many rows seven launches are faster than nine."""
     print("\nPREDICTION, seven launches a block instead of nine are faster up to so many rows")
     for gpu in GPUS:
         for tower in TOWERS:
             print(f"  {gpu.name:6}{tower.name:10}{most_rows_of_seven(gpu, tower):6}")
-    print("\nPREDICTION, an exit that no image takes, of the whole tower (float / persistent)")
-    for gpu in GPUS:
-        for tower in TOWERS:
-            shares = [
-                " / ".join(
-                    f"{exit_us(gpu, tower, batch) / int8_us(gpu, tower, batch, form):.1%}"
-                    for form in (FLOAT, PERSISTENT)
-                )
-                for batch in BATCHES
-            ]
-            print(f"  {gpu.name:6}{tower.name:10}batch 1, 8, 32, 128: {', '.join(shares)}")
 
 
 def most_rows_of_seven(gpu: Gpu, tower: Tower) -> int:

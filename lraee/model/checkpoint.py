@@ -223,7 +223,7 @@ def load(
             add_exits(fast, own_exits)
         state_hash = tower_hash(fast.state_dict())
         rule = "state_sha256 must be that of the given model with these int8 weights"
-        rule += " (another text tower?)"
+        rule += " (another text tower, or a version of lraee that quantizes this one otherwise?)"
         require(state_hash == fields["state_sha256"], rule, state_hash, _ADVICE)
     if exits is not None:
         replace_exits(fast, exits if isinstance(exits, Exits) else Exits.load(exits))
