@@ -1,13 +1,10 @@
 """float_linear in the interpreter: within its bound, the same bits by any tiling, row by row."""
 
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from triton.runtime import interpreter
 
 from lraee.diagnostics.guarded_memory import guarded_outputs, poisoned
 from lraee.diagnostics.selftest_inputs import float_linear as inputs
@@ -17,28 +14,6 @@ from lraee.kernels.float_linear import float_linear
 from lraee.ops import error_bounds as bounds
 from lraee.ops import reference
 from tests.support import assert_same, assert_within
-
-
-@pytest.fixture
-def fixed_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float products of the interpreter sum over k in order, whatever the shapes.
-
-    It calls numpy's matmul, whose BLAS may choose another order for another shape (OpenBLAS with
-    OPENBLAS_CORETYPE=Haswell does); a GPU's kernel has one order.
-    """
-    original = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        if not np.issubdtype(a.data.dtype, np.floating) or a.data.ndim != 2:
-            return original(self, a, b, d, *options)
-        x, y = (each.data.astype(d.data.dtype) for each in (a, b))
-        total = np.zeros_like(d.data)
-        for k in range(x.shape[1]):
-            total += x[:, k, None] * y[None, k]
-        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
 
 TINY = FloatConfig(16, 16, 32, num_warps=4, num_stages=3)
 SHAPES = [

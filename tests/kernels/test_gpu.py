@@ -189,6 +189,7 @@ def test_blocks_give_an_image_the_same_bits_in_any_batch(place: Place) -> None:
         assert_same(blocks(tokens[i : i + 1]).cpu(), whole[i : i + 1].cpu(), image=i)
 
 
+@pytest.mark.usefixtures("fixed_order_of_sums")
 @torch.inference_mode()
 def test_model_gives_an_image_the_same_bits_in_any_batch(place: Place) -> None:
     model = place.accelerate(make_model(vision={**FIVE_TOKENS, "layers": 1}))
@@ -204,6 +205,7 @@ def surest_and_least_sure(fast: Any) -> Tensor:
     return images[order[[0, -1]]]
 
 
+@pytest.mark.usefixtures("fixed_order_of_sums")
 @torch.inference_mode()
 def test_exits(place: Place) -> None:
     """The same exit and the same bits alone and in a batch, and nothing but int8 at full depth."""

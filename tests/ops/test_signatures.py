@@ -28,7 +28,8 @@ def functions(path: Path) -> Iterator[tuple[ast.FunctionDef, bool]]:
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    return any(jit in text for text in decorators for jit in ("triton.jit", "gluon.jit"))
 
 
 def count(function: ast.FunctionDef) -> int:

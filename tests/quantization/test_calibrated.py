@@ -83,7 +83,7 @@ def test_the_same_operators_on_the_same_operands() -> None:
     for (name, module), (other_name, other) in pairs:
         assert name == other_name and type(module) is type(other)
     for block, other in zip(*(blocks_of(find_tower(m)) for m in (plain, fast)), strict=True):
-        operands, others = (b._wired()._operands(False, None) for b in (block, other))
+        operands, others = (b._wired()._operands(False, None, "int8") for b in (block, other))
         assert _form(operands) == _form(others)
 
 
