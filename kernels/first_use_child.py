@@ -8,6 +8,7 @@ have ended before it.
 
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,16 +16,20 @@ from torch import Tensor
 
 from lraee.kernels import device as devices
 from lraee.kernels import first_use
-from lraee.kernels.families import persistent_config
+from lraee.kernels.archs import Arch
+from lraee.kernels.families import gluon_config, legal_gluon, persistent_config
 from lraee.kernels.int8_linear import int8_linear
 from lraee.kernels.operands import PackedLinear
-from lraee.kernels.tiling import Config
+from lraee.kernels.tiling import Config, Shape
 
 SHAPES = ((1, 64, 64), (300, 192, 768), (2000, 2304, 768), (1500, 768, 3072))
 """One tile, ragged ones, several a program, and a long K."""
 ROUNDS = 5
 """A race need not show the first time."""
 SIMPLE = Config(64, 64, 64, num_warps=4, num_stages=3)
+
+ConfigOf = Callable[[Shape, bool], Config | None]
+"""A family's config for a shape, without or with a residual; None where it has none."""
 
 
 def operands(M: int, N: int, K: int, device: torch.device) -> tuple[tuple[Tensor, ...], PackedLinear, Tensor]:  # fmt: skip  # noqa: E501
@@ -46,7 +51,7 @@ def operands(M: int, N: int, K: int, device: torch.device) -> tuple[tuple[Tensor
 
 
 def difference(
-    config_of: dict[bool, Config],
+    config_of: ConfigOf,
     device: torch.device,
     shapes: tuple[tuple[int, int, int], ...] = SHAPES,
     rounds: int = ROUNDS,
@@ -54,11 +59,14 @@ def difference(
     """The first product of a family that has other bits than the simple kernel's, in words.
 
     Args:
-      config_of: a config of the family without a residual and with one.
+      config_of: of the family.
     """
     for M, N, K in shapes:
         x, linear, residual = operands(M, N, K, device)
         for activation, added in (("none", None), ("gelu", None), ("none", residual)):
+            config = config_of(Shape(M, N, K), added is not None)
+            if config is None:
+                continue
             plain = linear if added is not None else linear._replace(layer_scale=None)
             options: dict[str, Any] = {
                 "residual": added,
@@ -67,7 +75,6 @@ def difference(
             }
             expected = int8_linear(*x, plain, config=SIMPLE, **options)
             for _ in range(rounds):
-                config = config_of[added is not None]
                 actual = int8_linear(*x, plain, config=config, **options)
                 wrong = int((actual.view(torch.int16) != expected.view(torch.int16)).sum())
                 if wrong:
@@ -76,15 +83,27 @@ def difference(
     return None
 
 
+def configs_of(family: str, arch: Arch) -> ConfigOf:
+    """The configs that a family is checked in on this architecture."""
+
+    def persistent(shape: Shape, has_residual: bool) -> Config:
+        config: Config = persistent_config(arch, has_residual=has_residual)
+        return config
+
+    def gluon(shape: Shape, has_residual: bool) -> Config | None:
+        config: Config = gluon_config(shape)
+        return None if has_residual or not legal_gluon(config, shape, arch) else config
+
+    return {"persistent": persistent, "gluon": gluon}[family]
+
+
 def main(family: str, index: int) -> None:
     """Command line."""
     if hasattr(signal, "alarm"):
         signal.alarm(2 * first_use.PATIENCE_S)
     torch.cuda.set_device(index)
     device = torch.device("cuda", index)
-    assert family == "persistent", family
-    arch = devices.arch(device)
-    configs = {has: persistent_config(arch, has_residual=has) for has in (False, True)}
+    configs = configs_of(family, devices.arch(device))
     sys.stdout.write(f"{difference(configs, device) or first_use.PASSED}\n")
 
 

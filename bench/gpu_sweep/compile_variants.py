@@ -58,7 +58,7 @@ def variants(arch: Arch, most: int) -> Iterator[Launch]:
         ):
             shape = Shape(batch * tower.L, linear.N, linear.K)
             for family in FAMILIES:
-                for config in family.candidates(shape, arch, most):
+                for config in family.candidates(shape, arch, most, adds=has_residual):
                     yield product_launch(shape, activation, has_residual, config)
 
 

@@ -61,7 +61,7 @@ def _family_equality(
     pick = families.present_pick(shape, context.target, layer.epilogue.name)
     expected = tuning.product(given, pick)
     difference = tuning.definition_difference(given, expected)
-    configs = family.candidates(shape, context.target.arch, most)
+    configs = family.candidates(shape, context.target.arch, most, adds=layer.epilogue.adds)
     for config in configs:
         difference = difference or _config_difference(given, config, expected)
     (line,) = verdict(difference).values()

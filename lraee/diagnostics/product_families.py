@@ -12,7 +12,7 @@ from lraee.diagnostics.selftest_sizes import Target
 from lraee.kernels import device, first_use
 from lraee.kernels.archs import Arch
 from lraee.kernels.configs import legal, pick, predicted_us
-from lraee.kernels.families import persistent_config
+from lraee.kernels.families import gluon_config, persistent_config
 from lraee.kernels.tiling import Config, Shape
 
 Space = Callable[[Shape, Arch], Iterator[Config]]
@@ -27,15 +27,24 @@ class ProductFamily:
       space: its legal configs for a shape.
       cost: predicted microseconds, by which configs are tried in order.
       is_proven: it runs on GPUs already; else a check in a process of its own comes first.
+      adds: it has layer scales and residuals.
     """
 
     name: str
     space: Space
     cost: Callable[[Config, Shape, Arch], float]
     is_proven: bool = False
+    adds: bool = True
 
-    def candidates(self, shape: Shape, arch: Arch, most: int | None = None) -> list[Config]:
-        """Its legal configs, those that should be fastest first; at most so many."""
+    def candidates(
+        self, shape: Shape, arch: Arch, most: int | None = None, *, adds: bool
+    ) -> list[Config]:
+        """Its legal configs, those that should be fastest first; at most so many.
+
+        adds: whether the product is followed by a layer scale or a residual.
+        """
+        if adds and not self.adds:
+            return []
         configs = self.space(shape, arch)
         return sorted(configs, key=lambda one: self.cost(one, shape, arch))[:most]
 
@@ -61,6 +70,13 @@ def persistent_space(shape: Shape, arch: Arch) -> Iterator[Config]:
             yield config
 
 
+def gluon_space(shape: Shape, arch: Arch) -> Iterator[Config]:
+    """The one config of products in Gluon."""
+    config = gluon_config(shape)
+    if legal(config, shape, arch):
+        yield config
+
+
 def persistent_cost(config: Config, shape: Shape, arch: Arch) -> float:
     """The simple kernel's, but the configs that a pick takes come first: these are known to fit."""
     defaults = [persistent_config(arch, has_residual=has) for has in (False, True)]
@@ -70,6 +86,7 @@ def persistent_cost(config: Config, shape: Shape, arch: Arch) -> float:
 FAMILIES: tuple[ProductFamily, ...] = (
     ProductFamily("simple", simple_space, predicted_us, is_proven=True),
     ProductFamily("persistent", persistent_space, persistent_cost),
+    ProductFamily("gluon", gluon_space, predicted_us, adds=False),
 )
 
 

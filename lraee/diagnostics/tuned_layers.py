@@ -28,6 +28,11 @@ class Epilogue:
     has_layer_scale: bool = False
 
     @property
+    def adds(self) -> bool:
+        """Whether there is a layer scale or a residual."""
+        return self.has_residual or self.has_layer_scale
+
+    @property
     def name(self) -> str:
         """As a table of tilings names it, such as "gelu" or "none+layer_scale+residual"."""
         name: str = epilogue_name(

@@ -164,7 +164,7 @@ def _tune_shape(
     tried: list[TimedConfig] = []
     usable: list[Config] = []
     for family in families.FAMILIES:
-        for config in family.candidates(shape, target.arch, effort.most):
+        for config in family.candidates(shape, target.arch, effort.most, adds=layer.epilogue.adds):
             if config == chosen:
                 continue
             error = refused.get(family.name) or _bits_difference(given, config, expected)

@@ -13,9 +13,9 @@ import triton
 
 from lraee.kernels import configs, first_use, tuned, user_cache
 from lraee.kernels.archs import ARCHS
-from lraee.kernels.configs import Config, Shape, measured, pick
+from lraee.kernels.configs import Config, Shape, legal, measured, pick
 from lraee.kernels.families import persistent_config
-from lraee.kernels.first_use_child import difference
+from lraee.kernels.first_use_child import SHAPES, configs_of, difference
 
 GPU = "NVIDIA H200"
 FAMILY = "persistent"
@@ -162,12 +162,22 @@ def test_what_the_child_compares() -> None:
     tile = Config(32, 32, 32, num_warps=4, num_stages=2, family="persistent")
     shapes = ((33, 40, 48),)
     cpu = torch.device("cpu")
-    assert difference(dict.fromkeys((False, True), tile), cpu, shapes, 1) is None
+    assert difference(lambda *_: tile, cpu, shapes, 1) is None
     with pytest.MonkeyPatch.context() as patch:
         other = "lraee.kernels.int8_linear.int8_linear_persistent"
         patch.setattr(other, lambda *x, **_: torch.zeros(33, 40, dtype=torch.float16))
-        text = difference(dict.fromkeys((False, True), tile), cpu, shapes, 1)
+        text = difference(lambda *_: tile, cpu, shapes, 1)
     assert "of 33 x 40 values at K = 48 (none) have other bits" in str(text)
+
+
+def test_the_configs_that_a_family_is_checked_in() -> None:
+    gluon, persistent = (configs_of(family, ARCHS[90]) for family in ("gluon", "persistent"))
+    shapes = [Shape(*shape) for shape in SHAPES]
+    assert all(legal(persistent(s, has), s, ARCHS[90]) for s in shapes for has in (False, True))
+    assert all(gluon(shape, True) is None for shape in shapes)
+    checked = [shape for shape in shapes if gluon(shape, False) is not None]
+    assert [shape.K for shape in checked] == [768, 768]
+    assert all(configs_of("gluon", ARCHS[80])(shape, False) is None for shape in shapes)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
