@@ -229,7 +229,7 @@ def unmeasured_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) 
     hide. What `lraee tune` measured comes before it.
     """
     parts = set(epilogue.split("+"))
-    if gpu is None or arch.capability != 90 or LACKS["persistent"] & parts:
+    if gpu is None or arch.capability != first_use.CAPABILITY or LACKS["persistent"] & parts:
         return None
     config = persistent_config(arch, has_residual="residual" in parts)
     if math.ceil(shape.M / config.block_m) * math.ceil(shape.N / config.block_n) < arch.sms:

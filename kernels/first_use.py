@@ -26,6 +26,8 @@ from lraee.kernels import user_cache
 
 NAME = "first_use"
 FAMILIES = ("persistent",)
+CAPABILITY = 90
+"""Of the GPUs on which a pick takes the families, unmeasured, once their check has passed."""
 PATIENCE_S = 120
 """Importing torch and compiling some kernels takes 10 to 30 s on a busy machine."""
 MOST_ATTEMPTS = 3

@@ -226,7 +226,11 @@ def _launch(
     x_q = x_q if K <= 1 or x_q.stride(1) == 1 else x_q.contiguous()
     if residual is not None and N > 1 and residual.stride(1) != 1:
         residual = residual.contiguous()
-    if config is None and x_q.is_cuda and device.arch(x_q.device).capability == 90:
+    if (
+        config is None
+        and x_q.is_cuda
+        and device.arch(x_q.device).capability == first_use.CAPABILITY
+    ):
         first_use.begin(x_q.device, str(device.gpu_name(x_q.device)))
     config = config or pick(
         Shape(M, N, K), device.arch(x_q.device),

@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
         **machine.describe(),
         "isa": _isa_rows(),
         "cuda": cuda_rows(),
-        "tilings": tables.tiling_lines(),
+        "tilings": tables.tiling_lines() + tables.family_lines(),
         "float16": tables.float_lines(),
         "towers": list(family_lines()),
         "text_towers": list(text.family_lines()),

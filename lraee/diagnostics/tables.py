@@ -2,8 +2,9 @@
 
 import torch
 
-from lraee.kernels import tuned, user_cache
+from lraee.kernels import first_use, tuned, user_cache
 from lraee.kernels.archs import ARCHS
+from lraee.kernels.families import gluon_unavailable_reason
 from lraee.kernels.measured import MEASURED
 from lraee.measurement import float16
 
@@ -37,6 +38,18 @@ def _tiling_line(index: int) -> str:
         part = ARCHS[capability].part
         return f"cuda:{index} measured on one {part} (kernels/measured.py){reason}"
     return f"cuda:{index} chosen by a cost model{reason}"
+
+
+def family_lines() -> list[str]:
+    """One line for each kernel family that a GPU could use and does not, with the reason."""
+    lines = []
+    for index in range(_device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor == first_use.CAPABILITY:
+            gpu = torch.cuda.get_device_name(index)
+            reasons = (first_use.reason("persistent", gpu), gluon_unavailable_reason())
+            lines += [f"cuda:{index} {reason}" for reason in reasons if reason is not None]
+    return lines
 
 
 def float_lines() -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lraee.diagnostics import tables
-from lraee.kernels import tuned, user_cache
+from lraee.kernels import first_use, tuned, user_cache
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,19 @@ def test_which_table_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA A100")
     (line,) = tables.tiling_lines()
     assert line.startswith("cuda:0 chosen by a cost model; the table of tilings is for gpu")
+
+
+def test_families_that_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_use._read_once.cache_clear()
+    (line,) = tables.family_lines()
+    assert line.startswith("cuda:0 persistent products: not checked on this GPU yet")
+    first_use._store("persistent", "NVIDIA H200", first_use.Verdict(False, "no end in 120 s", 3))
+    first_use._read_once.cache_clear()
+    assert tables.family_lines() == ["cuda:0 persistent products: no end in 120 s"]
+    first_use._store("persistent", "NVIDIA H200", first_use.Verdict(True, ""))
+    first_use._read_once.cache_clear()
+    assert tables.family_lines() == []
+    first_use._read_once.cache_clear()
 
 
 @pytest.mark.parametrize("changes", [{"triton": "3.0.0"}, {"rows": "x"}, {"rows": [1]}])
