@@ -174,7 +174,7 @@ def float_attention_cells() -> Iterator[tuple[str, Launch]]:
         yield f"quantized {name}", launches_of(quantized)[0]
 
 
-def probe_cells() -> Iterator[tuple[str, Launch]]:
+def probe_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     """The probe of one image and of many, with heads of two layers and of one, on the mean alone
     and with the class token beside it; the widest row is that of ViT-H/14 and its class token.
     """
@@ -185,7 +185,8 @@ def probe_cells() -> Iterator[tuple[str, Launch]]:
         E = (second or first).N
         z, classes = meta(B, L, D, dtype=torch.float16), meta(1000, E, dtype=torch.float16)
         head = ProbeHead(Norm(meta(P), meta(P)), first, second, classes, 100.0, meta(4))
-        return launches_of(lambda: exit_probe(z, head))[0]
+        config = configs.probe_config(B, arch)
+        return launches_of(lambda: exit_probe(z, head, config=config))[0]
 
     for B, L, D, E in ((1, 50, 768, 512), (32, 257, 1280, 1024)):
         affine = probe(B, L, D, 2 * D, meta_linear(E, 2 * D))
@@ -231,7 +232,7 @@ def cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
     recorded = set()
     for sub in (
         linear_cells(arch), persistent_cells(arch), float_linear_cells(), row_cells(),
-        attention_cells(), float_attention_cells(), probe_cells(), exit_cells(),
+        attention_cells(), float_attention_cells(), probe_cells(arch), exit_cells(),
     ):  # fmt: skip
         for label, launch in sub:
             name = f"sm_{arch.capability} {launch.name} {label}"

@@ -291,13 +291,15 @@ def attention_config(
     """int8_attention: 64 queries a program, or 16 where there are no more.
 
     By the image alone, never by the batch: how the threads of a program lie decides in which order
-    they add up a row of probabilities. In 4 warps a causal mask spills on sm_80 and sm_86,
-    a key mask on sm_100, where 64 keys at once spill in 8 warps too.
+    they add up a row of probabilities. In 4 warps a causal mask spills on sm_80 and sm_86. A key
+    mask spills on sm_100 in 4 warps, with 64 keys at once, and in two stages.
     """
     if L <= 16:
         return AttentionConfig(16, num_warps=4)
     num_warps = 8 if d > 64 or causal or has_mask else 4
-    return AttentionConfig(64, num_warps, unroll=32 if has_mask else 64)
+    if has_mask:
+        return AttentionConfig(64, num_warps, num_stages=1, unroll=32)
+    return AttentionConfig(64, num_warps)
 
 
 def float_attention_config(
@@ -331,9 +333,11 @@ def head_tiles(d: int) -> tuple[tuple[int, int], ...]:
     return tuple(tiles)
 
 
-def probe_config(B: int) -> ProbeConfig:
+def probe_config(B: int, arch: Arch) -> ProbeConfig:
     """exit_probe: an image by itself where there is no other, otherwise 16 images at a time.
 
-    In 8 warps ptxas holds the former to 128 registers on sm_89, 90 or 100, and spills.
+    The former spills two registers in 4 warps on sm_90, in 8 warps on sm_100 and sm_120.
     """
-    return ProbeConfig(rows=1, num_warps=4) if B == 1 else ProbeConfig(rows=16)
+    if B > 1:
+        return ProbeConfig(rows=16)
+    return ProbeConfig(rows=1, num_warps=8 if arch.capability == 90 else 4)

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lraee.kernels import launch, live_rows, workspace
+from lraee.kernels import device, launch, live_rows, workspace
 from lraee.kernels.common import activate
 from lraee.kernels.configs import ProbeConfig, probe_config
 from lraee.kernels.exit_probe_pool import normalise_pooled, pool_channels
@@ -229,7 +229,7 @@ def exit_probe(
     top1 = torch.empty(B, dtype=torch.int64, device=z.device)
     if not B:
         return _floats((B, E), z), top1, confidence, margin, variance, score
-    config = config or probe_config(B)
+    config = config or probe_config(B, device.arch(z.device))
     space = space or workspace.of_current_stream(z.device)
 
     per_program = classes_per_program(K)

@@ -314,7 +314,7 @@ def probe_cases(target: Target, sizes: Sizes) -> Iterator[Case]:
         layers = "one layer" if H is None else f"H={H}"
         inputs = "mean and class token" if has_class_token else "mean"
         text = f"B={B} L={L} D={D} {layers} E={E} K={K} {inputs}"
-        for row in dict.fromkeys(configs.probe_config(n) for n in (1, 2)):
+        for row in dict.fromkeys(configs.probe_config(n, target.arch) for n in (1, 2)):
             find = _probe_difference(target, shape, seed, has_class_token, row)
             yield Case("exit_probe", label(row), text, find)
 
