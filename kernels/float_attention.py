@@ -79,6 +79,12 @@ def _load_head(ptr, rope_ptr, offs_l, is_row, stride_l, TILES: tl.constexpr, d: 
 
 
 @triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums of one tile; Triton 3.6 takes no shape with a number out of a tuple in it."""
+    return tl.zeros((ROWS, WIDTH), tl.float32)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b; the interpreter multiplies in float32."""
     if INTERPRETED:
@@ -189,7 +195,7 @@ def _float_attention_kernel(
     total = tl.zeros((BLOCK_I,), tl.float32)
     acc = ()
     for t in tl.static_range(len(TILES)):
-        acc = acc + (tl.zeros((BLOCK_I, TILES[t][1]), tl.float32),)  # type: ignore[assignment]
+        acc = acc + (_zeros(BLOCK_I, TILES[t][1]),)  # type: ignore[assignment]
     end = tl.minimum(first_query + BLOCK_I, L) if IS_CAUSAL else L
     MASKS_ALL: tl.constexpr = IS_CAUSAL or HAS_KEY_MASK
     whole = 0 if MASKS_ALL else L // BLOCK_J * BLOCK_J
