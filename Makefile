@@ -10,11 +10,11 @@ CXX_FORMATTED := $(CXX_SOURCES) $(wildcard tests/csrc/*.cpp)
 RESULTS ?= results
 BUILD_LOG := $(VENV)/build.log
 
-.PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-ray test-oldest lock test-gpu check format docs
+.PHONY: help setup demo serve doctor test test-slow test-transformers-4 test-triton-3.6 test-ray test-oldest lock test-gpu check format docs
 .PHONY: bench bench-tower regressions gpu-matrix gpu-model numerics report reproduce dist wheels test-wheels clean
 
 help:  ## Lists the targets.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # Set-up, in four steps that each run again only when what they depend on changed
 
@@ -99,6 +99,13 @@ $(VENV)/ray: | setup
 
 test-ray: setup $(VENV)/ray  ## The tests that start a Ray cluster on this machine.
 	PYTHONPATH=$(abspath $(VENV)/ray) OMP_NUM_THREADS=1 $(PY) -m pytest $(RAY_TESTS)
+
+# Another Triton than that of .venv's torch: torch 2.10 and 2.11 bring it
+$(VENV)/triton-3.6: | setup
+	@$(PIP) --target $@ --no-deps "triton==3.6.*"
+
+test-triton-3.6: setup $(VENV)/triton-3.6  ## Compiles the fixed part of the GPU matrix with Triton 3.6.
+	PYTHONPATH=$(VENV)/triton-3.6 $(PY) -m bench.gpu_matrix --subset --arch 80 90
 
 # The lowest releases that pyproject.toml declares, but for torch, torchvision and triton
 $(VENV)/oldest: requirements/oldest.txt | setup
