@@ -14,7 +14,7 @@ BUILD_LOG := $(VENV)/build.log
 .PHONY: bench bench-tower regressions gpu-matrix gpu-model numerics report reproduce dist wheels test-wheels clean
 
 help:  ## Lists the targets.
-	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 # Set-up, in four steps that each run again only when what they depend on changed
 
