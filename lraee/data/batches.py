@@ -9,7 +9,7 @@ from torch import Tensor
 from lraee.data.photos import Photos
 from lraee.storage import spill
 
-_IN_MEMORY_BYTES = 512 << 20
+_IN_MEMORY_BYTES = 256 << 20
 _KEPT_BYTES = 8 << 30
 
 
@@ -17,7 +17,7 @@ class PhotoImages:
     """Preprocessed batches of photos, the same ones in the same order each time.
 
     All are decoded once at the start, which tells bad files and labels; they are kept, the first
-    512 MiB in memory and what follows on disk, and decoded anew in each pass beyond 8 GiB.
+    256 MiB in memory and what follows on disk, and decoded anew in each pass beyond 8 GiB.
 
     Args:
       photos: a folder or ZIP.
