@@ -101,4 +101,4 @@ def test_every_prediction_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     gpu_model.print_towers()
     gpu_model.print_rules()
     titles = [line for line in capsys.readouterr().out.splitlines() if line[:1].isupper()]
-    assert sum(line.startswith("PREDICTION") for line in titles) == 3
+    assert sum(line.startswith("PREDICTION") for line in titles) == 2
