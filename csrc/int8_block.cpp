@@ -356,9 +356,8 @@ Tensor int8_block(const Tensor& x, const std::vector<Tensor>& norm_1, const Part
                   const std::vector<bool>& symmetric, int64_t num_heads, bool causal,
                   std::string_view activation, bool first_only, const OptionalTensor& key_mask,
                   std::string_view attention) {
-  LRAEE_CHECK_VALUE(attention == "int8",
-                    "int8_block: attention must be int8 on the CPU, got ", attention,
-                    "; run the operators of the block one by one");
+  LRAEE_CHECK_VALUE(attention == "int8", "int8_block: attention must be int8 on the CPU, got ",
+                    attention, "; run the operators of the block one by one");
   LRAEE_CHECK_VALUE(eps.size() == 2, "int8_block: eps must have a value for each norm, got ",
                     static_cast<int64_t>(eps.size()));
   LRAEE_CHECK_VALUE(symmetric.size() == 4, "int8_block: symmetric must have 4 values, got ",
