@@ -1,4 +1,4 @@
-"""Memory that lraee.calibrate takes, by the number of photos: at most 2 GB at 20,000.
+"""Memory that lraee.calibrate takes, by the number of photos; 2 GB at 20,000 is the aim.
 
     python -m bench.calibrate_memory TRAIN.zip --count 2000 --count 20000
 
