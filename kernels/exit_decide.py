@@ -37,7 +37,7 @@ from lraee.kernels.exit_state import (
 BLOCK_W = 4096
 """Values of an image's tokens that one program copies at once: 8 KB of float16, 4 warps."""
 MOST_PROGRAMS = 256
-"""Programs of exit_move: they take turns, so that where nothing moves only these must start."""
+"""Programs of exit_move share the pieces: where nothing moves, only these must start."""
 
 _FROM, _TO, _PLACE, _EXIT_ROW, _EXIT_PLACE, _SIZES = (
     tl.constexpr(row * MOST_IMAGES)

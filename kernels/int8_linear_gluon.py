@@ -1,4 +1,4 @@
-"""int8_linear on sm_90 in Gluon: two groups of warps take turns, the weight's column stays at hand.
+"""int8_linear on sm_90 in Gluon: two groups of warps alternate, the weight's column stays at hand.
 
 A program takes a run of tiles, column after column. Its copying warp loads a column of w, BLOCK_N x
 K, once and then tiles of x through a ring of stages. Of two groups of four warps each takes every

@@ -9,7 +9,7 @@ from lraee.ops.reference import lane_sum
 
 
 def require_scikit_learn() -> None:
-    """Raises ImportError, one line, where it is missing: to be asked before minutes of work."""
+    """Raises ImportError, one line, where it is missing; called before minutes of work."""
     try:
         import sklearn.linear_model  # noqa: F401
     except ImportError as error:

@@ -34,8 +34,10 @@ class Row:
     seconds: float
 
 
-def find_target(device: Device) -> Target:
-    """The first CUDA device, or the interpreter with the configs of an A100.
+def find_target(
+    device: Device, *, command: str = "selftest", advice: str = "", index: int = 0
+) -> Target:
+    """The CUDA device of this index, or the interpreter with the configs of an A100.
 
     Raises: NotImplementedError with the reason where the kernels cannot run.
     """
@@ -43,12 +45,12 @@ def find_target(device: Device) -> Target:
     if reason is None and device == "cuda" and not torch.cuda.is_available():
         reason = doctor.cuda_rows()[0]
     if reason is not None:
-        raise NotImplementedError(f"selftest: {reason}")
+        raise NotImplementedError(f"{command}: {reason}{advice}")
     if device == "interpreter":
         interpreter.require(device)
         return Target(torch.device("cpu"), DEFAULT_ARCH)
-    first = torch.device("cuda", 0)
-    target = Target(first, devices.arch(first))  # an unsupported part is told before the mode
+    gpu = torch.device("cuda", index)
+    target = Target(gpu, devices.arch(gpu))  # an unsupported part is told before the mode
     interpreter.require(device)
     return target
 

@@ -10,16 +10,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lraee.diagnostics import doctor, interpreter, tower_times, tuning
+from lraee.diagnostics import selftest, tower_times, tuning
 from lraee.diagnostics.interpreter import Device
 from lraee.diagnostics.selftest import describe
 from lraee.diagnostics.selftest_sizes import Target
 from lraee.diagnostics.tuned_layers import tuned_tower
 from lraee.diagnostics.tuning import Effort, Rounds, Tuned
-from lraee.kernels import configs, register, user_cache
-from lraee.kernels import device as devices
+from lraee.kernels import configs, user_cache
 from lraee.kernels import tuned as tuned_table
-from lraee.kernels.archs import DEFAULT_ARCH
 from lraee.measurement import float16, machine
 from lraee.measurement.float16 import TowerTime
 from lraee.towers.families import find_tower
@@ -34,18 +32,11 @@ def find_target(device: Device) -> Target:
 
     Raises: NotImplementedError with the reason where the kernels cannot run.
     """
-    reason = register.unavailable_reason()
-    if reason is None and device == "cuda" and not torch.cuda.is_available():
-        reason = doctor.cuda_rows()[0]
-    if reason is not None:
-        raise NotImplementedError(f"tune: {reason}; --device interpreter runs every step without")
-    if device == "interpreter":
-        interpreter.require(device)
-        return Target(torch.device("cpu"), DEFAULT_ARCH)
-    current = torch.device("cuda", torch.cuda.current_device())
-    target = Target(current, devices.arch(current))
-    interpreter.require(device)
-    return target
+    is_there = device == "cuda" and torch.cuda.is_available()
+    return selftest.find_target(
+        device, command="tune", advice="; --device interpreter runs every step without",
+        index=torch.cuda.current_device() if is_there else 0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

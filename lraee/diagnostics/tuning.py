@@ -3,8 +3,8 @@
 Every candidate has the bits of the config that runs now, which has those of the definition, before
 it is timed. It runs through the weights of as many blocks as a tower has, in a CUDA graph, so that
 no weight lies in a cache where it would not in the tower, and no time of the host is counted.
-Candidates and the present pick take turns; a candidate wins where its 80th percentile is below the
-20th of the pick.
+Candidates and the present pick run in interleaved rounds; a candidate wins where its 80th
+percentile is below the 20th of the pick.
 """
 
 import logging
@@ -32,7 +32,7 @@ ANY_M = 1 << 31
 CHECKED_ROWS = 8
 """Rows that are compared with the definition; all others with the kernel that runs now."""
 AT_ONCE = 6
-"""Candidates that take turns with the present pick."""
+"""Candidates in the rounds of one group, beside the present pick."""
 
 _log = logging.getLogger("lraee")
 

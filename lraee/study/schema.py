@@ -30,8 +30,8 @@ class Spread(TypedDict):
     std: float
 
 
-class Noise(TypedDict):
-    """One block of calibration.noise.BlockNoise, and whether pathological pruning drops it."""
+class NoiseRow(TypedDict):
+    """One block; see calibration.noise.BlockNoise."""
 
     block: int
     natural_step: float
@@ -41,6 +41,11 @@ class Noise(TypedDict):
     cosine: float
     max_abs: float
     inr: float
+
+
+class Noise(NoiseRow):
+    """One block, and whether pathological pruning drops it."""
+
     is_candidate: bool
     is_dropped: bool
 

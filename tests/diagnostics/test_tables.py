@@ -1,4 +1,4 @@
-"""What doctor says of tables on a GPU that is made up."""
+"""What doctor says of tables on a mocked GPU."""
 
 from importlib import metadata
 from pathlib import Path

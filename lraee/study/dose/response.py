@@ -82,7 +82,7 @@ class Response:
             field: torch.stack([cell[f"noise {field}"] for cell in cells]).mean(0).tolist()
             for field in NOISE
         }
-        blocks: list[schema.NoiseRow] = [
+        blocks: list[study_schema.NoiseRow] = [
             {"block": i + 1, **{field: fields[field][i] for field in NOISE}}  # type: ignore[typeddict-item]
             for i in range(self.depth)
         ]

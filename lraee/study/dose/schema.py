@@ -7,7 +7,7 @@ it is. Float is the same at every dose: its rows have dose 1 and stand for all.
 from typing import TypedDict
 
 from lraee.storage.stages import Tensors
-from lraee.study.schema import Spread
+from lraee.study.schema import NoiseRow, Spread
 
 SCHEMA = "lraee.dose/1"
 
@@ -36,21 +36,8 @@ class Estimate(TypedDict):
     seeds: list[float]
 
 
-class NoiseRow(TypedDict):
-    """One block, means over seeds; see calibration.noise.BlockNoise."""
-
-    block: int
-    natural_step: float
-    quantization_error: float
-    nsr: float
-    mse: float
-    cosine: float
-    max_abs: float
-    inr: float
-
-
 class Noise(TypedDict):
-    """By depth, of one backbone at one dose."""
+    """By depth, of one backbone at one dose; rows are means over seeds."""
 
     dose: float
     backbone: str
