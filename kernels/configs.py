@@ -213,8 +213,15 @@ LACKS = {
 
 
 def tuned_config(shape: Shape, arch: Arch, epilogue: str, gpu: str | None) -> Config | None:
-    """The legal config that `lraee tune` found fastest for this layer on this GPU, if it did."""
-    row = None if gpu is None else tuned.row_of(gpu, shape.N, shape.K, shape.M, epilogue)
+    """The legal config that `lraee tune` found fastest for this layer on this GPU, if it did.
+
+    A layer that multiplies its result by a vector (fc1 of a calibrated tower) takes the row of the
+    same layer without, where it has none of its own.
+    """
+    row = None
+    for name in (epilogue, epilogue.replace("+layer_scale", "")):
+        if gpu is not None and row is None:
+            row = tuned.row_of(gpu, shape.N, shape.K, shape.M, name)
     if row is None:
         return None
     config = Config(*row.config, family=row.family)

@@ -21,7 +21,7 @@ def quantize(
     ] = 128,
     memory_mb: Annotated[
         int, typer.Option(min=1, help="Most memory beside the model and the photos.")
-    ] = 2048,
+    ] = 4096,
     progress: Show = True,
 ) -> None:
     """Calibrate an int8 model on photos, and save it: the scheme int8-calibrated.

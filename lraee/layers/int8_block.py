@@ -218,7 +218,7 @@ class Wiring(Watch):
         scale_1, scale_2 = self._scales
         return BlockOperands(
             _norm(norm_1), packed_linear(in_proj), packed_linear(out_proj, _gamma(scale_1)),
-            _norm(norm_2), packed_linear(fc1), packed_linear(fc2, _gamma(scale_2)),
+            _norm(norm_2), packed_linear(fc1, fc2["in_scale"]), packed_linear(fc2, _gamma(scale_2)),
             self._symmetric, self._num_heads, causal, self._activation, key_mask, attention,
         )  # fmt: skip
 

@@ -31,6 +31,7 @@ class Int8Linear(nn.Module):
     w_scale: Tensor
     w_sum: Tensor
     bias: Tensor | None
+    in_scale: Tensor | None
     copies: Tensor | None
     in_index: Tensor | None
     like: Tensor
@@ -44,6 +45,7 @@ class Int8Linear(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         granularity: Granularity = "row",
+        in_scale: Tensor | None = None,
         copies: Tensor | None = None,
         has_two_terms: bool = False,
         rest: "tuple[Tensor, Tensor] | None" = None,
@@ -57,6 +59,8 @@ class Int8Linear(nn.Module):
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
           granularity: how the input is quantized, see lraee.layers.scheme.quantize_activation.
+          in_scale: float32 [K], what each input channel is multiplied by before it is quantized; None
+            for 1. The weight is that of the scaled input.
           copies: float32 [K], whole numbers, see lraee.layers.scheme.channel_copies: into how many
             equal parts each input channel is cut, every part with its weight; None for one each.
           has_two_terms: `forward` takes its input in two terms of int8, as gated_quantize has them.
@@ -76,6 +80,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("w_scale", w_scale.detach().float())
         # clone: the bias of the float layer must stay its own
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.register_buffer("in_scale", None if in_scale is None else in_scale.detach().float())
         self.register_buffer("copies", None if copies is None else copies.clone())
         self.register_buffer("in_index", in_index, persistent=False)
         # No elements: it follows .to() and .half(), and so remembers the type computed for
@@ -97,6 +102,8 @@ class Int8Linear(nn.Module):
 
     def quantize(self, x: Tensor) -> Quantized:
         """Rows [M, K] of this layer's input, in int8."""
+        if self.in_scale is not None:
+            x = x.float() * self.in_scale
         if self.is_cut:
             copies, index = cast(Tensor, self.copies), cast(Tensor, self.in_index)
             x = (x.float() / copies).index_select(1, index)
@@ -184,6 +191,8 @@ class Int8Linear(nn.Module):
         weight = self.w_q * self.w_scale[:, None]
         if self.rest is not None:
             weight[-self.rest.out_features :] += self.rest.w_q * self.rest.w_scale[:, None]
+        if self.in_scale is not None:
+            weight *= self.in_scale
         return weight.to(self.dtype)
 
     @property
@@ -211,6 +220,7 @@ class Int8Linear(nn.Module):
             self.w_sum = uncast(fn, self.w_sum)
         self.w_scale = uncast(fn, self.w_scale)
         self.bias = None if self.bias is None else uncast(fn, self.bias)
+        self.in_scale = None if self.in_scale is None else uncast(fn, self.in_scale)
         if self.copies is not None and self.in_index is not None:
             self.copies, self.in_index = uncast(fn, self.copies), uncast(fn, self.in_index)
         if self.rest is not None:

@@ -126,6 +126,8 @@ def put_linear(module: Int8Linear, tensors: Tensors, name: str) -> None:
     own = {"w_q": tensors[f"{name}.w_q"], "w_scale": tensors[f"{name}.w_scale"]}
     if module.bias is not None:
         own["bias"] = tensors[f"{name}.bias"]
+    if f"{name}.in_scale" in tensors:
+        own["in_scale"] = module.in_scale = tensors[f"{name}.in_scale"].to(module.w.device)
     if module.copies is not None:
         own["copies"] = module.copies
     if module.rest is not None:

@@ -24,7 +24,7 @@ from lraee.towers.families import block_specs, blocks_of, linear_shapes, tower_s
 from lraee.towers.runner import RowwiseTower
 from lraee.towers.state import tower_hash
 
-RECIPE = 2
+RECIPE = 3
 """Of the algorithm: stages that another one left are not used."""
 
 
@@ -93,7 +93,7 @@ def _stage(stages: Stages, name: str, work: PlainBlock | AnyBlock) -> Tensors:
 def _chunk(tower: nn.Module, tokens: Tensor, memory_mb: int) -> int:
     n, L, width = tokens.shape
     shapes = linear_shapes(tower).values()
-    largest = max(K * (10 * K + 4 * N) for N, K in shapes)
+    largest = max(K * (6 * K + 8 * N) for N, K in shapes)
     widest = max(max(shape) for shape in shapes)
     return images.chunk_of(
         n, L, width=width, widest=widest, products=8 * largest, memory_mb=memory_mb
@@ -122,6 +122,8 @@ def other_shapes(tower: nn.Module, scheme: Scheme) -> dict[str, tuple[int, ...]]
             bias = _bias(block, linear)
             if bias is not None and f"{name}.{linear.path}" not in scheme.keep_float:
                 result[f"{name}.{linear.path}.bias"] = tuple(bias.shape)
+        if is_plain:
+            result[f"{name}.{each.mlp.fc2.path}.in_scale"] = (_inputs(block, each.mlp.fc2),)
         for norm in (each.norm_1, each.norm_2) if is_plain else ():
             result |= {f"{name}.{norm.path}.{own}": (spec.width,) for own in ("weight", "bias")}
     return result
@@ -132,6 +134,13 @@ def _bias(block: nn.Module, linear: Linear) -> Tensor | None:
     if isinstance(block, Int8Block):
         return cast(Tensor | None, block.get_submodule(linear.path).bias)
     return linear.bias(block)
+
+
+def _inputs(block: nn.Module, linear: Linear) -> int:
+    """K of a float or int8 linear."""
+    if isinstance(block, Int8Block):
+        return cast(Int8Linear, block.get_submodule(linear.path)).in_features
+    return linear.shape(block)[1]
 
 
 def put(fast: nn.Module, tensors: Mapping[str, Tensor]) -> None:

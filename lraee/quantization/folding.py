@@ -71,13 +71,17 @@ def search(rows: Tensor, weight: Tensor, granularity: Granularity, *, may_shift:
       may_shift: whether the linear has a bias, which takes the shift.
     """
     some = rows[:: max(1, len(rows) // SEARCH_ROWS)][:SEARCH_ROWS]
-    product = weight.T @ weight
-    best, least = no_fold(rows.shape[1]), torch.inf
+    N, K = weight.shape
+    product = weight.T @ weight if K < N else None
+    best, least = no_fold(K), torch.inf
     for fold in _candidates(rows, weight, may_shift):
         x = fold.inputs(some)
         x_q, x_scale, x_zero = quantize_rows(x, symmetric=granularity == "row_symmetric")
         wrong = ((x_q.float() - x_zero[:, None]) * x_scale[:, None] - x) * fold.scale
-        error = float(((wrong @ product) * wrong).sum())
+        if product is None:
+            error = float((wrong @ weight.T).square().sum())
+        else:
+            error = float(((wrong @ product) * wrong).sum())
         folded = fold.weight(weight)
         w_scale = folded.abs().amax(1, keepdim=True).clamp(min=_SMALLEST) / 127
         rest = torch.round(folded / w_scale) * w_scale - folded

@@ -35,7 +35,7 @@ class Calibration:
     """
 
     images: Images
-    memory_mb: int = 2048
+    memory_mb: int = 4096
     folder: str | os.PathLike[str] | None = None
     progress: bool = True
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lraee.quantization.rounding import round_weight
+from lraee.quantization.rounding import factor, round_weight
 
 RIDGES = (0.01, 0.1)
 """Of the mean of the gram's diagonal: how far a fitted weight is held to the float one."""
@@ -49,22 +49,19 @@ class Moments:
         """
         half = self._halves[self._turn]
         self._turn = 1 - self._turn
-        half.add(x_hat, target)
         if picked is None:
+            half.add(x_hat, target, torch.ones(len(x_hat)))
             return
-        image, place = picked.nonzero().T
-        per_image = len(x_hat) / len(picked)
-        means = None if target is None else _means(target, image)
-        half.add(_means(x_hat, image), means, MEAN * per_image)
-        if self._has_class:
-            is_class = place == 0
-            classes = None if target is None else target[is_class]
-            half.add(x_hat[is_class], classes, CLASS * per_image)
+        counted = _Counted(picked, self._has_class)
+        targets = None if target is None else counted.rows(target)
+        half.add(counted.rows(x_hat), targets, counted.weights)
 
     def result(
         self, weight: Tensor, bias: Tensor | None, importance: Tensor | None = None
     ) -> "Rounded":
         """The int8 weight and the bias with the least error over all rows.
+
+        To be called once: the sums are used up, which halves the memory.
 
         The weight is fitted to the targets by ridge regression, if that is better on the other half
         of the images; then rounded by GPTQ with the gram of the centred inputs (plain ones without
@@ -75,45 +72,58 @@ class Moments:
           bias: float32 [N] or None, which stays None.
           importance: float32 [N], how much an output's error counts in the choice of the ridge.
         """
+        whole, weight_64 = self._halves[0], weight.double()
+        start = weight_64
         is_centred = bias is not None
-        whole = self._halves[0] + self._halves[1]
-        start = weight.double()
-        if self.has_target:
-            ridge = self._choose_ridge(start, is_centred, importance)
-            if ridge is not None:
-                start = start + whole.centred(is_centred).step(start, ridge)
-        gram = whole.centred(is_centred).gram
-        fitted = start.float()
-        w_q, w_scale = round_weight(fitted, gram)
+        for half in self._halves if is_centred else ():
+            half.centre()
+        ridge = self._choose_ridge(start, importance) if self.has_target else None
+        whole.join(self._halves.pop(), is_centred=is_centred)
+        if ridge is not None:
+            start = start + whole.step(whole.left(start), ridge)
+        w_q, w_scale = round_weight(start.float(), whole.gram)
         if bias is None:
             return Rounded(w_q, w_scale, None)
         exact = w_q.double() * w_scale.double()[:, None]
         x_mean = whole.x_sum / whole.count
-        mean = (
-            whole.target_sum / whole.count if self.has_target else weight.double() @ x_mean + bias
-        )
+        mean = whole.target_sum / whole.count if self.has_target else weight_64 @ x_mean + bias
         return Rounded(w_q, w_scale, (mean - exact @ x_mean).float())
 
-    def _choose_ridge(
-        self, weight: Tensor, is_centred: bool, importance: Tensor | None
-    ) -> float | None:
+    def _choose_ridge(self, weight: Tensor, importance: Tensor | None) -> float | None:
         """The one whose fit to one half has the least error on the other; None if no fit helps."""
-        fit, judge = (half.centred(is_centred) for half in self._halves)
+        fit, judge = self._halves
         if not fit.count or not judge.count:
             return None
         best, least = None, 0.0
+        to_fit, to_judge = fit.left(weight), judge.left(weight)
         for ridge in RIDGES:
-            gain = judge.gain(weight, fit.step(weight, ridge), importance)
+            gain = judge.gain(to_judge, fit.step(to_fit, ridge), importance)
             if gain < least:
                 best, least = ridge, gain
         return best
 
 
-def _means(rows: Tensor, image: Tensor) -> Tensor:
-    """The mean row of each image, [B, K]."""
-    counts = torch.bincount(image)
-    sums = torch.zeros(len(counts), rows.shape[1]).index_add_(0, image, rows)
-    return sums / counts[:, None]
+class _Counted:
+    """Rows of one chunk of images, then what counts once more: means, and class tokens.
+
+    Args:
+      picked: which tokens of each image the rows are, bool [B, L].
+      has_class: whether an image's first token is a class token.
+    """
+
+    def __init__(self, picked: Tensor, has_class: bool) -> None:
+        """See the class."""
+        self._image, place = picked.nonzero().T
+        self._class = (place == 0).nonzero()[:, 0] if has_class else place[:0]
+        B, M = len(picked), len(place)
+        counts = ((1.0, M), (MEAN * M / B, B), (CLASS * M / B, len(self._class)))
+        self.weights = torch.cat([torch.full((count,), weight) for weight, count in counts])
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Rows [M, K] and those that count once more, one for each of the weights."""
+        sizes = torch.bincount(self._image)
+        means = torch.zeros(len(sizes), rows.shape[1]).index_add_(0, self._image, rows)
+        return torch.cat([rows, means / sizes[:, None], rows[self._class]])
 
 
 @dataclass
@@ -131,46 +141,54 @@ class _Half:
         shapes = ((K,), (K, K), (N,), (K, N))
         return _Half(0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
-    def add(self, x_hat: Tensor, target: Tensor | None, weight: float = 1.0) -> None:
-        """Rows, each counted so many times."""
-        self.count += weight * len(x_hat)
-        self.gram += weight * (x_hat.T @ x_hat)
-        self.x_sum += weight * x_hat.sum(0, dtype=torch.float64)
+    def add(self, x_hat: Tensor, target: Tensor | None, weights: Tensor) -> None:
+        """Rows, each counted so many times: float32 [M]."""
+        self.count += float(weights.sum(dtype=torch.float64))
+        root = weights.sqrt()[:, None]
+        x = x_hat * root
+        self.gram += x.T @ x
+        self.x_sum += (x * root).sum(0, dtype=torch.float64)
         if target is not None:
-            self.cross += weight * (x_hat.T @ target)
-            self.target_sum += weight * target.sum(0, dtype=torch.float64)
+            t = target * root
+            self.cross += x.T @ t
+            self.target_sum += (t * root).sum(0, dtype=torch.float64)
 
-    def __add__(self, other: "_Half") -> "_Half":
-        return _Half(
-            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
+    def centre(self) -> None:
+        """Takes the means out of gram and cross, in place."""
+        if self.count:
+            mean = self.x_sum / self.count
+            self.gram.addr_(mean, self.x_sum, alpha=-1)
+            self.cross.addr_(mean, self.target_sum, alpha=-1)
 
-    def centred(self, is_centred: bool) -> "_Half":
-        """The sums about the means; as they are where there is no bias to make up for those."""
-        if not is_centred or not self.count:
-            return self
-        mean = self.x_sum / self.count
-        gram = self.gram - torch.outer(mean, self.x_sum)
-        cross = (
-            self.cross - torch.outer(mean, self.target_sum) if self.cross.numel() else self.cross
-        )
-        return _Half(self.count, self.x_sum, gram, self.target_sum, cross)
+    def join(self, other: "_Half", *, is_centred: bool) -> None:
+        """Adds the sums of other rows, in place; centred ones, each about its own mean, become sums
+        about the common mean.
+        """
+        if is_centred and self.count and other.count:
+            x = self.x_sum / self.count - other.x_sum / other.count
+            target = self.target_sum / self.count - other.target_sum / other.count
+            weight = self.count * other.count / (self.count + other.count)
+            self.gram.addr_(x, x, alpha=weight)
+            self.cross.addr_(x, target, alpha=weight)
+        self.count += other.count
+        for mine, theirs in (
+            (self.x_sum, other.x_sum), (self.gram, other.gram),
+            (self.target_sum, other.target_sum), (self.cross, other.cross),
+        ):  # fmt: skip
+            mine += theirs
 
-    def step(self, weight: Tensor, ridge: float) -> Tensor:
-        """What ridge regression towards the weight adds to it, [N, K]."""
-        K = len(self.gram)
-        damped = self.gram + torch.eye(K, dtype=torch.float64) * (
-            ridge * float(self.gram.diagonal().mean()) + 1e-30
-        )
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if info:
-            return torch.zeros_like(weight)
-        return torch.cholesky_solve(self.cross - self.gram @ weight.T, lower).T
+    def left(self, weight: Tensor) -> Tensor:
+        """x^T (t - x w^T), what the weight leaves of the targets: [K, N]."""
+        return self.cross - self.gram @ weight.T
 
-    def gain(self, weight: Tensor, step: Tensor, importance: Tensor | None) -> float:
+    def step(self, left: Tensor, ridge: float) -> Tensor:
+        """What ridge regression towards the weight that leaves this adds to it, [N, K]."""
+        lower = factor(self.gram, ridge)
+        return torch.zeros_like(left.T) if lower is None else torch.cholesky_solve(left, lower).T
+
+    def gain(self, left: Tensor, step: Tensor, importance: Tensor | None) -> float:
         """|x (w + d)^T - t|^2 - |x w^T - t|^2 of these rows: below 0 where the step d helps."""
-        moved = self.gram @ step.T
-        each = (step.T * (moved + 2 * (self.gram @ weight.T - self.cross))).sum(0)
+        each = (step.T * (self.gram @ step.T - 2 * left)).sum(0)
         return float(each.sum() if importance is None else each @ importance.double().square())
 
 

@@ -122,6 +122,7 @@ class PlainBlock:
             torch.ones(streams.D) if s is None else tensor_at(block, s).detach().float().cpu()
             for s in (spec.scale_1, spec.scale_2)
         )
+        self._in_scale = f"{name}.{spec.mlp.fc2.path}.in_scale"
         self._ops = operators("auto")
 
     def calibrate(self) -> Tensors:
@@ -222,14 +223,18 @@ class PlainBlock:
                 numbers(x_hat), self._fc1(self._norm_2(streams.exact_mid[where][picked])), picked
             )
         tensors |= self._rounded(sums, fc1, spec.fc1)
-        sums = self._moments(self._fc2)
+        rows = streams.sample(streams.int8_mid).flatten(0, 1)
+        fold = self._search(self._hidden(rows, tensors), self._fc2, spec.fc2, may_shift=False)
+        tensors[self._in_scale] = 1 / fold.scale
+        fc2 = self._fc2.folded(fold)
+        sums = self._moments(fc2)
         for where in streams.chunks():
-            picked = streams.picked(where, self._fc2.weight.shape[1])
+            picked = streams.picked(where, fc2.weight.shape[1])
             x_hat = self._int8_hidden(streams.int8_mid[where][picked], tensors)
             branch = self._float_mlp(where)
             lost = (streams.exact_mid[where] - streams.int8_mid[where])[picked]
             sums.add(numbers(x_hat), branch[picked] + _over(lost, self._scale_2), picked)
-        tensors |= self._rounded(sums, self._fc2, spec.fc2, self._scale_2)
+        tensors |= self._rounded(sums, fc2, spec.fc2, self._scale_2)
         self._int8_to_end(tensors)
         return tensors
 
@@ -243,13 +248,19 @@ class PlainBlock:
 
     def _int8_hidden(self, rows: Tensor, tensors: Tensors) -> Quantized:
         """What fc2 meets in the int8 block, of rows [M, D] before the MLP."""
+        return self._requantized(self._hidden(rows, tensors), self._spec.mlp.fc2)
+
+    def _hidden(self, rows: Tensor, tensors: Tensors) -> Tensor:
+        """act(fc1(norm_2(rows))) of the int8 block, scaled as fc2 reads it: [M, hidden]."""
         spec = self._spec.mlp
         norm = self._stored(self._norm_2, self._spec.norm_2, tensors)
         x = self._normed(rows, norm, spec.fc1)
         activation = cast(Activation, spec.activation)
         fc1 = self._linear(spec.fc1, tensors)
-        hidden = fc1.multiply(x, activation=activation, out_dtype=torch.float32)
-        return self._requantized(hidden, spec.fc2)
+        return fc1.multiply(
+            x, activation=activation, layer_scale=tensors.get(self._in_scale),
+            out_dtype=torch.float32,
+        )  # fmt: skip
 
     def _int8_to_end(self, tensors: Tensors) -> None:
         streams = self._streams

@@ -81,6 +81,15 @@ def test_a_config_that_is_not_legal_is_not_picked(numbers):
     assert pick(SHAPE, ARCH, "none", GPU) == measured(SHAPE, ARCH)
 
 
+def test_a_layer_scale_takes_the_row_of_the_layer_without():
+    own = GOOD | {"epilogue": "none+layer_scale", "config": [128, 64, 128, 4, 3, 1]}
+    user_cache.write("tilings", content(GOOD | {"epilogue": "gelu"}, GOOD, own))
+    for epilogue in ("gelu", "gelu+layer_scale"):
+        assert pick(SHAPE, ARCH, epilogue, GPU) == Config(64, 64, 128, 4, 3)
+    assert pick(SHAPE, ARCH, "none+layer_scale", GPU) == Config(128, 64, 128, 4, 3)
+    assert pick(SHAPE, ARCH, "quick_gelu+layer_scale", GPU) == measured(SHAPE, ARCH)
+
+
 def test_names_of_epilogues():
     assert epilogue_name("gelu", has_layer_scale=False, has_residual=False) == "gelu"
     name = epilogue_name("none", has_layer_scale=True, has_residual=True, quantizes=True)

@@ -140,6 +140,22 @@ def test_the_bias_is_a_copy():
     assert bias.sum() == 2
 
 
+def test_a_scaled_input_meets_the_weight_of_the_scaled_one():
+    """in_scale evens out a loud channel before it is quantized; `weight` is that of the input."""
+    source = generator(4)
+    weight, x = torch.randn(24, 33, generator=source), torch.randn(50, 33, generator=source)
+    x[:, 4] *= 64
+    in_scale = torch.ones(33)
+    in_scale[4] = 1 / 8
+    plain = Int8Linear(*quantize_weight(weight, INT8), None)
+    scaled = Int8Linear(*quantize_weight(weight / in_scale, INT8), None, in_scale=in_scale)
+    expected = x @ weight.T
+    assert (scaled(x) - expected).norm() < 0.6 * (plain(x) - expected).norm()
+    assert_same(scaled.quantize(x)[0], plain.quantize(x * in_scale)[0])
+    assert_same(scaled.weight, scaled.w_q * scaled.w_scale[:, None] * in_scale)
+    assert (scaled.weight - weight).abs().max() < scaled.w_scale.max()
+
+
 def test_copies_leave_the_product_and_even_out_a_loud_channel():
     """A loud channel in 8 parts leaves finer steps to the others; `weight` is still the weight."""
     source = generator(3)
@@ -185,23 +201,23 @@ def test_a_second_term_of_the_weight_is_16_bits(R):
         torch.testing.assert_close(z, exact * scale + add, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["copies", "rest", "both"])
-def test_copies_and_second_terms_travel(kind):
+@pytest.mark.parametrize("kind", ["scale", "copies", "rest", "both"])
+def test_scales_copies_and_second_terms_travel(kind):
     source = generator(6)
     weight, x = torch.randn(24, 33, generator=source), torch.randn(9, 33, generator=source)
     w_q, w_scale = quantize_weight(weight, INT8)
     copies = torch.ones(33)
     copies[[0, 20]] = torch.tensor([3.0, 2.0])
     left = (weight - w_q * w_scale[:, None])[16:]
-    options = {"copies": copies} if kind != "rest" else {}
-    options |= {"rest": quantize_weight(left, INT8)} if kind != "copies" else {}
+    options = {"copies": copies} if kind in ("copies", "both") else {}
+    options |= {"rest": quantize_weight(left, INT8)} if kind in ("rest", "both") else {}
+    options |= {"in_scale": torch.rand(33, generator=source) + 0.5} if kind == "scale" else {}
     linear = Int8Linear(w_q, w_scale, None, **options)
     bits = linear(x)
     for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert_same(other(x), bits)
     given = dict(options)
-    if kind != "rest":
-        given["copies"] = copies.roll(1)
+    given |= {own: given[own].roll(1) for own in ("copies", "in_scale") if own in given}
     blank = Int8Linear(torch.zeros_like(w_q), torch.ones(24), None, **given)
     blank.load_state_dict(linear.state_dict())
     assert_same(blank.half().float()(x), bits)
