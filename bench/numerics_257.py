@@ -7,16 +7,20 @@ embedding (class token + patch mean) turns, and how many photos keep their neare
 
     python -m bench.numerics_257 photos.zip --limit 160 --out results/numerics_257.json
     python -m bench.numerics_257 photos.zip --calibration others.zip --peer bfloat16 --peer openvino
+    python -m bench.numerics_257 photos.zip --folds 2 --peer bfloat16 --peer openvino
 
 128 photos calibrate `int8-calibrated` and OpenVINO: those of --calibration, or as many of the given
-photos, evenly spread, which are then left out of what is measured.
+photos, evenly spread, which are then left out of what is measured. With --folds 2 every other photo
+calibrates, 256 at most, and the rest is measured, then the other way round: all photos are measured
+by models that did not see them, each among the photos of its fold.
 
 Its weights are the package's own (MIT) and never become part of this repository.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +42,8 @@ from lraee.data.photos import Photos
 from lraee.evaluation import evaluate, forms
 from lraee.evaluation.peers import PEERS
 from lraee.layers.scheme import Scheme
-from lraee.measurement import machine
+from lraee.measurement import intervals, machine
+from lraee.quantization.images import MAX_IMAGES
 from lraee.storage.json import write_json
 from lraee.towers.families import block_specs, tower_spec
 
@@ -225,6 +230,9 @@ def measure(
 def main(
     photos: Path,
     limit: Annotated[int, typer.Option(help="photos, spread evenly")] = 160,
+    folds: Annotated[
+        int, typer.Option(min=1, max=2, help="2: each half calibrates for the other; no limit")
+    ] = 1,
     calibration: Annotated[
         Path | None, typer.Option(help="other photos, of which 128 calibrate")
     ] = None,
@@ -236,15 +244,20 @@ def main(
     out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
 ) -> None:
     """Print one line per scheme over a folder or ZIP of photos."""
-    measured, calibrating = split(photos, calibration, limit)
+    if folds == 2 and calibration is not None:
+        raise typer.BadParameter("folds must be 1 where --calibration gives other photos, got 2")
+    pairs = halves(photos) if folds == 2 else [split(photos, calibration, limit)]
     schemes = scheme or list(SCHEMES)
-    rows = measure(measured, calibrating, batch, schemes=schemes, peers=peer or [])
+    each = [measure(*pair, batch, schemes=schemes, peers=peer or []) for pair in pairs]
+    counts = [len(measured) for measured, _ in pairs]
+    rows = [pooled(of_one, counts) for of_one in zip(*each, strict=True)]
     for row in rows:
         typer.echo(_line(row))
     if out is not None:
         header = {
-            "schema": "lraee.numerics_257/2", **machine.describe(), "photos": len(measured),
-            "calibration": str(calibration and calibration.name), "calibrated_on": len(calibrating),
+            "schema": "lraee.numerics_257/3", **machine.describe(), "photos": sum(counts),
+            "calibration": str(calibration and calibration.name), "folds": folds,
+            "calibrated_on": [len(calibrating) for _, calibrating in pairs],
         }  # fmt: skip
         write_json({**header, "rows": [asdict(row) for row in rows]}, out)
 
@@ -258,6 +271,44 @@ def split(photos: Path, calibration: Path | None, limit: int) -> tuple[Photos, P
     rest = [name for name in whole.names if name not in set(calibrating.names)]
     count = min(limit, len(rest))
     return whole.only([rest[i * len(rest) // count] for i in range(count)]), calibrating
+
+
+def halves(photos: Path) -> list[tuple[Photos, Photos]]:
+    """Each half of the photos to measure on, every other one, and the other half to calibrate."""
+    whole = Photos(photos)
+    parts = [whole.only(whole.names[i::2]) for i in range(2)]
+    calibrating = [whole.only(part.names[:MAX_IMAGES]) for part in parts]
+    return [(parts[0], calibrating[1]), (parts[1], calibrating[0])]
+
+
+def pooled(rows: Sequence[evaluate.Row], counts: Sequence[int]) -> evaluate.Row:
+    """One row over the photos of all folds, of which each row has so many.
+
+    The 1st percentile is the mean of the folds'.
+    """
+    n = sum(counts)
+    if len(rows) == 1:
+        return rows[0]
+
+    def mean(of: Callable[[evaluate.Row], float]) -> float:
+        return sum(of(row) * count for row, count in zip(rows, counts, strict=True)) / n
+
+    def half_width(row: evaluate.Row) -> float:
+        assert row.neighbours_10_95 is not None
+        low, high = row.neighbours_10_95
+        return (high - low) / 2
+
+    near, ten = mean(lambda row: row.neighbours or 0.0), mean(lambda row: row.neighbours_10 or 0.0)
+    wide = [half_width(row) * count for row, count in zip(rows, counts, strict=True)]
+    half = math.hypot(*wide) / n  # folds are independent
+    low, high = intervals.of_share(round(near * n / 100), n)
+    return replace(
+        rows[0], error=mean(lambda row: row.error), cosine_mean=mean(lambda row: row.cosine_mean),
+        cosine_p01=mean(lambda row: row.cosine_p01), time_ms=mean(lambda row: row.time_ms),
+        neighbours=near, neighbours_95=(100 * low, 100 * high),
+        neighbours_10=ten, neighbours_10_95=(ten - half, ten + half),
+        not_finite=sum(row.not_finite for row in rows),
+    )  # fmt: skip
 
 
 def _line(row: evaluate.Row) -> str:

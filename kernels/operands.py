@@ -83,8 +83,8 @@ class BlockOperands(NamedTuple):
       norm_1, norm_2: of [D].
       in_proj: [D] -> [3 D], queries, keys, values.
       out_proj, c_proj: back to [D]; their layer_scale is ls_1 and ls_2.
-      c_fc: [D] -> [hidden], or where gated [D] -> [2 hidden], the gate's rows first; its layer_scale
-        is what c_proj wants its input multiplied by.
+      c_fc: [D] -> [hidden], or where gated [D] -> [2 hidden], the gate's rows first; its
+        layer_scale is what c_proj wants its input multiplied by.
       symmetric: per linear, in this order, whether its input has no zero point.
       num_heads: H, a divisor of D.
       causal: token i sees tokens 0..i only.

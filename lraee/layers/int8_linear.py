@@ -59,8 +59,8 @@ class Int8Linear(nn.Module):
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
           granularity: how the input is quantized, see lraee.layers.scheme.quantize_activation.
-          in_scale: float32 [K], what each input channel is multiplied by before it is quantized; None
-            for 1. The weight is that of the scaled input.
+          in_scale: float32 [K], what each input channel is multiplied by before it is quantized;
+            None for 1. w_q is the weight of the scaled input.
           copies: float32 [K], whole numbers, see lraee.layers.scheme.channel_copies: into how many
             equal parts each input channel is cut, every part with its weight; None for one each.
           has_two_terms: `forward` takes its input in two terms of int8, as gated_quantize has them.

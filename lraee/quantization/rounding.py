@@ -39,7 +39,8 @@ def upper_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         return identity
     while (lower := factor(gram.flip(0, 1), damping)) is None:
         damping *= 10
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    U: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return U
 
 
 def round_weight(weight: Tensor, gram: Tensor, damping: float = DAMPING) -> tuple[Tensor, Tensor]:

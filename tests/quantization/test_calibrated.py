@@ -76,7 +76,7 @@ def test_towers_that_are_not_plain(family: str) -> None:
 
 
 def test_the_same_operators_on_the_same_operands() -> None:
-    """What costs time is as in int8: modules, shapes, types, layouts; numbers alone differ, and c_fc
+    """What costs time is as in int8: modules, shapes, types, layouts. Numbers alone differ; c_fc
     multiplies its result by a vector.
     """
     model = make_model()
