@@ -59,8 +59,8 @@ floats that do not start at 16 bytes (K = 588, the patches of ViT-L/14) cannot b
 
 
 def linear_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
-    """Each config with everything fused that can be, and as fc1 of a calibrated block uses it: with
-    gelu and a layer scale, and its rows quantized after its tiles.
+    """Each config with everything fused that can be, and as fc1 of a block uses it: with gelu, and
+    its rows quantized after its tiles; scaled, as fc1 of a calibrated block.
     """
     for M, rows in zip(ROWS_OF_BUCKET, configs.TABLE[arch.capability], strict=True):
         for row in rows:
@@ -84,23 +84,28 @@ def _cells_of_config(label: str, M: int, config: Config) -> Iterator[tuple[str, 
 
     fc2 = meta_linear(768, 3072, has_layer_scale=True)
     yield label, launches_of(lambda: int8_linear(*quantized(3072), fc2, **options(768)))[0]
-    fc1 = meta_linear(3072, 768, has_layer_scale=True)
-    only = {"activation": "gelu", "out_dtype": half, "config": config}
-    after = launches_of(
-        lambda: int8_linear_quantized(*quantized(768), fc1, symmetric=False, **only)  # type: ignore[arg-type]
-    )
-    yield f"quantized {label}", after[0]
+    only: dict[str, Any] = {"activation": "gelu", "out_dtype": half, "config": config}
+    for title, is_scaled in (("quantized", False), ("quantized scaled", True)):
+        fc1 = meta_linear(3072, 768, has_layer_scale=is_scaled)
+        call = partial(int8_linear_quantized, *quantized(768), fc1, symmetric=False, **only)
+        yield f"{title} {label}", launches_of(call)[0]
 
 
 def persistent_cells(arch: Arch) -> Iterator[tuple[str, Launch]]:
-    """The config of a persistent launch for fc1 of a calibrated block, and for fc2."""
+    """The config of a persistent launch for fc1, whose gelu it computes, plain and as calibrated,
+    and for fc2.
+    """
     half = torch.float16
-    for name, N, K, has_residual in (("gelu", 3072, 768, False), ("residual", 768, 3072, True)):
+    layers = (
+        ("gelu", 3072, 768, False, False), ("gelu scaled", 3072, 768, True, False),
+        ("residual", 768, 3072, True, True),
+    )  # fmt: skip
+    for name, N, K, is_scaled, has_residual in layers:
         config = persistent_config(arch, has_residual=has_residual)
         assert configs.legal(config, Shape(1600, N, K), arch), config
         x = meta(1600, K, dtype=torch.int8), meta(1600), meta(1600, dtype=torch.int32)
         call = partial(
-            int8_linear_persistent, *x, meta_linear(N, K, has_layer_scale=True),
+            int8_linear_persistent, *x, meta_linear(N, K, has_layer_scale=is_scaled),
             activation="none" if has_residual else "gelu", config=config, arch=arch,
             out_dtype=half, residual=meta(1600, N, dtype=half) if has_residual else None,
         )  # fmt: skip

@@ -67,13 +67,20 @@ def _specs(
     shapes: Mapping[str, Sequence[int]], exits: Any, others: Mapping[str, tuple[int, ...]]
 ) -> Specs:
     """What the tensors must be: of linears of these shapes [N, K], of the fields of exits, and the
-    biases and norms of a calibrated tower.
+    biases, norms and input scales of a calibrated tower.
     """
-    specs: Specs = {name: Spec(torch.float32, shape) for name, shape in others.items()}
+    specs: Specs = {
+        name: Spec(torch.float32, shape, "finite and above 0" if _is_scale(name) else "finite")
+        for name, shape in others.items()
+    }
     for name, (N, K) in shapes.items():
         specs |= sized(f"{name}.", _LINEAR, {"N": N, "K": K})
     own = {} if exits is None else serialization.tensor_specs(exits)
     return specs | {_EXITS + name: spec for name, spec in own.items()}
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(".in_scale")
 
 
 # Saving

@@ -170,6 +170,15 @@ def test_numbers_of_another_calibration_are_refused(tmp_path: Path) -> None:
         lraee.load(tmp_path, model)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(tmp_path: Path, value: float) -> None:
+    fast = calibrated(make_model(vision={"layers": 1}))
+    fast.visual.transformer.resblocks[0].mlp.c_proj.in_scale[3] = value
+    with pytest.raises(ValueError, match=r"c_proj\.in_scale\[3\] must be finite and above 0"):
+        lraee.save(fast, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_other_schemes_are_saved_as_older_versions_read_them(tmp_path: Path) -> None:
     """Those refuse a calibrated one: its scheme has a key that they do not know."""
     model = make_model()
