@@ -151,9 +151,10 @@ def block(
     norms = [
         Norm(*torch.randn(2, D, generator=source).to(device).unbind(), eps) for eps in (1e-5, 1e-6)
     ]
-    scale = torch.rand(D, generator=source) if seed % 2 else None
+    drawn = torch.rand(2 * D, generator=source)
+    scale, of_input = (drawn[:D], drawn + 0.5) if seed % 2 else (None, None)
     return x, BlockOperands(
-        norms[0], linear(3 * D, D), linear(D, D, scale), norms[1], linear(2 * D, D),
+        norms[0], linear(3 * D, D), linear(D, D, scale), norms[1], linear(2 * D, D, of_input),
         linear(D, 2 * D), (False, seed % 3 == 0, False, seed % 3 == 1), H,
         seed % 4 == 3, "gelu" if seed % 2 else "quick_gelu",
     )  # fmt: skip

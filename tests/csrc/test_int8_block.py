@@ -19,14 +19,14 @@ def _linear(N: int, K: int, source: torch.Generator, *, has_scale: bool = False)
 
 
 def _block(D: int, hidden: int, seed: int, *, heads: int, causal: bool = False) -> BlockOperands:
-    """A causal one has a layer scale and quick_gelu."""
+    """A causal one has layer scales, c_fc's as well, and quick_gelu."""
     source = generator(seed)
     norms = [
         Norm(torch.rand(D, generator=source), torch.randn(D, generator=source)) for _ in range(2)
     ]
     return BlockOperands(
-        norms[0], _linear(3 * D, D, source), _linear(D, D, source, has_scale=causal),
-        norms[1], _linear(hidden, D, source), _linear(D, hidden, source, has_scale=causal),
+        norms[0], _linear(3 * D, D, source), _linear(D, D, source, has_scale=causal), norms[1],
+        _linear(hidden, D, source, has_scale=causal), _linear(D, hidden, source, has_scale=causal),
         num_heads=heads, causal=causal, activation="quick_gelu" if causal else "gelu",
     )  # fmt: skip
 
