@@ -17,6 +17,9 @@ from lraee.ops.reference import quantize_rows
 SEARCH_ROWS = 512
 _ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _SMALLEST = 1e-6
+FLOOR = 0.1
+"""Of the mean over channels: a channel that is quiet on these rows may be loud on others, and a
+scale that makes it as loud as the rest here would widen the range of the whole row there."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,12 @@ def _candidates(rows: Tensor, weight: Tensor, may_shift: bool) -> Iterator[Fold]
         if shift.any():
             yield Fold(shift, torch.ones(K))
         x = rows - shift
-        rms = x.square().mean(0).sqrt().clamp(min=_SMALLEST)
-        largest = x.abs().amax(0).clamp(min=_SMALLEST)
+        rms, largest = _floored(x.square().mean(0).sqrt()), _floored(x.abs().amax(0))
         for of_input, of_weight in ((rms, by_weight), (largest, largest_weight)):
             for alpha in _ALPHAS:
                 scale = of_input.pow(alpha) / of_weight.pow(1 - alpha)
                 yield Fold(shift, scale / scale.log().mean().exp())
+
+
+def _floored(of_channels: Tensor) -> Tensor:
+    return of_channels.clamp(min=max(_SMALLEST, FLOOR * float(of_channels.mean())))

@@ -83,5 +83,14 @@ def test_the_search_finds_what_helps() -> None:
     assert error(x, w, fold) < error(x, w, unshifted) < error(x, w, no_fold(32))
 
 
+def test_a_channel_that_is_quiet_here_may_be_loud_elsewhere() -> None:
+    x, w = with_outliers(300, 32), torch.randn(16, 32, generator=generator(4))
+    quiet, loud = x.clone(), x.clone()
+    quiet[:, 9] *= 1e-6
+    fold = search(quiet, w, "row", may_shift=False)
+    assert fold.scale[9] > 0.1 * fold.scale.median()
+    assert error(loud, w, fold) < error(loud, w, no_fold(32))
+
+
 def test_no_bias_takes_no_shift() -> None:
     assert Fold(torch.zeros(3), torch.ones(3)).bias(torch.ones(2, 3), None) is None
