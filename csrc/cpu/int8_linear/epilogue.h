@@ -92,9 +92,11 @@ inline void finish_vector(const Args& a, const int32_t* acc, int64_t m, int64_t 
   std::memcpy(static_cast<T*>(a.y) + m * a.N + n, part, bytes);
 }
 
-// Rows [begin, end) of a tile with all its columns. kScaled: there is a residual, and perhaps
-// layer_scale; else neither.
-template <Activation kActivation, class T, int kCols, bool kScaled>
+// What follows the activation. A residual takes layer_scale along, which is 1 where there is none.
+enum class After { kNothing, kScale, kScaleAndResidual };
+
+// Rows [begin, end) of a tile with all its columns.
+template <Activation kActivation, class T, int kCols, After kAfter>
 inline void finish_whole_rows(const Args& args, const TileOut& out, const ColumnVector* columns_of,
                               int begin, int end) {
   constexpr int kVectors = kCols / kWidth;
@@ -114,12 +116,11 @@ inline void finish_whole_rows(const Args& args, const TileOut& out, const Column
 #pragma GCC unroll 4
     for (int p = 0; p < kVectors; ++p) {
       Vf v = activated<kActivation>(load(acc + p * kWidth), row, columns[p]);
-      if constexpr (kScaled) {
-        v = v * columns[p].layer_scale + load(residual + p * kWidth);
-      }
+      if constexpr (kAfter != After::kNothing) v = v * columns[p].layer_scale;
+      if constexpr (kAfter == After::kScaleAndResidual) v = v + load(residual + p * kWidth);
       store(y + p * kWidth, v);
     }
-    if constexpr (kScaled) residual += a.residual_stride;
+    if constexpr (kAfter == After::kScaleAndResidual) residual += a.residual_stride;
   }
 }
 
@@ -144,10 +145,14 @@ struct TileColumns {
 template <Activation kActivation, class T, int kCols>
 inline void finish_rows(const Args& a, const TileOut& out, const TileColumns<kCols>& columns,
                         int begin, int end) {
-  if (out.cols == kCols && a.residual != nullptr)
-    return finish_whole_rows<kActivation, T, kCols, true>(a, out, columns.vectors, begin, end);
-  if (out.cols == kCols && a.layer_scale == nullptr)
-    return finish_whole_rows<kActivation, T, kCols, false>(a, out, columns.vectors, begin, end);
+  if (out.cols == kCols) {
+    const auto finish = [&]<After kAfter>() {
+      finish_whole_rows<kActivation, T, kCols, kAfter>(a, out, columns.vectors, begin, end);
+    };
+    if (a.residual != nullptr) return finish.template operator()<After::kScaleAndResidual>();
+    if (a.layer_scale != nullptr) return finish.template operator()<After::kScale>();
+    return finish.template operator()<After::kNothing>();
+  }
   for (int p = 0; p < columns.kVectors && columns.counts[p] > 0; ++p) {
     for (int r = begin; r < end; ++r) {
       finish_vector<kActivation, T>(a, out.acc + r * kCols + p * kWidth, out.m + r,
