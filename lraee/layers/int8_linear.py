@@ -32,6 +32,8 @@ class Int8Linear(nn.Module):
     w_sum: Tensor
     bias: Tensor | None
     in_scale: Tensor | None
+    """float32 [K], what each input channel is multiplied by before it is quantized; None for 1. Set
+    by calibration, whose w_q is the weight of the scaled input."""
     copies: Tensor | None
     in_index: Tensor | None
     like: Tensor
@@ -45,7 +47,6 @@ class Int8Linear(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         granularity: Granularity = "row",
-        in_scale: Tensor | None = None,
         copies: Tensor | None = None,
         has_two_terms: bool = False,
         rest: "tuple[Tensor, Tensor] | None" = None,
@@ -59,8 +60,6 @@ class Int8Linear(nn.Module):
           bias: any float type [N] or None.
           dtype: the type that `weight` shows; float32, bfloat16 or float16.
           granularity: how the input is quantized, see lraee.layers.scheme.quantize_activation.
-          in_scale: float32 [K], what each input channel is multiplied by before it is quantized;
-            None for 1. w_q is the weight of the scaled input.
           copies: float32 [K], whole numbers, see lraee.layers.scheme.channel_copies: into how many
             equal parts each input channel is cut, every part with its weight; None for one each.
           has_two_terms: `forward` takes its input in two terms of int8, as gated_quantize has them.
@@ -80,7 +79,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("w_scale", w_scale.detach().float())
         # clone: the bias of the float layer must stay its own
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.register_buffer("in_scale", None if in_scale is None else in_scale.detach().float())
+        self.register_buffer("in_scale", None)
         self.register_buffer("copies", None if copies is None else copies.clone())
         self.register_buffer("in_index", in_index, persistent=False)
         # No elements: it follows .to() and .half(), and so remembers the type computed for

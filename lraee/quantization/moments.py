@@ -171,11 +171,11 @@ class _Half:
             self.gram.addr_(x, x, alpha=weight)
             self.cross.addr_(x, target, alpha=weight)
         self.count += other.count
-        for mine, theirs in (
+        for total, part in (
             (self.x_sum, other.x_sum), (self.gram, other.gram),
             (self.target_sum, other.target_sum), (self.cross, other.cross),
         ):  # fmt: skip
-            mine += theirs
+            total += part
 
     def left(self, weight: Tensor) -> Tensor:
         """x^T (t - x w^T), what the weight leaves of the targets: [K, N]."""

@@ -148,7 +148,8 @@ def test_a_scaled_input_meets_the_weight_of_the_scaled_one():
     in_scale = torch.ones(33)
     in_scale[4] = 1 / 8
     plain = Int8Linear(*quantize_weight(weight, INT8), None)
-    scaled = Int8Linear(*quantize_weight(weight / in_scale, INT8), None, in_scale=in_scale)
+    scaled = Int8Linear(*quantize_weight(weight / in_scale, INT8), None)
+    scaled.in_scale = in_scale
     expected = x @ weight.T
     assert (scaled(x) - expected).norm() < 0.6 * (plain(x) - expected).norm()
     assert_same(scaled.quantize(x)[0], plain.quantize(x * in_scale)[0])
@@ -211,14 +212,17 @@ def test_scales_copies_and_second_terms_travel(kind):
     left = (weight - w_q * w_scale[:, None])[16:]
     options = {"copies": copies} if kind in ("copies", "both") else {}
     options |= {"rest": quantize_weight(left, INT8)} if kind in ("rest", "both") else {}
-    options |= {"in_scale": torch.rand(33, generator=source) + 0.5} if kind == "scale" else {}
     linear = Int8Linear(w_q, w_scale, None, **options)
+    if kind == "scale":
+        linear.in_scale = torch.rand(33, generator=source) + 0.5
     bits = linear(x)
     for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
         assert_same(other(x), bits)
     given = dict(options)
-    given |= {own: given[own].roll(1) for own in ("copies", "in_scale") if own in given}
+    if "copies" in given:
+        given["copies"] = copies.roll(1)
     blank = Int8Linear(torch.zeros_like(w_q), torch.ones(24), None, **given)
+    blank.in_scale = None if linear.in_scale is None else torch.ones(33)
     blank.load_state_dict(linear.state_dict())
     assert_same(blank.half().float()(x), bits)
     assert_same(torch.cat([linear(row[None]) for row in x]), bits)
